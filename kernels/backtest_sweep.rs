@@ -1,0 +1,978 @@
+//! The op behind `forback sweep`: a grid of strategies back-tested walk-forward, chunk by chunk, in as few passes as fit.
+//!
+//! prices → exact prefix sums → indicator keys (once for all sets that share them) → simulation with statistics → selection per window →
+//! replay of the chosen sets → performance of the stitched out-of-sample series. All of it is recorded into one [`Pass`] where the
+//! results fit one download; larger sweeps submit several, with the same bits.
+//!
+//! Strategies (weight decided at bar t from closes up to t):
+//! * sma_cross, ema_cross (fast, slow, short): from bar slow−1 on 1 if fast > slow, else −1 if short, else 0; EMA α = 2/(n+1) from p_0.
+//! * macd (fast, slow, signal): 1 while EMA_fast − EMA_slow exceeds its own EMA, from bar slow + signal − 2.
+//! * rsi_reversion (period, low, high): enter when Wilder's RSI < low, leave when > high.
+//! * bollinger_reversion (period, width): enter below mean − width·sd (population), leave above the mean.
+//! * donchian_breakout (entry, exit): enter above the highest close of the previous `entry` bars, leave below the lowest of `exit`.
+//! * ts_momentum (lookback, vol_window, target_vol, max_leverage): sign(p/p[−lookback] − 1)·min(target_vol/(√252·sd), max_leverage).
+
+use crate::backtest::{
+    BACKTEST_STITCH, BACKTEST_SWEEP, BAND, BacktestParams, CROSS, MOMENTUM, SCALE_BIAS, SET_WORDS, STATS, TILE,
+};
+use crate::conformance::{Case, Outputs, defined};
+use crate::device::{Buffer, Device, LaunchTime, Pass, Read, View};
+use crate::fixed::{KEY_ZERO, exponent, ratio_key_of};
+use crate::indicators::{self, IndicatorParams, PRICE_BITS, bollinger_bits, span_alpha, wilder_alpha};
+use crate::kernel::Kernel;
+use crate::performance::{Performance, finish, performance_read};
+use crate::walk_forward_select::{NONE, SelectParams, WALK_FORWARD_SCORES, WALK_FORWARD_SELECT};
+use crate::{Error, Result};
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+const OP: &str = "backtest_sweep";
+
+/// Kernels of the op, in the order of their first launch.
+pub static SWEEP_KERNELS: [&Kernel; 11] = [
+    &indicators::PRICE_SUMS,
+    &indicators::INDICATOR_SMA,
+    &indicators::INDICATOR_EMA,
+    &indicators::INDICATOR_RSI,
+    &indicators::INDICATOR_BOLLINGER,
+    &indicators::INDICATOR_DONCHIAN,
+    &indicators::INDICATOR_VOLATILITY,
+    &BACKTEST_SWEEP,
+    &WALK_FORWARD_SELECT,
+    &WALK_FORWARD_SCORES,
+    &BACKTEST_STITCH,
+];
+
+/// The seven strategies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Strategy {
+    /// Crossing of simple moving averages.
+    SmaCross,
+    /// Crossing of exponential moving averages.
+    EmaCross,
+    /// Reversion by Wilder's relative strength index.
+    RsiReversion,
+    /// Reversion from the lower Bollinger band.
+    BollingerReversion,
+    /// MACD line above its signal line.
+    Macd,
+    /// Breakout of a Donchian channel.
+    DonchianBreakout,
+    /// Time-series momentum with a volatility target.
+    TsMomentum,
+}
+
+impl Strategy {
+    /// All of them.
+    pub const ALL: [Strategy; 7] = [
+        Strategy::SmaCross,
+        Strategy::EmaCross,
+        Strategy::RsiReversion,
+        Strategy::BollingerReversion,
+        Strategy::Macd,
+        Strategy::DonchianBreakout,
+        Strategy::TsMomentum,
+    ];
+
+    /// Name, as on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Strategy::SmaCross => "sma_cross",
+            Strategy::EmaCross => "ema_cross",
+            Strategy::RsiReversion => "rsi_reversion",
+            Strategy::BollingerReversion => "bollinger_reversion",
+            Strategy::Macd => "macd",
+            Strategy::DonchianBreakout => "donchian_breakout",
+            Strategy::TsMomentum => "ts_momentum",
+        }
+    }
+
+    /// The strategy of that name.
+    pub fn named(name: &str) -> Result<Strategy> {
+        let known = || Strategy::ALL.iter().map(|s| s.name().to_string()).collect();
+        let unknown = || Error::Unknown { kind: "strategy", given: name.into(), suggestion: None, known: known() };
+        Strategy::ALL.into_iter().find(|s| s.name() == name).ok_or_else(unknown)
+    }
+}
+
+/// When a decision is traded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Execution {
+    /// At the close that it was decided on: earns the next bar. Optimistic.
+    SameClose,
+    /// At the close after.
+    NextClose,
+}
+
+impl Execution {
+    /// The execution of that name.
+    pub fn named(name: &str) -> Result<Execution> {
+        match name {
+            "same_close" => Ok(Execution::SameClose),
+            "next_close" => Ok(Execution::NextClose),
+            _ => {
+                let known = vec!["same_close".to_string(), "next_close".into()];
+                Err(Error::Unknown { kind: "execution", given: name.into(), suggestion: None, known })
+            }
+        }
+    }
+
+    fn lag(self) -> u32 {
+        match self {
+            Execution::SameClose => 0,
+            Execution::NextClose => 1,
+        }
+    }
+}
+
+/// What to sweep.
+#[derive(Debug, Clone)]
+pub struct Sweep<'a> {
+    /// Closes [T,N], positive.
+    pub close: &'a [f32],
+    /// N.
+    pub assets: usize,
+    /// What trades.
+    pub strategy: Strategy,
+    /// Its parameters by name, each [S].
+    pub parameters: &'a [(&'a str, &'a [f32])],
+    /// One-way costs in basis points of traded notional; each is a sweep of its own over the same indicators.
+    pub cost_bps: &'a [f64],
+    /// When decisions are traded.
+    pub execution: Execution,
+    /// First counted return: no position is held before. All sets are scored over the same bars.
+    pub start: u32,
+    /// Return periods per year.
+    pub periods_per_year: f64,
+    /// Walk-forward windows: train start, train end, test start, test end, half-open on the return index.
+    pub windows: &'a [[u32; 4]],
+    /// End of the part of each test window that enters the stitched series (`None`: up to the next window's test start).
+    pub stitch_ends: Option<&'a [u32]>,
+    /// Choose a set per window and asset.
+    pub per_asset: bool,
+    /// Choose one set per window for all assets.
+    pub pooled: bool,
+    /// Also return train and test Sharpe ratios of every set and window (sets × windows values).
+    pub scores: bool,
+    /// Time every launch.
+    pub profile: bool,
+}
+
+/// Statistics of a back-test.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SetStats {
+    /// Annualised Sharpe ratio; NaN if undefined.
+    pub sharpe: f64,
+    /// Compounded net return.
+    pub total_return: f64,
+    /// Largest loss from a running peak, positive.
+    pub max_drawdown: f64,
+    /// Σ|w_j − w_{j−1}|.
+    pub turnover: f64,
+    /// Bars on which something was traded.
+    pub trades: u64,
+}
+
+/// Results of some sets on some assets, handed out as soon as they are there.
+pub struct Chunk {
+    /// Index into `cost_bps`.
+    pub cost: usize,
+    /// Assets.
+    pub assets: Range<usize>,
+    /// Sets.
+    pub sets: Range<usize>,
+    tiles: usize,
+    windows: usize,
+    year: f64,
+    stats: Vec<f64>,
+    scores: Vec<f64>,
+}
+
+impl Chunk {
+    /// Statistics of a set on an asset, by their global indices.
+    pub fn stats(&self, set: usize, asset: usize) -> SetStats {
+        let (set, asset) = (set - self.sets.start, asset - self.assets.start);
+        let at = (asset * self.tiles + set / TILE) * STATS * TILE + set % TILE;
+        let value = |k: usize| self.stats[at + k * TILE];
+        SetStats {
+            sharpe: defined(value(0)) * self.year,
+            total_return: value(1),
+            max_drawdown: value(2),
+            turnover: value(3),
+            trades: value(4) as u64,
+        }
+    }
+
+    /// Annualised train and test Sharpe ratio of a set on an asset in a window; NaN if undefined. Needs `Sweep::scores`.
+    pub fn scores(&self, set: usize, asset: usize, window: usize) -> (f64, f64) {
+        let (set, asset) = (set - self.sets.start, asset - self.assets.start);
+        let value = |part: usize| self.scores[((asset * self.windows + window) * 2 + part) * self.tiles * TILE + set];
+        (defined(value(0)) * self.year, defined(value(1)) * self.year)
+    }
+}
+
+/// What a selection earned out of sample.
+#[derive(Debug, Clone, Default)]
+pub struct Selected {
+    /// Chosen set per window: [N,W], or [1,W] if pooled.
+    pub best: Vec<u32>,
+    /// Net returns of the chosen sets over the stitched bars [N,K].
+    pub stitched: Vec<f32>,
+    /// Statistics of each asset's stitched series [N].
+    pub performance: Vec<Performance>,
+    /// Turnover inside each window's stitched part [N,W]; changing sets between windows is not charged.
+    pub turnover: Vec<f64>,
+    /// Bars traded inside each window's stitched part [N,W].
+    pub trades: Vec<u64>,
+}
+
+/// What a sweep leaves when it has handed out its chunks.
+#[derive(Debug, Clone, Default)]
+pub struct Outcome {
+    /// Selection per asset, for each cost.
+    pub per_asset: Vec<Selected>,
+    /// Pooled selection, for each cost.
+    pub pooled: Vec<Selected>,
+    /// Return indices of the stitched bars [K].
+    pub stitched_bars: Vec<u32>,
+    /// Launches on the device.
+    pub launches: usize,
+    /// Submits.
+    pub submits: usize,
+    /// Times of the launches, if asked for.
+    pub profile: Vec<LaunchTime>,
+}
+
+// ---- strategies as machines -------------------------------------------------------------------------------------------
+
+/// What the indicator kernels have to fill.
+enum Table {
+    Sma(Vec<u32>),
+    /// (span, signal span or 0).
+    Ema(Vec<(u32, u32)>),
+    Rsi(Vec<u32>),
+    Bollinger(Vec<u32>),
+    Donchian(u32),
+    Volatility(Vec<u32>),
+}
+
+impl Table {
+    fn rows(&self) -> usize {
+        match self {
+            Table::Sma(p) | Table::Rsi(p) | Table::Bollinger(p) | Table::Volatility(p) => p.len(),
+            Table::Ema(p) => p.len(),
+            Table::Donchian(_) => 2,
+        }
+    }
+}
+
+/// A strategy's sets as words for the simulator, and the table they read.
+struct Machine {
+    mode: u32,
+    mask: u32,
+    table: Table,
+    words: Vec<u32>,
+    /// Largest weight that any set can hold.
+    heaviest: f64,
+    count: usize,
+}
+
+/// A parameter column, checked.
+struct Column<'a> {
+    name: &'static str,
+    values: &'a [f32],
+}
+
+impl Column<'_> {
+    fn problem(&self, set: usize, help: &str) -> Error {
+        Error::Parameter { op: OP, name: format!("{}[{set}]", self.name), value: self.values[set].to_string(), help: help.into() }
+    }
+
+    /// A whole number from `least` to 2^20 − 1.
+    fn whole(&self, set: usize, least: u32) -> Result<u32> {
+        let x = self.values[set];
+        if x.fract() == 0.0 && x >= least as f32 && x < 1_048_576.0 {
+            return Ok(x as u32);
+        }
+        Err(self.problem(set, &format!("give a whole number from {least} to 1048575")))
+    }
+
+    fn real(&self, set: usize, legal: impl Fn(f32) -> bool, help: &str) -> Result<f32> {
+        let x = self.values[set];
+        if x.is_finite() && legal(x) { Ok(x) } else { Err(self.problem(set, help)) }
+    }
+}
+
+/// Row numbers for distinct keys, in ascending order.
+fn rows_of<K: Ord + Copy>(keys: impl Iterator<Item = K>) -> (Vec<K>, BTreeMap<K, u32>) {
+    let mut rows: BTreeMap<K, u32> = keys.map(|k| (k, 0)).collect();
+    for (i, row) in rows.values_mut().enumerate() {
+        *row = i as u32;
+    }
+    (rows.keys().copied().collect(), rows)
+}
+
+impl Machine {
+    fn of(strategy: Strategy, parameters: &[(&str, &[f32])]) -> Result<Machine> {
+        let count = parameters.first().map_or(0, |p| p.1.len());
+        if count == 0 || parameters.iter().any(|p| p.1.len() != count) {
+            let got = parameters.iter().map(|p| format!("{} [{}]", p.0, p.1.len())).collect::<Vec<_>>().join(", ");
+            return Err(Error::Shape { op: OP, arg: "parameters".into(), expected: "equal lengths S ≥ 1".into(), got });
+        }
+        let column = |name: &'static str| {
+            let found = parameters.iter().find(|p| p.0 == name).map(|p| Column { name, values: p.1 });
+            found.ok_or_else(|| Error::Shape { op: OP, arg: "parameters".into(), expected: format!("'{name}' for {}", strategy.name()), got: "none".into() })
+        };
+        let sets = 0..count;
+        let mut words = vec![0u32; count * SET_WORDS];
+        let mut put = |set: usize, values: [u32; SET_WORDS]| words[set * SET_WORDS..(set + 1) * SET_WORDS].copy_from_slice(&values);
+        let (mut mode, mut mask, mut heaviest) = (BAND, u32::MAX, 1.0f64);
+        let table = match strategy {
+            Strategy::SmaCross | Strategy::EmaCross => {
+                mode = CROSS;
+                let (fast, slow) = (column("fast")?, column("slow")?);
+                let short = column("short").ok();
+                let mut spans = Vec::with_capacity(count);
+                for s in sets.clone() {
+                    spans.push((fast.whole(s, 1)?, slow.whole(s, 1)?));
+                }
+                let (periods, rows) = rows_of(spans.iter().flat_map(|&(f, s)| [f, s]));
+                for (s, &(f, l)) in spans.iter().enumerate() {
+                    let short = match &short {
+                        Some(c) => c.real(s, |x| x == 0.0 || x == 1.0, "give 0 (long only) or 1 (long and short)")? as u32,
+                        None => 0,
+                    };
+                    put(s, [rows[&f], rows[&l], 0, 0, f.max(l) - 1, short, 0, 0]);
+                }
+                if strategy == Strategy::SmaCross { Table::Sma(periods) } else { Table::Ema(periods.into_iter().map(|p| (p, 0)).collect()) }
+            }
+            Strategy::Macd => {
+                mode = CROSS;
+                let (fast, slow, signal) = (column("fast")?, column("slow")?, column("signal")?);
+                let mut spans = Vec::with_capacity(count);
+                for s in sets.clone() {
+                    spans.push((fast.whole(s, 1)?, slow.whole(s, 1)?, signal.whole(s, 1)?));
+                }
+                let (pairs, rows) = rows_of(spans.iter().flat_map(|&(f, s, g)| [(f, g), (s, g)]));
+                for (s, &(f, l, g)) in spans.iter().enumerate() {
+                    put(s, [rows[&(f, g)], rows[&(l, g)], 0, 0, f.max(l) + g - 2, 0, 0, 0]);
+                }
+                Table::Ema(pairs)
+            }
+            Strategy::RsiReversion => {
+                let (period, low, high) = (column("period")?, column("low")?, column("high")?);
+                let (periods, rows) = rows_of(sets.clone().map(|s| period.whole(s, 1)).collect::<Result<Vec<_>>>()?.into_iter());
+                for s in sets.clone() {
+                    let percent = |c: &Column<'_>| c.real(s, |x| (0.0..=100.0).contains(&x), "give a number from 0 to 100");
+                    let level = |x: f32| f64::from(x) / 100.0 * 2f64.powi(31);
+                    let (enter, leave) = (level(percent(&low)?).ceil() as u32, level(percent(&high)?).floor() as u32);
+                    let row = rows[&period.whole(s, 1)?];
+                    put(s, [row, row, !enter, leave, period.whole(s, 1)?, 0, 0, 0]);
+                }
+                Table::Rsi(periods)
+            }
+            Strategy::BollingerReversion => {
+                let (period, width) = (column("period")?, column("width")?);
+                let (periods, rows) = rows_of(sets.clone().map(|s| period.whole(s, 1)).collect::<Result<Vec<_>>>()?.into_iter());
+                for s in sets.clone() {
+                    let w = f64::from(width.real(s, |_| true, "give a finite number of deviations")?);
+                    let row = rows[&period.whole(s, 1)?];
+                    put(s, [row, row, !ratio_key_of(w * w, w > 0.0), KEY_ZERO, period.whole(s, 1)? - 1, 0, 0, 0]);
+                }
+                Table::Bollinger(periods)
+            }
+            Strategy::DonchianBreakout => {
+                mask = 0;
+                let (entry, exit) = (column("entry")?, column("exit")?);
+                let mut cap = 1;
+                for s in sets.clone() {
+                    let (e, x) = (entry.whole(s, 1)?, exit.whole(s, 1)?);
+                    cap = cap.max(e).max(x);
+                    put(s, [0, 1, e - 1, x - 1, 0, 0, 0, 0]);
+                }
+                Table::Donchian(cap)
+            }
+            Strategy::TsMomentum => {
+                mode = MOMENTUM;
+                let (lookback, window, target, leverage) = (column("lookback")?, column("vol_window")?, column("target_vol")?, column("max_leverage")?);
+                let (windows, rows) = rows_of(sets.clone().map(|s| window.whole(s, 2)).collect::<Result<Vec<_>>>()?.into_iter());
+                heaviest = 0.0;
+                for s in sets.clone() {
+                    let (l, w) = (lookback.whole(s, 1)?, window.whole(s, 2)?);
+                    let positive = "give a positive number";
+                    let (v, m) = (target.real(s, |x| x > 0.0, positive)?, leverage.real(s, |x| x > 0.0, positive)?);
+                    heaviest = heaviest.max(f64::from(m));
+                    put(s, [rows[&w], l, 0, 0, l.max(w), 0, v.to_bits(), m.to_bits()]);
+                }
+                Table::Volatility(windows)
+            }
+        };
+        words.resize(count.next_multiple_of(TILE) * SET_WORDS, 0);
+        Ok(Machine { mode, mask, table, words, heaviest, count })
+    }
+}
+
+// ---- the run ----------------------------------------------------------------------------------------------------------
+
+/// Everything that does not change between chunks.
+struct Job<'a> {
+    sweep: &'a Sweep<'a>,
+    device: &'a Device,
+    machine: Machine,
+    /// Bars.
+    t: usize,
+    /// Window edges on the return index.
+    edges: Vec<u32>,
+    /// Spans of the train windows, for selection.
+    train: Buffer,
+    /// Spans of train and test windows, for scores.
+    both: Buffer,
+    /// (from, to, offset) of each window's part of the stitched series.
+    stitch: Vec<u32>,
+    stitched: usize,
+    shift: u32,
+    /// Scales of the fixed-point sums, per cost and asset.
+    scales: Vec<Vec<u32>>,
+    outcome: Outcome,
+    pending: Pending,
+}
+
+/// A pass being recorded, and what to do with its downloads.
+struct Pending {
+    pass: Pass,
+    chunks: Vec<(Chunk, Read, Option<Read>)>,
+    selected: Vec<(usize, bool, Range<usize>, [Read; 4])>,
+    bytes: u64,
+}
+
+/// Buffers of an asset chunk that all its set chunks share.
+struct Tables {
+    assets: Range<usize>,
+    price: Buffer,
+    returns: Buffer,
+    keys: Buffer,
+    volatility: Buffer,
+}
+
+/// Running choice of a selection.
+struct Choice {
+    best: Buffer,
+    chosen: Buffer,
+}
+
+/// Downloads are handed out once this many bytes wait.
+const FLUSH_BYTES: u64 = 32 << 20;
+/// Scratch of one launch stays below this.
+const SCRATCH_BYTES: u64 = 64 << 20;
+
+impl<'a> Sweep<'a> {
+    /// Runs the sweep; `visit` gets every chunk of statistics once, assets in order, then sets in order.
+    ///
+    /// Statistics of a set depend on closes up to the last bar; a weight at bar t on closes up to t (one bar earlier with
+    /// `next_close`); a window's choice on returns inside its train part alone.
+    /// # Errors
+    /// `Shape` for lengths that do not match or windows outside the returns; `Parameter` naming set and value; `TooLarge` where not
+    /// even one tile of sets fits the device; device errors.
+    pub fn run(&self, device: &Device, visit: &mut dyn FnMut(&Chunk) -> Result<()>) -> Result<Outcome> {
+        let mut job = Job::new(self, device)?;
+        if job.t == 1 {
+            return job.nothing_to_earn(visit);
+        }
+        let plan = job.plan()?;
+        let empty: Vec<Choice> = Vec::new();
+        let pooled: Vec<Choice> = if self.pooled && !self.windows.is_empty() { self.choices(device, 1)? } else { empty };
+        if pooled.is_empty() {
+            for assets in &plan.assets {
+                let tables = job.tables(assets.clone())?;
+                let own = if self.per_asset && !self.windows.is_empty() { self.choices(device, assets.len())? } else { Vec::new() };
+                for cost in 0..self.cost_bps.len() {
+                    for sets in &plan.sets {
+                        job.simulate(&tables, cost, sets.clone(), own.get(cost), None)?;
+                        job.flush_if(FLUSH_BYTES, visit)?;
+                    }
+                    if let Some(choice) = own.get(cost) {
+                        job.stitch(&tables, cost, choice, false)?;
+                    }
+                }
+            }
+        } else {
+            self.run_pooled(&mut job, &plan, &pooled, visit)?;
+        }
+        job.flush_if(0, visit)?;
+        Ok(job.outcome)
+    }
+
+    /// Pooled selection needs the prefixes of all assets at once, so sets are the outer loop.
+    fn run_pooled(&self, job: &mut Job<'_>, plan: &Plan, pooled: &[Choice], visit: &mut dyn FnMut(&Chunk) -> Result<()>) -> Result<()> {
+        let own = if self.per_asset { plan.assets.iter().map(|a| self.choices(job.device, a.len())).collect::<Result<Vec<_>>>()? } else { Vec::new() };
+        let mut held: Option<Tables> = None;
+        for (cost, choice) in pooled.iter().enumerate() {
+            for sets in &plan.sets {
+                let tiles = sets.len().div_ceil(TILE);
+                let all = job.device.zeros_u32("prefix", (self.assets * tiles * job.edges.len() * 4 * TILE) as u64)?;
+                for (i, assets) in plan.assets.iter().enumerate() {
+                    let tables = match held.take() {
+                        Some(tables) if tables.assets == *assets => tables,
+                        _ => job.tables(assets.clone())?,
+                    };
+                    job.simulate(&tables, cost, sets.clone(), own.get(i).and_then(|c| c.get(cost)), Some(&all))?;
+                    held = Some(tables);
+                }
+                job.select(&all, self.assets, self.assets, sets, choice)?;
+                job.flush_if(FLUSH_BYTES, visit)?;
+            }
+            for (i, assets) in plan.assets.iter().enumerate() {
+                let tables = match held.take() {
+                    Some(tables) if tables.assets == *assets => tables,
+                    _ => job.tables(assets.clone())?,
+                };
+                job.stitch(&tables, cost, choice, true)?;
+                if let Some(choice) = own.get(i).and_then(|c| c.get(cost)) {
+                    job.stitch(&tables, cost, choice, false)?;
+                }
+                held = Some(tables);
+            }
+        }
+        Ok(())
+    }
+
+    /// No choice yet, for each cost.
+    fn choices(&self, device: &Device, slots: usize) -> Result<Vec<Choice>> {
+        let count = slots * self.windows.len();
+        let start: Vec<u32> = [0, NONE].repeat(count);
+        let one = |_| Ok(Choice { best: device.upload_u32("best", &start)?, chosen: device.zeros_u32("chosen", (count * SET_WORDS) as u64)? });
+        self.cost_bps.iter().map(one).collect()
+    }
+}
+
+/// Runs of assets and of sets that one launch takes.
+struct Plan {
+    assets: Vec<Range<usize>>,
+    sets: Vec<Range<usize>>,
+}
+
+impl<'a> Job<'a> {
+    fn new(sweep: &'a Sweep<'a>, device: &'a Device) -> Result<Job<'a>> {
+        let shape = |arg: &str, expected: String, got: String| Error::Shape { op: OP, arg: arg.into(), expected, got };
+        let n = sweep.assets;
+        if n == 0 || sweep.close.is_empty() || sweep.close.len() % n != 0 {
+            return Err(shape("close", "[T,N] with T, N ≥ 1".into(), format!("{} values for N = {n}", sweep.close.len())));
+        }
+        let t = sweep.close.len() / n;
+        if let Some(i) = sweep.close.iter().position(|p| !(p.is_normal() && *p > 0.0)) {
+            let help = "prices must be positive, finite numbers; drop the asset or cut the range".into();
+            return Err(Error::Parameter { op: OP, name: format!("close[{}, {}]", i / n, i % n), value: sweep.close[i].to_string(), help });
+        }
+        if let Some((i, c)) = sweep.cost_bps.iter().enumerate().find(|(_, c)| !(c.is_finite() && **c >= 0.0 && **c < 10_000.0)) {
+            let help = "give basis points from 0 to below 10000".into();
+            return Err(Error::Parameter { op: OP, name: format!("cost_bps[{i}]"), value: c.to_string(), help });
+        }
+        if sweep.cost_bps.is_empty() {
+            return Err(shape("cost_bps", "at least one cost".into(), "none".into()));
+        }
+        if !(sweep.periods_per_year.is_finite() && sweep.periods_per_year > 0.0) {
+            let help = "give a positive number of return periods per year".into();
+            return Err(Error::Parameter { op: OP, name: "periods_per_year".into(), value: sweep.periods_per_year.to_string(), help });
+        }
+        let bars = t as u32 - 1;
+        for (w, window) in sweep.windows.iter().enumerate() {
+            if window[0] > window[1] || window[2] > window[3] || window[1] > bars || window[3] > bars {
+                return Err(shape(&format!("windows[{w}]"), format!("two half-open ranges inside the {bars} returns"), format!("{window:?}")));
+            }
+        }
+        let machine = Machine::of(sweep.strategy, sweep.parameters)?;
+        let mut edges: Vec<u32> = sweep.windows.iter().flatten().copied().collect();
+        edges.sort_unstable();
+        edges.dedup();
+        let span = |from: u32, to: u32| [edges.partition_point(|&e| e < from) as u32, edges.partition_point(|&e| e < to) as u32, to - from, 0];
+        let train: Vec<u32> = sweep.windows.iter().flat_map(|w| span(w[0], w[1])).collect();
+        let both: Vec<u32> = sweep.windows.iter().flat_map(|w| [span(w[0], w[1]), span(w[2], w[3])]).flatten().collect();
+        let stitch = stitch_parts(sweep)?;
+        let stitched = stitch.chunks_exact(3).map(|p| (p[1] - p[0]) as usize).sum();
+        let samples = u64::from(bars.max(1)) * if sweep.pooled { n as u64 } else { 1 };
+        let shift = 62u32.saturating_sub(64 - samples.leading_zeros());
+        if shift < 28 {
+            let help = "select per asset, or use fewer bars".into();
+            return Err(Error::TooLarge { what: "the pooled sample".into(), needed: samples, limit: 1 << 34, unit: "bars", help });
+        }
+        let scales = sweep.cost_bps.iter().map(|&bps| scales(sweep, t, machine.heaviest, bps * 1e-4)).collect();
+        let stitched_bars = stitch.chunks_exact(3).flat_map(|p| p[0]..p[1]).collect();
+        let pending = Pending { pass: device.pass(OP), chunks: Vec::new(), selected: Vec::new(), bytes: 0 };
+        Ok(Job {
+            sweep,
+            device,
+            machine,
+            t,
+            train: device.upload_u32("train spans", &train)?,
+            both: device.upload_u32("train and test spans", &both)?,
+            edges,
+            stitch,
+            stitched,
+            shift,
+            scales,
+            outcome: Outcome { stitched_bars, ..Outcome::default() },
+            pending,
+        })
+    }
+
+    /// A single bar earns nothing: every statistic is known.
+    fn nothing_to_earn(self, visit: &mut dyn FnMut(&Chunk) -> Result<()>) -> Result<Outcome> {
+        let (count, n) = (self.machine.count, self.sweep.assets);
+        let tiles = count.div_ceil(TILE);
+        let tile: Vec<f64> = [crate::conformance::UNDEFINED, 0.0, 0.0, 0.0, 0.0].iter().flat_map(|&x| [x; TILE]).collect();
+        for cost in 0..self.sweep.cost_bps.len() {
+            let stats = tile.repeat(n * tiles);
+            visit(&Chunk { cost, assets: 0..n, sets: 0..count, tiles, windows: 0, year: 1.0, stats, scores: Vec::new() })?;
+        }
+        Ok(self.outcome)
+    }
+
+    fn plan(&self) -> Result<Plan> {
+        let (n, t, limits) = (self.sweep.assets, self.t as u64, self.device.limits());
+        let tiles = self.machine.count.div_ceil(TILE) as u64;
+        let per_asset = (t * self.machine.table.rows() as u64).max(4 * (t + 1));
+        let prefix = (self.edges.len() * 4 * TILE).max(STATS * TILE) as u64;
+        let scores = if self.sweep.scores { 2 * self.sweep.windows.len() * TILE } else { 0 } as u64;
+        let tile_elements = prefix.max(scores);
+        let work = 13 * TILE as u64 * t;
+        // Assets first: as many as fit beside one tile of sets (all of them, if their prefixes are needed together).
+        let assets = self.device.plan(OP, n as u64, per_asset.max(tile_elements), 1, work.max(600 * per_asset))?;
+        let together = if self.sweep.pooled { n as u64 } else { assets.first().map_or(1, |r| r.end - r.start) };
+        if 4 * together * tile_elements > limits.binding_bytes {
+            let help = "select per asset instead of pooled, use fewer windows, or a device with larger bindings".into();
+            let needed = 4 * together * tile_elements;
+            return Err(Error::TooLarge { what: format!("{OP}: one tile of {TILE} sets"), needed, limit: limits.binding_bytes, unit: "B", help });
+        }
+        let run = self.device.plan(OP, tiles, together * tile_elements, together, together * work)?.first().map_or(1, |r| r.end - r.start);
+        let run = run.min((SCRATCH_BYTES / (4 * together * tile_elements)).max(1)) as usize * TILE;
+        let count = self.machine.count;
+        Ok(Plan {
+            assets: assets.into_iter().map(|r| r.start as usize..r.end as usize).collect(),
+            sets: (0..count.div_ceil(run)).map(|i| i * run..((i + 1) * run).min(count)).collect(),
+        })
+    }
+
+    /// Prices, returns and indicators of an asset chunk.
+    fn tables(&mut self, assets: Range<usize>) -> Result<Tables> {
+        let (device, t, n, a) = (self.device, self.t, self.sweep.assets, assets.len());
+        let close = self.sweep.close;
+        let mut columns = Vec::with_capacity(a * t);
+        for asset in assets.clone() {
+            columns.extend((0..t).map(|j| close[j * n + asset]));
+        }
+        let exponents: Vec<u32> = columns.chunks_exact(t).map(|c| exponent(c.iter().copied().fold(0.0, f32::max))).collect();
+        let (price, exponents) = (device.upload("price", &columns)?, device.upload_u32("exponents", &exponents)?);
+        let returns = device.zeros("returns", (a * (t - 1)) as u64)?;
+        let rows = self.machine.table.rows();
+        let words = (a * t * rows) as u64;
+        let (bits, extra) = match &self.machine.table {
+            Table::Sma(_) => (PRICE_BITS, 1),
+            Table::Bollinger(periods) => (bollinger_bits(periods.last().copied().unwrap_or(1)), 3),
+            Table::Donchian(cap) => (PRICE_BITS, *cap),
+            _ => (PRICE_BITS, 0),
+        };
+        let prefix_words = |wanted: bool| if wanted { (4 * a * (t + 1)) as u64 } else { 4 };
+        let donchian = matches!(self.machine.table, Table::Donchian(_));
+        let params = IndicatorParams { a: a as u32, t: t as u32, rows: rows as u32, bits, extra: if donchian { 0 } else { extra } };
+        let sums = device.zeros_u32("sums", prefix_words(params.extra & 1 != 0))?;
+        let squares = device.zeros_u32("squares", prefix_words(params.extra & 2 != 0))?;
+        let pass = &mut self.pending.pass;
+        let view = View::from;
+        pass.launch(&indicators::PRICE_SUMS, &params, &[view(&price), view(&exponents), view(&returns), view(&sums), view(&squares)])?;
+
+        let volatility_table = matches!(self.machine.table, Table::Volatility(_));
+        let keys = device.zeros_u32("keys", if volatility_table { 4 } else { words })?;
+        let volatility = device.zeros("volatility", if volatility_table { words } else { 4 })?;
+        let [p, e, k] = [view(&price), view(&exponents), view(&keys)];
+        match &self.machine.table {
+            Table::Sma(periods) => {
+                let periods = device.upload_u32("periods", periods)?;
+                pass.launch(&indicators::INDICATOR_SMA, &params, &[p, e, view(&sums), view(&periods), k])?;
+            }
+            Table::Ema(spans) => {
+                let half = |x: u64| [x as u32, (x >> 32) as u32];
+                let alphas: Vec<u32> =
+                    spans.iter().flat_map(|&(n, g)| [half(span_alpha(n)), half(if g == 0 { 0 } else { span_alpha(g) })]).flatten().collect();
+                let alphas = device.upload_u32("alphas", &alphas)?;
+                pass.launch(&indicators::INDICATOR_EMA, &params, &[p, e, view(&alphas), k])?;
+            }
+            Table::Rsi(periods) => {
+                let alphas: Vec<u32> = periods.iter().flat_map(|&n| [wilder_alpha(n) as u32, (wilder_alpha(n) >> 32) as u32]).collect();
+                let (periods, alphas) = (device.upload_u32("periods", periods)?, device.upload_u32("alphas", &alphas)?);
+                pass.launch(&indicators::INDICATOR_RSI, &params, &[p, e, view(&periods), view(&alphas), k])?;
+            }
+            Table::Bollinger(periods) => {
+                let periods = device.upload_u32("periods", periods)?;
+                pass.launch(&indicators::INDICATOR_BOLLINGER, &params, &[p, e, view(&sums), view(&squares), view(&periods), k])?;
+            }
+            Table::Donchian(_) => pass.launch(&indicators::INDICATOR_DONCHIAN, &IndicatorParams { extra, ..params }, &[p, k])?,
+            Table::Volatility(windows) => {
+                let windows = device.upload_u32("periods", windows)?;
+                pass.launch(&indicators::INDICATOR_VOLATILITY, &params, &[view(&returns), view(&windows), view(&volatility)])?;
+            }
+        }
+        Ok(Tables { assets, price, returns, keys, volatility })
+    }
+
+    fn backtest_params(&self, tables: &Tables, cost: usize) -> BacktestParams {
+        let fraction = self.sweep.cost_bps[cost] * 1e-4;
+        BacktestParams {
+            a: tables.assets.len() as u32,
+            t: self.t as u32,
+            rows: self.machine.table.rows() as u32,
+            tiles: 0,
+            edges: self.edges.len() as u32,
+            mode: self.machine.mode,
+            lag: self.sweep.execution.lag(),
+            start: self.sweep.start,
+            shift: self.shift,
+            mask: self.machine.mask,
+            cost: fraction as f32,
+            cost_low: (fraction - f64::from(fraction as f32)) as f32,
+            per_asset: 0,
+            stitched: self.stitched as u32,
+        }
+    }
+
+    /// Simulates a run of sets on an asset chunk, and selects per asset if a choice is given. `all` is the prefix buffer of all assets.
+    fn simulate(&mut self, tables: &Tables, cost: usize, sets: Range<usize>, choice: Option<&Choice>, all: Option<&Buffer>) -> Result<()> {
+        let (device, a, tiles) = (self.device, tables.assets.len(), sets.len().div_ceil(TILE));
+        let set_words = device.upload_u32("sets", &self.machine.words[sets.start * SET_WORDS..(sets.start + tiles * TILE) * SET_WORDS])?;
+        let plan: Vec<u32> = self.edges.iter().chain(&self.scales[cost][tables.assets.clone()]).copied().collect();
+        let plan = device.upload_u32("plan", &plan)?;
+        let stats = device.zeros("stats", (a * tiles * STATS * TILE) as u64)?;
+        let per_asset = (tiles * self.edges.len() * 4 * TILE) as u64;
+        let prefix = match all {
+            Some(all) => all.view(tables.assets.start as u64 * per_asset..tables.assets.end as u64 * per_asset),
+            None => View::from(&device.zeros_u32("prefix", (a as u64 * per_asset).max(4))?),
+        };
+        let params = BacktestParams { tiles: tiles as u32, ..self.backtest_params(tables, cost) };
+        let view = View::from;
+        let args = [
+            view(&tables.price),
+            view(&tables.returns),
+            view(&tables.keys),
+            view(&tables.volatility),
+            view(&set_words),
+            view(&plan),
+            view(&stats),
+            prefix.clone(),
+        ];
+        self.pending.pass.launch(&BACKTEST_SWEEP, &params, &args)?;
+        let select = self.select_params(a, 1, &sets);
+        if let Some(choice) = choice {
+            let args = [prefix.clone(), view(&self.train), view(&set_words), view(&choice.best), view(&choice.chosen)];
+            self.pending.pass.launch(&WALK_FORWARD_SELECT, &select, &args)?;
+        }
+        let mut scores = None;
+        if self.sweep.scores && !self.sweep.windows.is_empty() {
+            let values = device.zeros("scores", (a * self.sweep.windows.len() * 2 * tiles * TILE) as u64)?;
+            self.pending.pass.launch(&WALK_FORWARD_SCORES, &select, &[prefix, view(&self.both), view(&values)])?;
+            scores = Some(self.pending.pass.read(&values)?);
+            self.pending.bytes += 4 * values.len();
+        }
+        self.pending.bytes += 4 * stats.len();
+        let read = self.pending.pass.read(&stats)?;
+        let chunk = Chunk {
+            cost,
+            assets: tables.assets.clone(),
+            sets,
+            tiles,
+            windows: self.sweep.windows.len(),
+            year: self.sweep.periods_per_year.sqrt(),
+            stats: Vec::new(),
+            scores: Vec::new(),
+        };
+        self.pending.chunks.push((chunk, read, scores));
+        Ok(())
+    }
+
+    fn select_params(&self, a: usize, pooled: usize, sets: &Range<usize>) -> SelectParams {
+        SelectParams {
+            a: a as u32,
+            pooled: pooled as u32,
+            w: self.sweep.windows.len() as u32,
+            tiles: sets.len().div_ceil(TILE) as u32,
+            edges: self.edges.len() as u32,
+            sets: sets.len() as u32,
+            first: sets.start as u32,
+            shift: self.shift,
+        }
+    }
+
+    /// Selects over `pooled` assets at once from the prefixes of `a` assets.
+    fn select(&mut self, prefix: &Buffer, a: usize, pooled: usize, sets: &Range<usize>, choice: &Choice) -> Result<()> {
+        let tiles = sets.len().div_ceil(TILE);
+        let words = self.device.upload_u32("sets", &self.machine.words[sets.start * SET_WORDS..(sets.start + tiles * TILE) * SET_WORDS])?;
+        let params = self.select_params(a, pooled, sets);
+        let args = [View::from(prefix), View::from(&self.train), View::from(&words), View::from(&choice.best), View::from(&choice.chosen)];
+        self.pending.pass.launch(&WALK_FORWARD_SELECT, &params, &args)
+    }
+
+    /// Replays a choice on an asset chunk and takes the performance of the stitched series.
+    fn stitch(&mut self, tables: &Tables, cost: usize, choice: &Choice, pooled: bool) -> Result<()> {
+        let (device, a, w) = (self.device, tables.assets.len(), self.sweep.windows.len());
+        if self.stitched == 0 {
+            return Ok(());
+        }
+        let windows = device.upload_u32("stitched windows", &self.stitch)?;
+        let (net, activity) = (device.zeros("net", (a * self.stitched) as u64)?, device.zeros("activity", (2 * a * w) as u64)?);
+        let params = BacktestParams { tiles: w as u32, per_asset: u32::from(!pooled), ..self.backtest_params(tables, cost) };
+        let view = View::from;
+        let args = [
+            view(&tables.price),
+            view(&tables.returns),
+            view(&tables.keys),
+            view(&tables.volatility),
+            view(&choice.chosen),
+            view(&windows),
+            view(&net),
+            view(&activity),
+        ];
+        let pass = &mut self.pending.pass;
+        pass.launch(&BACKTEST_STITCH, &params, &args)?;
+        let statistics = performance_read(pass, &net, a as u64, self.stitched as u64)?;
+        let reads = [pass.read(&choice.best)?, pass.read(&net)?, pass.read(&activity)?, statistics];
+        self.pending.bytes += 4 * net.len();
+        self.pending.selected.push((cost, pooled, tables.assets.clone(), reads));
+        Ok(())
+    }
+
+    /// Submits what is recorded if more than `bytes` wait, and hands the results out.
+    fn flush_if(&mut self, bytes: u64, visit: &mut dyn FnMut(&Chunk) -> Result<()>) -> Result<()> {
+        if self.pending.bytes <= bytes && bytes > 0 {
+            return Ok(());
+        }
+        let next = Pending { pass: self.device.pass(OP), chunks: Vec::new(), selected: Vec::new(), bytes: 0 };
+        let Pending { mut pass, chunks, selected, .. } = std::mem::replace(&mut self.pending, next);
+        if self.sweep.profile {
+            pass.profile();
+        }
+        self.outcome.launches += pass.launches();
+        self.outcome.submits += 1;
+        let mut done = pass.submit()?;
+        self.outcome.profile.extend_from_slice(done.profile());
+        for (chunk, stats, scores) in chunks {
+            let stats = done.f64(stats)?;
+            let scores = scores.map_or(Ok(Vec::new()), |read| done.f64(read))?;
+            visit(&Chunk { stats, scores, ..chunk })?;
+        }
+        let (n, w, k) = (self.sweep.assets, self.sweep.windows.len(), self.stitched);
+        for (cost, pooled, assets, [best, net, activity, statistics]) in selected {
+            let list = if pooled { &mut self.outcome.pooled } else { &mut self.outcome.per_asset };
+            list.resize_with(self.sweep.cost_bps.len(), Selected::default);
+            let slot = &mut list[cost];
+            let (slots, first) = if pooled { (1, 0) } else { (n, assets.start) };
+            slot.best.resize(slots * w, 0);
+            slot.stitched.resize(n * k, 0.0);
+            (slot.turnover.resize(n * w, 0.0), slot.trades.resize(n * w, 0));
+            for (i, pair) in done.u32(best)?.chunks_exact(2).enumerate() {
+                slot.best[first * w + i] = pair[1];
+            }
+            slot.stitched[assets.start * k..assets.end * k].copy_from_slice(&done.f32(net)?);
+            for (i, pair) in done.f64(activity)?.chunks_exact(2).enumerate() {
+                slot.turnover[assets.start * w + i] = pair[0];
+                slot.trades[assets.start * w + i] = pair[1] as u64;
+            }
+            slot.performance.extend(finish(&done.f64(statistics)?, k as u64, self.sweep.periods_per_year));
+        }
+        Ok(())
+    }
+}
+
+/// (from, to, offset) of each window's part of the stitched series.
+fn stitch_parts(sweep: &Sweep<'_>) -> Result<Vec<u32>> {
+    let windows = sweep.windows;
+    let mut parts = Vec::with_capacity(3 * windows.len());
+    let mut offset = 0;
+    for (i, window) in windows.iter().enumerate() {
+        let end = match sweep.stitch_ends {
+            Some(ends) => *ends.get(i).filter(|&&e| e >= window[2] && e <= window[3]).ok_or_else(|| Error::Shape {
+                op: OP,
+                arg: format!("stitch_ends[{i}]"),
+                expected: format!("inside {}..={}", window[2], window[3]),
+                got: format!("{:?}", ends.get(i)),
+            })?,
+            None => windows.get(i + 1).map_or(window[3], |next| window[3].min(next[2].max(window[2]))),
+        };
+        parts.extend([window[2], end, offset]);
+        offset += end - window[2];
+    }
+    Ok(parts)
+}
+
+/// Exponent of a bound on |net return| per asset, biased to be a word; the same for all assets where they are pooled.
+fn scales(sweep: &Sweep<'_>, t: usize, heaviest: f64, cost: f64) -> Vec<u32> {
+    let n = sweep.assets;
+    let mut largest = vec![0f64; n];
+    for j in 1..t {
+        for (a, largest) in largest.iter_mut().enumerate() {
+            let r = f64::from(sweep.close[j * n + a]) / f64::from(sweep.close[(j - 1) * n + a]) - 1.0;
+            *largest = largest.max(r.abs());
+        }
+    }
+    if sweep.pooled {
+        let all = largest.iter().copied().fold(0.0, f64::max);
+        largest.fill(all);
+    }
+    let scale = |r: f64| {
+        let bound = heaviest * (r + 2.0 * cost);
+        if bound > 0.0 { bound.log2().floor() as i32 + 1 } else { 0 }
+    };
+    largest.into_iter().map(|r| (scale(r) + SCALE_BIAS) as u32).collect()
+}
+
+// ---- conformance ------------------------------------------------------------------------------------------------------
+
+/// Conformance binding.
+pub(crate) fn verify(device: &Device, case: &Case) -> Result<Outputs> {
+    let assets = case.shape("close")?.get(1).copied().unwrap_or(1);
+    let names = case.inputs_under("param.");
+    let parameters = names.iter().map(|name| Ok((*name, case.f32(&format!("param.{name}"))?))).collect::<Result<Vec<_>>>()?;
+    let windows: Vec<[u32; 4]> = if case.has("windows") { case.u32("windows")?.chunks_exact(4).map(|w| [w[0], w[1], w[2], w[3]]).collect() } else { Vec::new() };
+    let sweep = Sweep {
+        close: case.f32("close")?,
+        assets,
+        strategy: Strategy::named(case.text("strategy")?)?,
+        parameters: &parameters,
+        cost_bps: &[case.number("cost_bps")?],
+        execution: Execution::named(case.text("execution")?)?,
+        start: 0,
+        periods_per_year: case.number("periods_per_year")?,
+        windows: &windows,
+        stitch_ends: None,
+        per_asset: true,
+        pooled: false,
+        scores: true,
+        profile: false,
+    };
+    let (sets, w) = (parameters.first().map_or(0, |p| p.1.len()), windows.len());
+    let mut stats = vec![vec![0.0; sets * assets]; 4];
+    let mut scores = vec![vec![0.0; sets * assets * w]; 2];
+    let outcome = sweep.run(device, &mut |chunk| {
+        for (set, asset) in chunk.sets.clone().flat_map(|s| chunk.assets.clone().map(move |a| (s, a))) {
+            let s = chunk.stats(set, asset);
+            for (k, value) in [s.sharpe, s.total_return, s.max_drawdown, s.turnover].into_iter().enumerate() {
+                stats[k][set * assets + asset] = value;
+            }
+            for window in 0..w {
+                let (train, test) = chunk.scores(set, asset, window);
+                scores[0][(set * assets + asset) * w + window] = train;
+                scores[1][(set * assets + asset) * w + window] = test;
+            }
+        }
+        Ok(())
+    })?;
+    let mut outputs = Outputs::launched(outcome.launches);
+    for (name, values) in ["sharpe", "total_return", "max_drawdown", "turnover"].into_iter().zip(stats) {
+        outputs.reals(name, values);
+    }
+    for (name, values) in ["train_sharpe", "test_sharpe"].into_iter().zip(scores) {
+        outputs.reals(name, values);
+    }
+    if let Some(selected) = outcome.per_asset.into_iter().next() {
+        outputs.words("best", selected.best);
+        outputs.reals("walk_forward_sharpe", selected.performance.iter().map(|p| p.sharpe).collect());
+    }
+    Ok(outputs)
+}

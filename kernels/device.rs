@@ -1,0 +1,737 @@
+//! Devices, buffers and passes. A [`Pass`] records launches, then submits once and downloads once.
+//!
+//! ```
+//! use forback_kernels::{Device, philox};
+//! # fn main() -> forback_kernels::Result<()> {
+//! let device = Device::open("cpu")?;
+//! let counter = device.upload_u32("counter", &[0, 0, 0, 0])?;
+//! let key = device.upload_u32("key", &[0, 0])?;
+//! let mut pass = device.pass("hello");
+//! let out = philox::philox(&mut pass, &counter, &key)?;
+//! let bits = pass.read(&out.bits)?;
+//! assert_eq!(pass.submit()?.u32(bits)?, [0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8]);
+//! # Ok(()) }
+//! ```
+
+mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+#[cfg(feature = "cuda-host")]
+mod cuda_host;
+#[cfg(any(feature = "cuda", feature = "cuda-host"))]
+mod unit_cache;
+#[cfg(feature = "wgpu")]
+mod wgpu;
+
+use crate::kernel::{Access, Elem, Kernel, Params};
+use crate::{Error, Result};
+use std::any::Any;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// The five devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DeviceKind {
+    /// The plain CPU column in f64.
+    Reference,
+    /// The CPU column in f32.
+    Cpu,
+    /// WGSL through wgpu: Vulkan, Metal, DX12.
+    Wgpu,
+    /// CUDA through the NVIDIA driver.
+    Cuda,
+    /// The CUDA column executed on the CPU, for tests.
+    CudaHost,
+}
+
+impl DeviceKind {
+    /// The name that [`Device::open`] takes.
+    pub fn name(self) -> &'static str {
+        match self {
+            DeviceKind::Reference => "reference",
+            DeviceKind::Cpu => "cpu",
+            DeviceKind::Wgpu => "wgpu",
+            DeviceKind::Cuda => "cuda",
+            DeviceKind::CudaHost => "cuda-host",
+        }
+    }
+}
+
+/// What a device is.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DeviceInfo {
+    /// Which of the five.
+    pub kind: DeviceKind,
+    /// Adapter or processor name.
+    pub adapter: String,
+    /// Driver and its version, or the compiler of `cuda-host`.
+    pub driver: String,
+    /// True where a GPU's interface runs on the CPU (llvmpipe, SwiftShader, WARP, `cuda-host`).
+    pub software: bool,
+}
+
+impl std::fmt::Display for DeviceInfo {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} ({}{}{})", self.kind.name(), self.adapter, if self.driver.is_empty() { "" } else { ", " }, self.driver)
+    }
+}
+
+/// What a device offers. Chunk planning keeps every launch inside these.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    /// Largest range of a buffer that one argument may bind, in bytes.
+    pub binding_bytes: u64,
+    /// Largest buffer, in bytes.
+    pub buffer_bytes: u64,
+    /// Workgroups per grid dimension.
+    pub groups_per_dimension: u32,
+    /// Bytes that all live buffers of the device may hold together.
+    pub memory_bytes: u64,
+    /// Alignment of a bound range's start, in elements.
+    pub align: u64,
+    /// Arithmetic instructions after which a launch should end, so that no watchdog resets the driver.
+    pub work_per_launch: u64,
+}
+
+impl Limits {
+    /// Workgroups that one launch can hold.
+    pub fn groups(&self) -> u64 {
+        u64::from(self.groups_per_dimension).saturating_pow(3).min(u64::from(u32::MAX))
+    }
+
+    /// Folds a number of workgroups into three grid dimensions; the product may exceed `groups`, so kernels guard their tail.
+    pub fn fold(&self, groups: u64) -> [u32; 3] {
+        let limit = u64::from(self.groups_per_dimension);
+        let x = groups.clamp(1, limit);
+        let y = groups.div_ceil(x).clamp(1, limit);
+        let z = groups.div_ceil(x * y).max(1);
+        [x as u32, y as u32, z.min(limit) as u32]
+    }
+}
+
+/// How to open a device: limits to stay under (`None` = what the device offers), and how WGSL is compiled.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct OpenOptions {
+    /// Cap on [`Limits::binding_bytes`].
+    pub binding_bytes: Option<u64>,
+    /// Cap on [`Limits::buffer_bytes`].
+    pub buffer_bytes: Option<u64>,
+    /// Cap on [`Limits::groups_per_dimension`].
+    pub groups_per_dimension: Option<u32>,
+    /// Cap on [`Limits::memory_bytes`].
+    pub memory_bytes: Option<u64>,
+    /// Cap on [`Limits::work_per_launch`].
+    pub work_per_launch: Option<u64>,
+    /// Keep the shader compiler's bounds, loop and division checks; `None` asks `FORBACK_CHECKED=1`.
+    pub checked: Option<bool>,
+    /// Order in which `cuda-host` runs the threads of a block; `None` asks `FORBACK_SCHEDULE` (`forward`, `reverse`, or a seed).
+    pub schedule: Option<Schedule>,
+}
+
+/// Order in which `cuda-host` runs the threads of a block between two barriers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Schedule {
+    /// Thread 0 first.
+    Forward,
+    /// Thread 0 last.
+    Reverse,
+    /// A new random order after every barrier.
+    Random(u32),
+}
+
+/// Values of a buffer on the host.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum HostData {
+    F32(Vec<f32>),
+    F64(Vec<f64>),
+    U32(Vec<u32>),
+}
+
+/// What a backend has to do; everything else is shared.
+pub(crate) trait Backend: Send + Sync {
+    /// Makes a buffer holding `data`, or zeros.
+    fn alloc(&self, label: &str, elem: Elem, len: u64, data: Option<&[u32]>) -> Result<Box<dyn Any + Send + Sync>>;
+    /// Runs the commands in order and returns the reads, in order.
+    fn run(&self, recorded: Recorded<'_>) -> Result<(Vec<HostData>, Vec<LaunchTime>)>;
+    /// Makes the device unusable, as a driver reset would.
+    fn lose(&self);
+}
+
+struct Inner {
+    info: DeviceInfo,
+    limits: Limits,
+    used: AtomicU64,
+    backend: Box<dyn Backend>,
+}
+
+/// An open device. Cloning is cheap and shares it.
+#[derive(Clone)]
+pub struct Device(Arc<Inner>);
+
+impl std::fmt::Debug for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Device({})", self.0.info)
+    }
+}
+
+/// Names that [`Device::open`] knows.
+pub const DEVICE_NAMES: [&str; 6] = ["auto", "cpu", "reference", "wgpu", "cuda", "cuda-host"];
+
+impl Device {
+    /// Opens `auto`, `cpu`, `reference`, `wgpu[:n]`, `cuda[:n]` or `cuda-host`.
+    ///
+    /// `auto` takes CUDA if present, else a hardware wgpu adapter, else the CPU; a software adapter only when asked for by name.
+    /// # Errors
+    /// `UnknownDevice` with the nearest name; `NoDevice` with what the probe saw and how to get one.
+    pub fn open(spec: &str) -> Result<Device> {
+        Device::open_with(spec, &OpenOptions::default())
+    }
+
+    /// As [`Device::open`], under caps.
+    pub fn open_with(spec: &str, options: &OpenOptions) -> Result<Device> {
+        let (name, index) = match spec.split_once(':') {
+            Some((name, n)) => (name, Some(n.parse::<usize>().map_err(|_| unknown_device(spec))?)),
+            None => (spec, None),
+        };
+        match (name, index) {
+            ("auto", None) => Ok(Device::auto(options)),
+            ("cpu", None) => Ok(Device::from_parts(cpu::open(false), options)),
+            ("reference", None) => Ok(Device::from_parts(cpu::open(true), options)),
+            ("wgpu", n) => open_wgpu(n, options),
+            ("cuda", n) => open_cuda(n.unwrap_or(0), options),
+            ("cuda-host", None) => open_cuda_host(options),
+            _ => Err(unknown_device(spec)),
+        }
+    }
+
+    fn auto(options: &OpenOptions) -> Device {
+        if let Ok(device) = open_cuda(0, options) {
+            return device;
+        }
+        match open_wgpu(None, options) {
+            Ok(device) if !device.info().software => device,
+            _ => Device::from_parts(cpu::open(false), options),
+        }
+    }
+
+    fn from_parts((info, mut limits, backend): (DeviceInfo, Limits, Box<dyn Backend>), options: &OpenOptions) -> Device {
+        limits.binding_bytes = limits.binding_bytes.min(options.binding_bytes.unwrap_or(u64::MAX));
+        limits.buffer_bytes = limits.buffer_bytes.min(options.buffer_bytes.unwrap_or(u64::MAX));
+        limits.groups_per_dimension = limits.groups_per_dimension.min(options.groups_per_dimension.unwrap_or(u32::MAX)).max(1);
+        limits.memory_bytes = limits.memory_bytes.min(options.memory_bytes.unwrap_or(u64::MAX));
+        limits.work_per_launch = limits.work_per_launch.min(options.work_per_launch.unwrap_or(u64::MAX)).max(1);
+        Device(Arc::new(Inner { info, limits, used: AtomicU64::new(0), backend }))
+    }
+
+    /// What the device is.
+    pub fn info(&self) -> &DeviceInfo {
+        &self.0.info
+    }
+
+    /// What it offers.
+    pub fn limits(&self) -> &Limits {
+        &self.0.limits
+    }
+
+    /// Bytes held by live buffers.
+    pub fn used_bytes(&self) -> u64 {
+        self.0.used.load(Ordering::Relaxed)
+    }
+
+    /// Starts recording.
+    pub fn pass(&self, label: &str) -> Pass {
+        Pass { device: self.clone(), label: label.into(), commands: Vec::new(), reads: 0, profile: false }
+    }
+
+    /// A buffer of reals holding `data`.
+    pub fn upload(&self, label: &str, data: &[f32]) -> Result<Buffer> {
+        self.alloc(label, Elem::F32, data.len() as u64, Some(bytemuck::cast_slice(data)))
+    }
+
+    /// A buffer of words holding `data`.
+    pub fn upload_u32(&self, label: &str, data: &[u32]) -> Result<Buffer> {
+        self.alloc(label, Elem::U32, data.len() as u64, Some(data))
+    }
+
+    /// A buffer of `len` reals, zero.
+    pub fn zeros(&self, label: &str, len: u64) -> Result<Buffer> {
+        self.alloc(label, Elem::F32, len, None)
+    }
+
+    /// A buffer of `len` words, zero.
+    pub fn zeros_u32(&self, label: &str, len: u64) -> Result<Buffer> {
+        self.alloc(label, Elem::U32, len, None)
+    }
+
+    fn alloc(&self, label: &str, elem: Elem, len: u64, data: Option<&[u32]>) -> Result<Buffer> {
+        let bytes = 4 * len.max(1);
+        let help = "use fewer sets, assets or bars at once";
+        if bytes > self.0.limits.buffer_bytes {
+            return Err(too_large(&format!("buffer '{label}'"), bytes, self.0.limits.buffer_bytes, help));
+        }
+        let used = self.0.used.fetch_add(bytes, Ordering::Relaxed);
+        let charge = Charge { device: self.clone(), bytes };
+        if used.saturating_add(bytes) > self.0.limits.memory_bytes {
+            return Err(too_large(&format!("buffer '{label}' beside {used} B in use"), bytes, self.0.limits.memory_bytes, help));
+        }
+        let storage = self.0.backend.alloc(label, elem, len, data)?;
+        Ok(Buffer(Arc::new(BufferInner { storage, elem, len, charge })))
+    }
+
+    /// Ends the device as a driver reset would: every later call returns [`Error::DeviceLost`]. For testing recovery.
+    pub fn lose(&self) {
+        self.0.backend.lose();
+    }
+
+    /// Splits `items` into runs that one launch can take: `elements` is the longest argument's elements per item, `groups` the
+    /// workgroups per item, `work` the arithmetic instructions per item. Results never depend on the split.
+    /// # Errors
+    /// `TooLarge` if not even one item fits.
+    pub fn plan(&self, op: &'static str, items: u64, elements: u64, groups: u64, work: u64) -> Result<Vec<Range<u64>>> {
+        let limits = &self.0.limits;
+        let by_bytes = limits.binding_bytes / (4 * elements.max(1));
+        let by_groups = limits.groups() / groups.max(1);
+        if by_bytes == 0 {
+            return Err(too_large(&format!("{op}: one item"), 4 * elements, limits.binding_bytes, "shorten the series or use another device"));
+        }
+        if by_groups == 0 {
+            return Err(Error::TooLarge {
+                what: format!("{op}: one item"),
+                needed: groups,
+                limit: limits.groups(),
+                unit: "workgroups",
+                help: "use a device with a larger grid".into(),
+            });
+        }
+        let run = by_bytes.min(by_groups).min((limits.work_per_launch / work.max(1)).max(1));
+        Ok((0..items.div_ceil(run)).map(|i| i * run..((i + 1) * run).min(items)).collect())
+    }
+}
+
+fn too_large(what: &str, needed: u64, limit: u64, help: &str) -> Error {
+    Error::TooLarge { what: what.into(), needed, limit, unit: "B", help: help.into() }
+}
+
+fn unknown_device(spec: &str) -> Error {
+    let distance = |name: &&&str| {
+        let (a, b): (Vec<char>, Vec<char>) = (spec.to_lowercase().chars().collect(), name.chars().collect());
+        let common = a.iter().filter(|c| b.contains(c)).count();
+        (a.len() + b.len()).saturating_sub(2 * common)
+    };
+    let suggestion = DEVICE_NAMES.iter().min_by_key(distance).map(|s| s.to_string());
+    Error::UnknownDevice { given: spec.into(), suggestion }
+}
+
+#[cfg(feature = "wgpu")]
+fn open_wgpu(index: Option<usize>, options: &OpenOptions) -> Result<Device> {
+    Ok(Device::from_parts(wgpu::open(index, options)?, options))
+}
+
+#[cfg(feature = "cuda")]
+fn open_cuda(index: usize, options: &OpenOptions) -> Result<Device> {
+    Ok(Device::from_parts(cuda::open(index)?, options))
+}
+
+#[cfg(feature = "cuda-host")]
+fn open_cuda_host(options: &OpenOptions) -> Result<Device> {
+    Ok(Device::from_parts(cuda_host::open(options)?, options))
+}
+
+#[cfg(not(feature = "wgpu"))]
+fn open_wgpu(_: Option<usize>, _: &OpenOptions) -> Result<Device> {
+    Err(not_built("wgpu"))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn open_cuda(_: usize, _: &OpenOptions) -> Result<Device> {
+    Err(not_built("cuda"))
+}
+
+#[cfg(not(feature = "cuda-host"))]
+fn open_cuda_host(_: &OpenOptions) -> Result<Device> {
+    Err(not_built("cuda-host"))
+}
+
+#[cfg(not(all(feature = "wgpu", feature = "cuda", feature = "cuda-host")))]
+fn not_built(device: &'static str) -> Error {
+    Error::NoDevice { device, reason: "this build leaves it out".into(), help: format!("build with `--features {device}`") }
+}
+
+/// One adapter that a probe found, or why it found none.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Probe {
+    /// What [`Device::open`] takes.
+    pub spec: String,
+    /// The device and its limits, or why it cannot be opened.
+    pub found: Result<(DeviceInfo, Limits)>,
+}
+
+/// Probes every device of this machine, opening each in turn.
+pub fn probe() -> Vec<Probe> {
+    let mut specs = vec!["cpu".to_string(), "reference".into()];
+    #[cfg(feature = "wgpu")]
+    specs.extend((0..wgpu::count().max(1)).map(|i| if i == 0 { "wgpu".into() } else { format!("wgpu:{i}") }));
+    #[cfg(not(feature = "wgpu"))]
+    specs.push("wgpu".into());
+    #[cfg(feature = "cuda")]
+    specs.extend((0..cuda::count().max(1)).map(|i| if i == 0 { "cuda".into() } else { format!("cuda:{i}") }));
+    #[cfg(not(feature = "cuda"))]
+    specs.push("cuda".into());
+    specs.push("cuda-host".into());
+    let open = |spec: &String| Device::open(spec).map(|d| (d.info().clone(), d.limits().clone()));
+    specs.iter().map(|spec| Probe { spec: spec.clone(), found: open(spec) }).collect()
+}
+
+/// Gives the bytes back when the buffer is dropped.
+struct Charge {
+    device: Device,
+    bytes: u64,
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        self.device.0.used.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+struct BufferInner {
+    storage: Box<dyn Any + Send + Sync>,
+    elem: Elem,
+    len: u64,
+    charge: Charge,
+}
+
+/// A device buffer. Cloning is cheap and shares it; it is freed with its last clone.
+#[derive(Clone)]
+pub struct Buffer(Arc<BufferInner>);
+
+impl std::fmt::Debug for Buffer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Buffer({:?} × {})", self.0.elem, self.0.len)
+    }
+}
+
+impl Buffer {
+    /// Number of elements.
+    #[allow(clippy::len_without_is_empty, reason = "a buffer's length is its shape; emptiness is not a question that callers ask")]
+    pub fn len(&self) -> u64 {
+        self.0.len
+    }
+
+    /// Element type.
+    pub fn elem(&self) -> Elem {
+        self.0.elem
+    }
+
+    /// The device that it lives on.
+    pub fn device(&self) -> &Device {
+        &self.0.charge.device
+    }
+
+    /// Elements `range` of the buffer.
+    pub fn view(&self, range: Range<u64>) -> View {
+        View { buffer: self.clone(), range }
+    }
+
+    fn is(&self, other: &Buffer) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+/// A range of a buffer.
+#[derive(Debug, Clone)]
+pub struct View {
+    pub(crate) buffer: Buffer,
+    pub(crate) range: Range<u64>,
+}
+
+impl View {
+    /// Number of elements.
+    #[allow(clippy::len_without_is_empty, reason = "as for Buffer")]
+    pub fn len(&self) -> u64 {
+        self.range.end - self.range.start
+    }
+
+    #[cfg_attr(not(feature = "wgpu"), allow(dead_code, reason = "every backend reads it"))]
+    pub(crate) fn storage<T: 'static>(&self) -> Result<&T> {
+        self.buffer.0.storage.downcast_ref().ok_or_else(|| Error::Internal("a buffer of another device".into()))
+    }
+}
+
+impl From<&Buffer> for View {
+    fn from(buffer: &Buffer) -> View {
+        buffer.view(0..buffer.len())
+    }
+}
+
+impl From<&View> for View {
+    fn from(view: &View) -> View {
+        view.clone()
+    }
+}
+
+/// One recorded launch.
+pub(crate) struct Launch {
+    pub(crate) kernel: &'static Kernel,
+    pub(crate) params: Vec<u32>,
+    pub(crate) grid: [u32; 3],
+    pub(crate) args: Vec<View>,
+}
+
+pub(crate) enum Command {
+    Launch(Launch),
+    Copy { from: View, to: View },
+    Read(View),
+}
+
+/// A pass as a backend sees it.
+pub(crate) struct Recorded<'a> {
+    #[cfg_attr(not(feature = "wgpu"), allow(dead_code, reason = "only labels GPU work"))]
+    pub(crate) label: &'a str,
+    pub(crate) commands: &'a [Command],
+    pub(crate) profile: bool,
+}
+
+/// Time of one launch of a profiled pass.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LaunchTime {
+    /// Kernel name.
+    pub kernel: &'static str,
+    /// Seconds on the device; NaN where it has no timer.
+    pub seconds: f64,
+    /// Bytes moved, by the kernel's cost.
+    pub bytes: f64,
+    /// Arithmetic instructions, by the kernel's cost.
+    pub flops: f64,
+}
+
+impl LaunchTime {
+    pub(crate) fn of(launch: &Launch, seconds: f64) -> LaunchTime {
+        let cost = launch.kernel.cost;
+        let units = (cost.units)(&launch.params) as f64;
+        LaunchTime { kernel: launch.kernel.name, seconds, bytes: cost.bytes * units, flops: cost.flops * units }
+    }
+}
+
+/// A promise of values, redeemed after [`Pass::submit`].
+#[derive(Debug, Clone, Copy)]
+pub struct Read(usize);
+
+/// A run of a chunked output: bind [`Output::view`], then hand it to [`Pass::finish`].
+pub struct Output {
+    /// What to bind.
+    pub view: View,
+    target: Option<View>,
+}
+
+/// Launches, recorded and submitted once.
+pub struct Pass {
+    device: Device,
+    label: String,
+    commands: Vec<Command>,
+    reads: usize,
+    profile: bool,
+}
+
+impl Pass {
+    /// The device that this pass runs on.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Times every launch; [`Done::profile`] has the result.
+    pub fn profile(&mut self) -> &mut Pass {
+        self.profile = true;
+        self
+    }
+
+    /// Number of launches recorded so far.
+    pub fn launches(&self) -> usize {
+        self.commands.iter().filter(|c| matches!(c, Command::Launch(_))).count()
+    }
+
+    /// Records a launch of `kernel`.
+    /// # Errors
+    /// `Unsupported` if the kernel lacks this device's column; `Shape` if the arguments are not those of the list; `TooLarge` if a
+    /// range or the grid passes the device's limits.
+    pub fn launch<P: Params>(&mut self, kernel: &'static Kernel, params: &P, args: &[View]) -> Result<()> {
+        let device = self.device.info().kind;
+        let has_column = match device {
+            DeviceKind::Reference | DeviceKind::Cpu => kernel.cpu.is_some(),
+            DeviceKind::Wgpu => kernel.wgsl.is_some(),
+            DeviceKind::Cuda | DeviceKind::CudaHost => kernel.cuda.is_some(),
+        };
+        if !has_column {
+            return Err(Error::Unsupported { kernel: kernel.name, device: device.name() });
+        }
+        if P::NAME != kernel.params.name {
+            return Err(shape(kernel, "params", kernel.params.name, P::NAME));
+        }
+        if args.len() != kernel.args.len() {
+            return Err(shape(kernel, "arguments", &kernel.args.len().to_string(), &args.len().to_string()));
+        }
+        for (i, (arg, view)) in kernel.args.iter().zip(args).enumerate() {
+            self.check_arg(kernel, arg.name, arg.elem, view)?;
+            let writes = |j: usize| kernel.args[j].access == Access::Write;
+            if (0..i).any(|j| args[j].buffer.is(&view.buffer) && (writes(i) || writes(j))) {
+                return Err(shape(kernel, arg.name, "a buffer of its own", "one that another argument of the launch uses"));
+            }
+        }
+        let params: Vec<u32> = bytemuck::cast_slice(bytemuck::bytes_of(params)).to_vec();
+        let groups = (kernel.groups)(&params);
+        if groups > self.device.limits().groups() {
+            return Err(Error::TooLarge {
+                what: format!("a launch of {}", kernel.name),
+                needed: groups,
+                limit: self.device.limits().groups(),
+                unit: "workgroups",
+                help: "split the batch with Device::plan".into(),
+            });
+        }
+        if groups > 0 {
+            let grid = self.device.limits().fold(groups);
+            self.commands.push(Command::Launch(Launch { kernel, params, grid, args: args.to_vec() }));
+        }
+        Ok(())
+    }
+
+    fn check_arg(&self, kernel: &Kernel, name: &str, elem: Elem, view: &View) -> Result<()> {
+        let limits = self.device.limits();
+        self.check_view(view)?;
+        if view.buffer.elem() != elem {
+            return Err(shape(kernel, name, elem.wgsl(), view.buffer.elem().wgsl()));
+        }
+        if 4 * view.len() > limits.binding_bytes {
+            let what = format!("{}: argument '{name}'", kernel.name);
+            return Err(too_large(&what, 4 * view.len(), limits.binding_bytes, "split the batch with Device::plan"));
+        }
+        if !view.range.start.is_multiple_of(limits.align) {
+            return Err(shape(kernel, name, &format!("a range that starts at a multiple of {}", limits.align), &format!("{}", view.range.start)));
+        }
+        Ok(())
+    }
+
+    fn check_view(&self, view: &View) -> Result<()> {
+        if !Arc::ptr_eq(&view.buffer.device().0, &self.device.0) {
+            return Err(Error::Shape { op: "pass", arg: "buffer".into(), expected: "on the pass's device".into(), got: "on another device".into() });
+        }
+        if view.range.start > view.range.end || view.range.end > view.buffer.len() {
+            return Err(Error::Shape {
+                op: "pass",
+                arg: "range".into(),
+                expected: format!("inside 0..{}", view.buffer.len()),
+                got: format!("{:?}", view.range),
+            });
+        }
+        Ok(())
+    }
+
+    /// Records a copy between two ranges of equal length and type.
+    pub fn copy(&mut self, from: impl Into<View>, to: impl Into<View>) -> Result<()> {
+        let (from, to) = (from.into(), to.into());
+        self.check_view(&from)?;
+        self.check_view(&to)?;
+        if from.len() != to.len() || from.buffer.elem() != to.buffer.elem() || from.buffer.is(&to.buffer) {
+            return Err(Error::Shape { op: "copy", arg: "to".into(), expected: format!("{from:?}, another buffer"), got: format!("{to:?}") });
+        }
+        if from.len() > 0 {
+            self.commands.push(Command::Copy { from, to });
+        }
+        Ok(())
+    }
+
+    /// A range to bind for reading: the range itself where its start is aligned, else an aligned copy.
+    pub fn input(&mut self, buffer: &Buffer, range: Range<u64>) -> Result<View> {
+        let view = buffer.view(range);
+        if view.range.start.is_multiple_of(self.device.limits().align) {
+            return Ok(view);
+        }
+        let own = self.device.alloc("aligned input", buffer.elem(), view.len(), None)?;
+        self.copy(&view, &own)?;
+        Ok(View::from(&own))
+    }
+
+    /// A range to bind for writing; hand the result to [`Pass::finish`] after the launch.
+    pub fn output(&mut self, buffer: &Buffer, range: Range<u64>) -> Result<Output> {
+        let view = buffer.view(range);
+        if view.range.start.is_multiple_of(self.device.limits().align) {
+            return Ok(Output { view, target: None });
+        }
+        let own = self.device.alloc("aligned output", buffer.elem(), view.len(), None)?;
+        Ok(Output { view: View::from(&own), target: Some(view) })
+    }
+
+    /// Copies an output back where it was not written in place.
+    pub fn finish(&mut self, output: Output) -> Result<()> {
+        match output.target {
+            Some(target) => self.copy(&output.view, target),
+            None => Ok(()),
+        }
+    }
+
+    /// Records a download of a whole buffer or a range, with the values that it has at this point of the pass.
+    pub fn read(&mut self, what: impl Into<View>) -> Result<Read> {
+        let view = what.into();
+        self.check_view(&view)?;
+        self.commands.push(Command::Read(view));
+        self.reads += 1;
+        Ok(Read(self.reads - 1))
+    }
+
+    /// Runs everything recorded, waits, and returns the downloads.
+    /// # Errors
+    /// `Compile` with file and line, `OutOfMemory`, `DeviceLost`, `Driver`.
+    pub fn submit(self) -> Result<Done> {
+        let recorded = Recorded { label: &self.label, commands: &self.commands, profile: self.profile };
+        let (values, profile) = self.device.0.backend.run(recorded)?;
+        Ok(Done { values: values.into_iter().map(Some).collect(), profile })
+    }
+}
+
+fn shape(kernel: &Kernel, arg: &str, expected: &str, got: &str) -> Error {
+    Error::Shape { op: kernel.name, arg: arg.into(), expected: expected.into(), got: got.into() }
+}
+
+/// The downloads of a finished pass.
+pub struct Done {
+    values: Vec<Option<HostData>>,
+    profile: Vec<LaunchTime>,
+}
+
+impl Done {
+    /// Times of the launches, in order; empty unless [`Pass::profile`] was called.
+    pub fn profile(&self) -> &[LaunchTime] {
+        &self.profile
+    }
+
+    fn take(&mut self, read: Read) -> Result<HostData> {
+        self.values.get_mut(read.0).and_then(Option::take).ok_or_else(|| Error::Internal("a read was redeemed twice or in another pass".into()))
+    }
+
+    /// Reals as f32 (`reference` rounds).
+    pub fn f32(&mut self, read: Read) -> Result<Vec<f32>> {
+        match self.take(read)? {
+            HostData::F32(x) => Ok(x),
+            HostData::F64(x) => Ok(x.into_iter().map(|v| v as f32).collect()),
+            HostData::U32(_) => Err(Error::Internal("words were read as reals".into())),
+        }
+    }
+
+    /// Reals as f64 (exact on every device).
+    pub fn f64(&mut self, read: Read) -> Result<Vec<f64>> {
+        match self.take(read)? {
+            HostData::F32(x) => Ok(x.into_iter().map(f64::from).collect()),
+            HostData::F64(x) => Ok(x),
+            HostData::U32(_) => Err(Error::Internal("words were read as reals".into())),
+        }
+    }
+
+    /// Words.
+    pub fn u32(&mut self, read: Read) -> Result<Vec<u32>> {
+        match self.take(read)? {
+            HostData::U32(x) => Ok(x),
+            _ => Err(Error::Internal("reals were read as words".into())),
+        }
+    }
+}

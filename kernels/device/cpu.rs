@@ -1,0 +1,182 @@
+//! `cpu` and `reference`: the CPU column in f32 and in f64. Kernels bring their own threads (rayon); here is only the bookkeeping.
+
+use super::{Backend, Command, DeviceInfo, DeviceKind, HostData, Launch, LaunchTime, Limits, Recorded, View};
+use crate::kernel::{Access, Cpu, CpuArg, CpuLaunch, Elem};
+use crate::real::Real;
+use crate::{Error, Result};
+use std::any::Any;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::Instant;
+
+struct CpuBackend {
+    reference: bool,
+    lost: AtomicBool,
+}
+
+type Storage = RwLock<HostData>;
+
+pub(super) fn open(reference: bool) -> (DeviceInfo, Limits, Box<dyn Backend>) {
+    let kind = if reference { DeviceKind::Reference } else { DeviceKind::Cpu };
+    let threads = rayon::current_num_threads();
+    let real = if reference { "f64" } else { "f32" };
+    let adapter = format!("{}, {threads} thread{}, {real}", std::env::consts::ARCH, if threads == 1 { "" } else { "s" });
+    let info = DeviceInfo { kind, adapter, driver: String::new(), software: false };
+    let limits = Limits {
+        binding_bytes: u64::MAX,
+        buffer_bytes: u64::MAX,
+        groups_per_dimension: u32::MAX,
+        memory_bytes: u64::MAX,
+        align: 1,
+        work_per_launch: u64::MAX,
+    };
+    (info, limits, Box::new(CpuBackend { reference, lost: AtomicBool::new(false) }))
+}
+
+impl CpuBackend {
+    fn check(&self) -> Result<()> {
+        if self.lost.load(Ordering::Relaxed) {
+            return Err(Error::DeviceLost { device: "cpu".into(), reason: "it was closed".into() });
+        }
+        Ok(())
+    }
+}
+
+impl Backend for CpuBackend {
+    fn alloc(&self, label: &str, elem: Elem, len: u64, data: Option<&[u32]>) -> Result<Box<dyn Any + Send + Sync>> {
+        self.check()?;
+        let len = usize::try_from(len).map_err(|_| out_of_memory(label))?;
+        let data = match (elem, self.reference, data) {
+            (Elem::U32, _, Some(x)) => HostData::U32(x.to_vec()),
+            (Elem::U32, _, None) => HostData::U32(zeros(len, label)?),
+            (Elem::F32, false, Some(x)) => HostData::F32(bytemuck::cast_slice(x).to_vec()),
+            (Elem::F32, false, None) => HostData::F32(zeros(len, label)?),
+            (Elem::F32, true, Some(x)) => HostData::F64(x.iter().map(|&v| f64::from(f32::from_bits(v))).collect()),
+            (Elem::F32, true, None) => HostData::F64(zeros(len, label)?),
+        };
+        Ok(Box::new(RwLock::new(data)))
+    }
+
+    fn run(&self, recorded: Recorded<'_>) -> Result<(Vec<HostData>, Vec<LaunchTime>)> {
+        self.check()?;
+        let (mut reads, mut times) = (Vec::new(), Vec::new());
+        for command in recorded.commands {
+            match command {
+                Command::Launch(launch) => {
+                    let start = Instant::now();
+                    match (launch.kernel.cpu, self.reference) {
+                        (Some(Cpu { f64, .. }), true) => run_launch::<f64>(launch, f64)?,
+                        (Some(Cpu { f32, .. }), false) => run_launch::<f32>(launch, f32)?,
+                        (None, _) => return Err(Error::Unsupported { kernel: launch.kernel.name, device: "cpu" }),
+                    }
+                    if recorded.profile {
+                        times.push(LaunchTime::of(launch, start.elapsed().as_secs_f64()));
+                    }
+                }
+                Command::Copy { from, to } => {
+                    let values = slice(&*read_lock(from)?, from);
+                    paste(&mut *write_lock(to)?, to, &values)?;
+                }
+                Command::Read(view) => reads.push(slice(&*read_lock(view)?, view)),
+            }
+        }
+        Ok((reads, times))
+    }
+
+    fn lose(&self) {
+        self.lost.store(true, Ordering::Relaxed);
+    }
+}
+
+fn out_of_memory(label: &str) -> Error {
+    Error::OutOfMemory { device: "cpu".into(), doing: format!("allocating '{label}'") }
+}
+
+fn zeros<T: bytemuck::Zeroable + Clone>(len: usize, label: &str) -> Result<Vec<T>> {
+    let mut probe: Vec<T> = Vec::new();
+    probe.try_reserve_exact(len).map_err(|_| out_of_memory(label))?;
+    drop(probe);
+    Ok(vec![T::zeroed(); len])
+}
+
+fn read_lock(view: &View) -> Result<RwLockReadGuard<'_, HostData>> {
+    Ok(view.storage::<Storage>()?.read().unwrap_or_else(PoisonError::into_inner))
+}
+
+fn write_lock(view: &View) -> Result<RwLockWriteGuard<'_, HostData>> {
+    Ok(view.storage::<Storage>()?.write().unwrap_or_else(PoisonError::into_inner))
+}
+
+fn range(view: &View) -> std::ops::Range<usize> {
+    view.range.start as usize..view.range.end as usize
+}
+
+fn slice(data: &HostData, view: &View) -> HostData {
+    match data {
+        HostData::F32(x) => HostData::F32(x[range(view)].to_vec()),
+        HostData::F64(x) => HostData::F64(x[range(view)].to_vec()),
+        HostData::U32(x) => HostData::U32(x[range(view)].to_vec()),
+    }
+}
+
+fn paste(data: &mut HostData, view: &View, values: &HostData) -> Result<()> {
+    match (data, values) {
+        (HostData::F32(x), HostData::F32(y)) => x[range(view)].copy_from_slice(y),
+        (HostData::F64(x), HostData::F64(y)) => x[range(view)].copy_from_slice(y),
+        (HostData::U32(x), HostData::U32(y)) => x[range(view)].copy_from_slice(y),
+        _ => return Err(Error::Internal("a copy between element types".into())),
+    }
+    Ok(())
+}
+
+/// The slices of one element type inside [`HostData`].
+trait Stored: Real {
+    fn get(data: &HostData) -> Option<&[Self]>;
+    fn get_mut(data: &mut HostData) -> Option<&mut [Self]>;
+}
+
+macro_rules! stored {
+    ($ty:ty, $variant:ident) => {
+        impl Stored for $ty {
+            fn get(data: &HostData) -> Option<&[Self]> {
+                if let HostData::$variant(x) = data { Some(x) } else { None }
+            }
+            fn get_mut(data: &mut HostData) -> Option<&mut [Self]> {
+                if let HostData::$variant(x) = data { Some(x) } else { None }
+            }
+        }
+    };
+}
+stored!(f32, F32);
+stored!(f64, F64);
+
+enum Guard<'a> {
+    Read(RwLockReadGuard<'a, HostData>),
+    Write(RwLockWriteGuard<'a, HostData>),
+}
+
+fn run_launch<R: Stored>(launch: &Launch, entry: fn(CpuLaunch<'_, R>) -> Result<()>) -> Result<()> {
+    let mut guards = Vec::with_capacity(launch.args.len());
+    for (arg, view) in launch.kernel.args.iter().zip(&launch.args) {
+        guards.push(match arg.access {
+            Access::Read => Guard::Read(read_lock(view)?),
+            Access::Write => Guard::Write(write_lock(view)?),
+        });
+    }
+    let wrong = || Error::Internal(format!("{}: an argument of another element type", launch.kernel.name));
+    let mut args = Vec::with_capacity(guards.len());
+    for (guard, view) in guards.iter_mut().zip(&launch.args) {
+        let r = range(view);
+        args.push(match guard {
+            Guard::Read(g) => match &**g {
+                HostData::U32(x) => CpuArg::Word(&x[r]),
+                other => CpuArg::Real(&R::get(other).ok_or_else(wrong)?[r]),
+            },
+            Guard::Write(g) => match &mut **g {
+                HostData::U32(x) => CpuArg::WordMut(&mut x[r]),
+                other => CpuArg::RealMut(&mut R::get_mut(other).ok_or_else(wrong)?[r]),
+            },
+        });
+    }
+    entry(CpuLaunch { kernel: launch.kernel.name, params: &launch.params, args: args.into_iter() })
+}

@@ -1,0 +1,375 @@
+//! `wgpu`: the WGSL column on Vulkan, Metal or DX12.
+//!
+//! One encoder, one submit and one wait per pass. Bind groups bind the params at 0 and the arguments from 1 on, in the kernel's
+//! order. Release shaders run without the compiler's bounds and loop checks; `FORBACK_CHECKED=1` keeps them.
+
+use super::{Backend, Command, DeviceInfo, DeviceKind, HostData, Launch, LaunchTime, Limits, OpenOptions, Recorded};
+use crate::kernel::{Access, Elem, Kernel};
+use crate::{Error, Result};
+use pollster::block_on;
+use std::any::Any;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use wgpu::{BufferUsages, ErrorFilter, Features};
+
+struct WgpuBackend {
+    name: String,
+    device: wgpu::Device,
+    queue: wgpu::Queue,
+    timestamps: bool,
+    checked: bool,
+    uniform_align: u64,
+    pipelines: Mutex<HashMap<usize, Arc<Pipeline>>>,
+    lost: Arc<Mutex<Option<String>>>,
+    uncaptured: Arc<Mutex<Option<String>>>,
+}
+
+struct Pipeline {
+    layout: wgpu::BindGroupLayout,
+    pipeline: wgpu::ComputePipeline,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn adapters() -> Vec<wgpu::Adapter> {
+    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle_from_env();
+    descriptor.backends &= wgpu::Backends::VULKAN | wgpu::Backends::METAL | wgpu::Backends::DX12;
+    let instance = wgpu::Instance::new(descriptor);
+    let mut adapters = block_on(instance.enumerate_adapters(wgpu::Backends::all()));
+    adapters.retain(|a| a.get_downlevel_capabilities().flags.contains(wgpu::DownlevelFlags::COMPUTE_SHADERS));
+    adapters.sort_by_key(|a| match a.get_info().device_type {
+        wgpu::DeviceType::DiscreteGpu => 0,
+        wgpu::DeviceType::IntegratedGpu => 1,
+        wgpu::DeviceType::VirtualGpu => 2,
+        wgpu::DeviceType::Other => 3,
+        wgpu::DeviceType::Cpu => 4,
+    });
+    adapters
+}
+
+/// Number of adapters, software ones included.
+pub(super) fn count() -> usize {
+    adapters().len()
+}
+
+fn no_device(reason: String) -> Error {
+    let help = "install a Vulkan driver (Debian: apt-get install mesa-vulkan-drivers libvulkan1), or use --device cpu".into();
+    Error::NoDevice { device: "wgpu", reason, help }
+}
+
+/// Opens the n-th adapter, hardware first; `None` is the best one.
+pub(super) fn open(index: Option<usize>, options: &OpenOptions) -> Result<(DeviceInfo, Limits, Box<dyn Backend>)> {
+    let adapters = adapters();
+    let count = adapters.len();
+    let adapter = adapters.into_iter().nth(index.unwrap_or(0)).ok_or_else(|| {
+        no_device(if count == 0 { "no Vulkan, Metal or DX12 adapter was found".into() } else { format!("there are only {count} adapters (wgpu:0 …)") })
+    })?;
+    let (adapter_info, adapter_limits) = (adapter.get_info(), adapter.limits());
+    let timestamps = adapter.features().contains(Features::TIMESTAMP_QUERY);
+    let descriptor = wgpu::DeviceDescriptor {
+        label: Some("forback"),
+        required_features: if timestamps { Features::TIMESTAMP_QUERY } else { Features::empty() },
+        required_limits: adapter_limits.clone(),
+        ..Default::default()
+    };
+    let (device, queue) = block_on(adapter.request_device(&descriptor)).map_err(|e| no_device(e.to_string()))?;
+
+    let lost = Arc::new(Mutex::new(None));
+    let uncaptured = Arc::new(Mutex::new(None));
+    let (lost_in, uncaptured_in) = (lost.clone(), uncaptured.clone());
+    device.set_device_lost_callback(move |reason, message| *lock(&lost_in) = Some(format!("{reason:?}: {message}").trim_end_matches(": ").to_string()));
+    device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| *lock(&uncaptured_in) = Some(error.to_string())));
+
+    let software = adapter_info.device_type == wgpu::DeviceType::Cpu;
+    let info = DeviceInfo {
+        kind: DeviceKind::Wgpu,
+        adapter: adapter_info.name.clone(),
+        driver: format!("{:?} {} {}", adapter_info.backend, adapter_info.driver, adapter_info.driver_info).trim().to_string(),
+        software,
+    };
+    let limits = Limits {
+        binding_bytes: adapter_limits.max_storage_buffer_binding_size.min(adapter_limits.max_buffer_size),
+        buffer_bytes: adapter_limits.max_buffer_size,
+        groups_per_dimension: adapter_limits.max_compute_workgroups_per_dimension,
+        memory_bytes: u64::MAX,
+        align: u64::from(adapter_limits.min_storage_buffer_offset_alignment).div_ceil(4).max(1),
+        work_per_launch: if software { u64::MAX } else { 200_000_000_000 },
+    };
+    let backend = WgpuBackend {
+        name: adapter_info.name,
+        device,
+        queue,
+        timestamps,
+        checked: options.checked.unwrap_or_else(|| std::env::var_os("FORBACK_CHECKED").is_some_and(|v| v == "1")),
+        uniform_align: u64::from(adapter_limits.min_uniform_buffer_offset_alignment).max(16),
+        pipelines: Mutex::new(HashMap::new()),
+        lost,
+        uncaptured,
+    };
+    Ok((info, limits, Box::new(backend)))
+}
+
+impl WgpuBackend {
+    /// Runs `f` with every kind of wgpu error caught and typed.
+    fn scoped<T>(&self, doing: &str, f: impl FnOnce() -> Result<T>) -> Result<T> {
+        self.check_lost()?;
+        let memory = self.device.push_error_scope(ErrorFilter::OutOfMemory);
+        let internal = self.device.push_error_scope(ErrorFilter::Internal);
+        let validation = self.device.push_error_scope(ErrorFilter::Validation);
+        let result = f();
+        let (validation, internal, memory) = (block_on(validation.pop()), block_on(internal.pop()), block_on(memory.pop()));
+        self.check_lost()?;
+        if memory.is_some() {
+            return Err(Error::OutOfMemory { device: self.name.clone(), doing: doing.into() });
+        }
+        let value = result?;
+        match validation.or(internal).map(|e| e.to_string()).or_else(|| lock(&self.uncaptured).take()) {
+            Some(message) => Err(Error::Driver { device: self.name.clone(), message: format!("{doing}: {message}") }),
+            None => Ok(value),
+        }
+    }
+
+    fn check_lost(&self) -> Result<()> {
+        match &*lock(&self.lost) {
+            Some(reason) => Err(Error::DeviceLost { device: self.name.clone(), reason: reason.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    fn buffer(&self, label: &str, bytes: u64, usage: BufferUsages) -> wgpu::Buffer {
+        self.device.create_buffer(&wgpu::BufferDescriptor { label: Some(label), size: bytes, usage, mapped_at_creation: false })
+    }
+
+    fn pipeline(&self, kernel: &'static Kernel) -> Result<Arc<Pipeline>> {
+        let key = std::ptr::from_ref(kernel) as usize;
+        if let Some(pipeline) = lock(&self.pipelines).get(&key) {
+            return Ok(pipeline.clone());
+        }
+        let pipeline = Arc::new(self.compile(kernel)?);
+        lock(&self.pipelines).insert(key, pipeline.clone());
+        Ok(pipeline)
+    }
+
+    fn compile(&self, kernel: &'static Kernel) -> Result<Pipeline> {
+        let unit = kernel.wgsl_unit().ok_or(Error::Unsupported { kernel: kernel.name, device: "wgpu" })?;
+        let source = wgpu::ShaderSource::Wgsl(unit.into());
+        let descriptor = wgpu::ShaderModuleDescriptor { label: Some(kernel.name), source };
+        let scope = self.device.push_error_scope(ErrorFilter::Validation);
+        let module = if self.checked {
+            self.device.create_shader_module(descriptor)
+        } else {
+            // SAFETY: every kernel guards its own tails and loops; the test suite runs them with the checks on as well.
+            unsafe { self.device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
+        };
+        if let Some(error) = block_on(scope.pop()) {
+            let info = block_on(module.get_compilation_info());
+            let first = info.messages.into_iter().next();
+            let line = first.as_ref().and_then(|m| m.location).map_or(0, |l| l.line_number);
+            let (file, line) = kernel.wgsl_line(line);
+            return Err(Error::Compile { kernel: kernel.name, file: file.into(), line, message: first.map_or_else(|| error.to_string(), |m| m.message) });
+        }
+        let entry = |binding: u32, ty: wgpu::BufferBindingType| wgpu::BindGroupLayoutEntry {
+            binding,
+            visibility: wgpu::ShaderStages::COMPUTE,
+            ty: wgpu::BindingType::Buffer { ty, has_dynamic_offset: false, min_binding_size: None },
+            count: None,
+        };
+        let storage = |(i, arg): (usize, &crate::kernel::Arg)| {
+            entry(1 + i as u32, wgpu::BufferBindingType::Storage { read_only: arg.access == Access::Read })
+        };
+        let entries: Vec<_> = [entry(0, wgpu::BufferBindingType::Uniform)].into_iter().chain(kernel.args.iter().enumerate().map(storage)).collect();
+        self.scoped(&format!("making the pipeline of {}", kernel.name), || {
+            let layout = self.device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: Some(kernel.name), entries: &entries });
+            let pipeline_layout = self.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+                label: Some(kernel.name),
+                bind_group_layouts: &[Some(&layout)],
+                immediate_size: 0,
+            });
+            let constants: Vec<(&str, f64)> =
+                [("WG", kernel.workgroup)].iter().chain(kernel.constants).map(|&(name, value)| (name, f64::from(value))).collect();
+            let pipeline = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+                label: Some(kernel.name),
+                layout: Some(&pipeline_layout),
+                module: &module,
+                entry_point: Some(kernel.name),
+                compilation_options: wgpu::PipelineCompilationOptions { constants: &constants, zero_initialize_workgroup_memory: self.checked },
+                cache: None,
+            });
+            Ok(Pipeline { layout, pipeline })
+        })
+    }
+
+    fn encode(&self, recorded: &Recorded<'_>) -> Result<Encoded> {
+        let launches: Vec<&Launch> = recorded.commands.iter().filter_map(|c| if let Command::Launch(l) = c { Some(l) } else { None }).collect();
+        let pipelines: Vec<Arc<Pipeline>> = launches.iter().map(|l| self.pipeline(l.kernel)).collect::<Result<_>>()?;
+        let (params, offsets) = self.params(&launches);
+        let queries = (recorded.profile && self.timestamps && !launches.is_empty()).then(|| {
+            let count = 2 * launches.len().min(MAX_TIMED) as u32;
+            let set = self.device.create_query_set(&wgpu::QuerySetDescriptor { label: None, ty: wgpu::QueryType::Timestamp, count });
+            (set, count)
+        });
+        let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some(recorded.label) });
+        let mut staging = Vec::new();
+        let mut next = 0;
+        let mut commands = recorded.commands.iter().peekable();
+        while let Some(command) = commands.next() {
+            match command {
+                Command::Copy { from, to } => {
+                    let (source, target) = (from.storage::<wgpu::Buffer>()?, to.storage::<wgpu::Buffer>()?);
+                    encoder.copy_buffer_to_buffer(source, 4 * from.range.start, target, 4 * to.range.start, 4 * from.len());
+                }
+                Command::Read(view) => {
+                    let target = self.buffer("read", 4 * view.len().max(1), BufferUsages::MAP_READ | BufferUsages::COPY_DST);
+                    if view.len() > 0 {
+                        encoder.copy_buffer_to_buffer(view.storage::<wgpu::Buffer>()?, 4 * view.range.start, &target, 0, 4 * view.len());
+                    }
+                    staging.push((target, view.buffer.elem(), view.len()));
+                }
+                Command::Launch(first) => {
+                    // Launches in a row share a compute pass, unless each is timed.
+                    let timed = queries.as_ref().filter(|_| next < MAX_TIMED).map(|(set, _)| wgpu::ComputePassTimestampWrites {
+                        query_set: set,
+                        beginning_of_pass_write_index: Some(2 * next as u32),
+                        end_of_pass_write_index: Some(2 * next as u32 + 1),
+                    });
+                    let alone = timed.is_some();
+                    let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some(recorded.label), timestamp_writes: timed });
+                    let mut launch = Some(first);
+                    while let Some(l) = launch {
+                        let group = self.bind(l, &pipelines[next], &params, offsets[next])?;
+                        pass.set_pipeline(&pipelines[next].pipeline);
+                        pass.set_bind_group(0, &group, &[]);
+                        pass.dispatch_workgroups(l.grid[0], l.grid[1], l.grid[2]);
+                        next += 1;
+                        launch = match commands.peek() {
+                            Some(Command::Launch(_)) if !alone => commands.next().and_then(|c| if let Command::Launch(l) = c { Some(l) } else { None }),
+                            _ => None,
+                        };
+                    }
+                }
+            }
+        }
+        let times = queries.map(|(set, count)| {
+            let bytes = 8 * u64::from(count);
+            let resolve = self.buffer("timestamps", bytes, BufferUsages::QUERY_RESOLVE | BufferUsages::COPY_SRC);
+            let target = self.buffer("read timestamps", bytes, BufferUsages::MAP_READ | BufferUsages::COPY_DST);
+            encoder.resolve_query_set(&set, 0..count, &resolve, 0);
+            encoder.copy_buffer_to_buffer(&resolve, 0, &target, 0, bytes);
+            target
+        });
+        Ok(Encoded { commands: encoder.finish(), staging, times })
+    }
+
+    /// All params of a pass in one uniform buffer, each at its own aligned offset.
+    fn params(&self, launches: &[&Launch]) -> (wgpu::Buffer, Vec<(u64, u64)>) {
+        let mut bytes: Vec<u8> = Vec::new();
+        let mut offsets = Vec::with_capacity(launches.len());
+        for launch in launches {
+            let size = (4 * launch.params.len() as u64).next_multiple_of(16);
+            offsets.push((bytes.len() as u64, size));
+            bytes.extend_from_slice(bytemuck::cast_slice(&launch.params));
+            bytes.resize(bytes.len().next_multiple_of(16).next_multiple_of(self.uniform_align as usize), 0);
+        }
+        bytes.resize(bytes.len().max(16), 0);
+        let buffer = self.buffer("params", bytes.len() as u64, BufferUsages::UNIFORM | BufferUsages::COPY_DST);
+        self.queue.write_buffer(&buffer, 0, &bytes);
+        (buffer, offsets)
+    }
+
+    fn bind(&self, launch: &Launch, pipeline: &Pipeline, params: &wgpu::Buffer, (offset, size): (u64, u64)) -> Result<wgpu::BindGroup> {
+        let mut entries = vec![wgpu::BindGroupEntry { binding: 0, resource: binding(params, offset, size) }];
+        for (i, view) in launch.args.iter().enumerate() {
+            let resource = binding(view.storage::<wgpu::Buffer>()?, 4 * view.range.start, 4 * view.len().max(1));
+            entries.push(wgpu::BindGroupEntry { binding: 1 + i as u32, resource });
+        }
+        let descriptor = wgpu::BindGroupDescriptor { label: Some(launch.kernel.name), layout: &pipeline.layout, entries: &entries };
+        Ok(self.device.create_bind_group(&descriptor))
+    }
+
+    fn wait(&self) -> Result<()> {
+        let waited = self.device.poll(wgpu::PollType::wait_indefinitely());
+        self.check_lost()?;
+        waited.map(|_| ()).map_err(|e| Error::Driver { device: self.name.clone(), message: e.to_string() })
+    }
+
+    fn mapped(&self, buffer: &wgpu::Buffer) -> Result<Vec<u32>> {
+        let view = buffer.slice(..).get_mapped_range().map_err(|e| Error::Driver { device: self.name.clone(), message: e.to_string() })?;
+        Ok(bytemuck::pod_collect_to_vec(&view[..]))
+    }
+}
+
+/// Timed launches per pass: a query set holds 4,096 entries at least.
+const MAX_TIMED: usize = 2048;
+
+struct Encoded {
+    commands: wgpu::CommandBuffer,
+    staging: Vec<(wgpu::Buffer, Elem, u64)>,
+    times: Option<wgpu::Buffer>,
+}
+
+fn binding(buffer: &wgpu::Buffer, offset: u64, size: u64) -> wgpu::BindingResource<'_> {
+    wgpu::BindingResource::Buffer(wgpu::BufferBinding { buffer, offset, size: std::num::NonZeroU64::new(size) })
+}
+
+impl Backend for WgpuBackend {
+    fn alloc(&self, label: &str, _: Elem, len: u64, data: Option<&[u32]>) -> Result<Box<dyn Any + Send + Sync>> {
+        self.scoped(&format!("allocating '{label}'"), || {
+            let buffer = self.buffer(label, 4 * len.max(1), BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST);
+            if let Some(data) = data.filter(|d| !d.is_empty()) {
+                self.queue.write_buffer(&buffer, 0, bytemuck::cast_slice(data));
+            }
+            Ok(Box::new(buffer) as Box<dyn Any + Send + Sync>)
+        })
+    }
+
+    fn run(&self, recorded: Recorded<'_>) -> Result<(Vec<HostData>, Vec<LaunchTime>)> {
+        let encoded = self.scoped("running a pass", || {
+            let Encoded { commands, staging, times } = self.encode(&recorded)?;
+            self.queue.submit([commands]);
+            for buffer in staging.iter().map(|(b, _, _)| b).chain(&times) {
+                buffer.slice(..).map_async(wgpu::MapMode::Read, |_| {});
+            }
+            self.wait()?;
+            Ok((staging, times))
+        })?;
+        let (staging, times) = encoded;
+        let mut values = Vec::with_capacity(staging.len());
+        for (buffer, elem, len) in &staging {
+            let mut words = self.mapped(buffer)?;
+            words.truncate(*len as usize);
+            values.push(match elem {
+                Elem::F32 => HostData::F32(bytemuck::cast_vec(words)),
+                Elem::U32 => HostData::U32(words),
+            });
+        }
+        let launches = recorded.commands.iter().filter_map(|c| if let Command::Launch(l) = c { Some(l) } else { None });
+        let seconds: Vec<f64> = match &times {
+            Some(buffer) => {
+                let ticks: Vec<u64> = bytemuck::pod_collect_to_vec(&self.mapped(buffer)?);
+                let period = f64::from(self.queue.get_timestamp_period()) * 1e-9;
+                ticks.chunks_exact(2).map(|t| t[1].saturating_sub(t[0]) as f64 * period).collect()
+            }
+            None => Vec::new(),
+        };
+        let profile = recorded.profile.then(|| {
+            launches.enumerate().map(|(i, l)| LaunchTime::of(l, seconds.get(i).copied().unwrap_or(f64::NAN))).collect()
+        });
+        Ok((values, profile.unwrap_or_default()))
+    }
+
+    fn lose(&self) {
+        self.device.destroy();
+        let _ = self.device.poll(wgpu::PollType::Poll);
+        lock(&self.lost).get_or_insert_with(|| "destroyed".into());
+    }
+}
+
+impl Drop for WgpuBackend {
+    fn drop(&mut self) {
+        // Frees what dropped buffers left behind; an error here has nobody to tell.
+        let _ = self.device.poll(wgpu::PollType::Poll);
+    }
+}
+

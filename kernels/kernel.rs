@@ -1,0 +1,326 @@
+//! A kernel as a value: one device entry point with its three columns, its arguments, its params and its cost.
+//!
+//! Everything that must be equal in Rust, WGSL and CUDA is written down once, here or in the kernel's home, and pinned: naga
+//! reflection checks the WGSL side without a device (`tests/layout.rs`), `static_assert`s appended to the unit check the CUDA side.
+
+use crate::{Error, Result};
+use bytemuck::Pod;
+
+/// Element type of a buffer. Reals are f32 on every device but `reference`, which holds f64.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Elem {
+    /// A real number.
+    F32,
+    /// A 32-bit word: counts, indices, bit patterns, limbs of wide integers.
+    U32,
+}
+
+impl Elem {
+    /// The type's name in WGSL.
+    pub fn wgsl(self) -> &'static str {
+        match self {
+            Elem::F32 => "f32",
+            Elem::U32 => "u32",
+        }
+    }
+
+    /// The type's name in CUDA.
+    pub fn cuda(self) -> &'static str {
+        match self {
+            Elem::F32 => "float",
+            Elem::U32 => "uint32_t",
+        }
+    }
+}
+
+/// What a kernel does with an argument.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Only read.
+    Read,
+    /// Written, and possibly read again.
+    Write,
+}
+
+/// One storage argument of a kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Arg {
+    /// Name, the same in Rust, WGSL and CUDA.
+    pub name: &'static str,
+    /// Element type.
+    pub elem: Elem,
+    /// Read, or written.
+    pub access: Access,
+}
+
+/// A read-only argument of reals.
+pub const fn reads(name: &'static str) -> Arg {
+    Arg { name, elem: Elem::F32, access: Access::Read }
+}
+
+/// A read-only argument of words.
+pub const fn reads_u32(name: &'static str) -> Arg {
+    Arg { name, elem: Elem::U32, access: Access::Read }
+}
+
+/// A written argument of reals.
+pub const fn writes(name: &'static str) -> Arg {
+    Arg { name, elem: Elem::F32, access: Access::Write }
+}
+
+/// A written argument of words.
+pub const fn writes_u32(name: &'static str) -> Arg {
+    Arg { name, elem: Elem::U32, access: Access::Write }
+}
+
+/// Type of a params field; all are four bytes wide, so that the three languages agree on every offset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Field {
+    /// `u32` / `u32` / `uint32_t`.
+    U32,
+    /// `i32` / `i32` / `int32_t`.
+    I32,
+    /// `f32` / `f32` / `float`.
+    F32,
+}
+
+/// Rust type of a params field.
+pub trait FieldType {
+    /// The field type as a value.
+    const FIELD: Field;
+}
+impl FieldType for u32 {
+    const FIELD: Field = Field::U32;
+}
+impl FieldType for i32 {
+    const FIELD: Field = Field::I32;
+}
+impl FieldType for f32 {
+    const FIELD: Field = Field::F32;
+}
+
+/// The params struct of a kernel: plain four-byte scalars in declaration order.
+pub trait Params: Pod {
+    /// Name of the struct in all three languages.
+    const NAME: &'static str;
+    /// Fields in order; field i lies at byte 4·i.
+    const FIELDS: &'static [(&'static str, Field)];
+}
+
+/// Declares a params struct: `params! { /// docs  pub struct FooParams { n: u32, scale: f32 } }`.
+#[macro_export]
+macro_rules! params {
+    ($(#[$doc:meta])* pub struct $name:ident { $($(#[$fdoc:meta])* $field:ident : $ty:ty),* $(,)? }) => {
+        $(#[$doc])*
+        #[repr(C)]
+        #[derive(Debug, Clone, Copy, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+        pub struct $name { $($(#[$fdoc])* pub $field: $ty),* }
+
+        impl $crate::kernel::Params for $name {
+            const NAME: &'static str = stringify!($name);
+            const FIELDS: &'static [(&'static str, $crate::kernel::Field)] =
+                &[$((stringify!($field), <$ty as $crate::kernel::FieldType>::FIELD)),*];
+        }
+    };
+}
+
+/// Name and fields of a params struct, as a value.
+#[derive(Debug, Clone, Copy)]
+pub struct Layout {
+    /// Name of the struct.
+    pub name: &'static str,
+    /// Fields in order; field i lies at byte 4·i.
+    pub fields: &'static [(&'static str, Field)],
+}
+
+/// The layout of `P`.
+pub const fn layout<P: Params>() -> Layout {
+    Layout { name: P::NAME, fields: P::FIELDS }
+}
+
+/// Reads a params struct back from the words of a launch. `None` if the length is not that of `P`.
+pub fn params_of<P: Params>(words: &[u32]) -> Option<P> {
+    bytemuck::try_pod_read_unaligned(bytemuck::cast_slice(words)).ok()
+}
+
+/// A source file that is part of the binary.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Source {
+    /// Path from the root of the project.
+    pub file: &'static str,
+    /// Content.
+    pub text: &'static str,
+}
+
+/// Includes `shaders/<stem>.wgsl`.
+#[macro_export]
+macro_rules! wgsl {
+    ($stem:literal) => {
+        Some($crate::kernel::Source { file: concat!("shaders/", $stem, ".wgsl"), text: include_str!(concat!("../shaders/", $stem, ".wgsl")) })
+    };
+}
+
+/// Includes `cuda/<stem>.cu`.
+#[macro_export]
+macro_rules! cuda {
+    ($stem:literal) => {
+        Some($crate::kernel::Source { file: concat!("cuda/", $stem, ".cu"), text: include_str!(concat!("../cuda/", $stem, ".cu")) })
+    };
+}
+
+/// Helpers that every WGSL unit may use; appended to the kernel's own text.
+pub const COMMON_WGSL: Source = Source { file: "shaders/common.wgsl", text: include_str!("../shaders/common.wgsl") };
+/// Helpers that every CUDA unit may use; placed before the kernel's own text.
+pub const COMMON_CUDA: Source = Source { file: "cuda/common.cuh", text: include_str!("../cuda/common.cuh") };
+
+/// What one launch moves and computes, as a constant per unit of work.
+#[derive(Debug, Clone, Copy)]
+pub struct Cost {
+    /// The unit: `row`, `set-bar`, …
+    pub unit: &'static str,
+    /// Units in a launch with these params.
+    pub units: fn(&[u32]) -> u64,
+    /// Bytes read and written per unit, at least.
+    pub bytes: f64,
+    /// Arithmetic instructions per unit.
+    pub flops: f64,
+}
+
+/// One argument of a CPU launch.
+pub enum CpuArg<'a, R> {
+    /// Reals, read.
+    Real(&'a [R]),
+    /// Reals, written.
+    RealMut(&'a mut [R]),
+    /// Words, read.
+    Word(&'a [u32]),
+    /// Words, written.
+    WordMut(&'a mut [u32]),
+}
+
+/// A launch as the CPU column sees it: params and arguments, taken in the order of [`Kernel::args`].
+pub struct CpuLaunch<'a, R> {
+    pub(crate) kernel: &'static str,
+    pub(crate) params: &'a [u32],
+    pub(crate) args: std::vec::IntoIter<CpuArg<'a, R>>,
+}
+
+impl<'a, R> CpuLaunch<'a, R> {
+    /// The launch's params.
+    pub fn params<P: Params>(&self) -> Result<P> {
+        params_of(self.params).ok_or_else(|| Error::Internal(format!("{}: params are not {}", self.kernel, P::NAME)))
+    }
+
+    /// The next argument, reals to read.
+    pub fn real(&mut self) -> Result<&'a [R]> {
+        match self.args.next() {
+            Some(CpuArg::Real(x)) => Ok(x),
+            _ => Err(self.mismatch()),
+        }
+    }
+
+    /// The next argument, reals to write.
+    pub fn real_mut(&mut self) -> Result<&'a mut [R]> {
+        match self.args.next() {
+            Some(CpuArg::RealMut(x)) => Ok(x),
+            _ => Err(self.mismatch()),
+        }
+    }
+
+    /// The next argument, words to read.
+    pub fn word(&mut self) -> Result<&'a [u32]> {
+        match self.args.next() {
+            Some(CpuArg::Word(x)) => Ok(x),
+            _ => Err(self.mismatch()),
+        }
+    }
+
+    /// The next argument, words to write.
+    pub fn word_mut(&mut self) -> Result<&'a mut [u32]> {
+        match self.args.next() {
+            Some(CpuArg::WordMut(x)) => Ok(x),
+            _ => Err(self.mismatch()),
+        }
+    }
+
+    fn mismatch(&self) -> Error {
+        Error::Internal(format!("{}: the CPU column takes its arguments in another order than the list", self.kernel))
+    }
+}
+
+/// The CPU column: the same generic function in f32 (what runs without a GPU) and in f64 (the reference).
+#[derive(Clone, Copy)]
+pub struct Cpu {
+    /// In f32; may be a lane-wise version, checked against the plain one.
+    pub f32: fn(CpuLaunch<'_, f32>) -> Result<()>,
+    /// In f64: the truth that every device is compared with.
+    pub f64: fn(CpuLaunch<'_, f64>) -> Result<()>,
+}
+
+/// One device entry point. Add one by writing its three files and its line in [`crate::KERNELS`].
+#[derive(Clone, Copy)]
+pub struct Kernel {
+    /// Entry name, the same in Rust, WGSL and CUDA.
+    pub name: &'static str,
+    /// One line on what it computes.
+    pub about: &'static str,
+    /// Storage arguments, in order.
+    pub args: &'static [Arg],
+    /// Its params.
+    pub params: Layout,
+    /// Threads per workgroup (one-dimensional); `WG` in both shader languages.
+    pub workgroup: u32,
+    /// Tile constants: `override` in WGSL, `#define` in CUDA.
+    pub constants: &'static [(&'static str, u32)],
+    /// Workgroups of a launch with these params; folded into three dimensions by the device.
+    pub groups: fn(&[u32]) -> u64,
+    /// WGSL column.
+    pub wgsl: Option<Source>,
+    /// CUDA column.
+    pub cuda: Option<Source>,
+    /// CPU column.
+    pub cpu: Option<Cpu>,
+    /// What a launch moves and computes.
+    pub cost: Cost,
+}
+
+impl std::fmt::Debug for Kernel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Kernel({})", self.name)
+    }
+}
+
+impl Kernel {
+    /// The whole WGSL unit: the kernel's file, then the common helpers (declarations may come in any order, so line numbers of the
+    /// kernel's file stay true).
+    pub fn wgsl_unit(&self) -> Option<String> {
+        self.wgsl.map(|source| format!("{}\n{}", source.text, COMMON_WGSL.text))
+    }
+
+    /// The whole CUDA unit: constants, common helpers, the kernel's file, and `static_assert`s that pin the params struct.
+    pub fn cuda_unit(&self) -> Option<String> {
+        let source = self.cuda?;
+        let mut unit = format!("#define WG {}\n", self.workgroup);
+        for (name, value) in self.constants {
+            unit += &format!("#define {name} {value}\n");
+        }
+        unit += &format!("#line 1 \"{}\"\n{}\n#line 1 \"{}\"\n{}\n", COMMON_CUDA.file, COMMON_CUDA.text, source.file, source.text);
+        unit += &format!("#line 1 \"layout of {}\"\n", self.params.name);
+        unit += &format!("static_assert(sizeof({0}) == {1}, \"{0}\");\n", self.params.name, 4 * self.params.fields.len());
+        for (i, (field, _)) in self.params.fields.iter().enumerate() {
+            unit += &format!("static_assert(__builtin_offsetof({0}, {field}) == {1}, \"{0}::{field}\");\n", self.params.name, 4 * i);
+        }
+        Some(unit)
+    }
+
+    /// File and line of a line of the WGSL unit.
+    pub fn wgsl_line(&self, line: u32) -> (&'static str, u32) {
+        match self.wgsl {
+            Some(source) => {
+                let own = source.text.lines().count() as u32 + u32::from(source.text.ends_with('\n'));
+                if line <= own { (source.file, line) } else { (COMMON_WGSL.file, line - own) }
+            }
+            None => (COMMON_WGSL.file, line),
+        }
+    }
+}

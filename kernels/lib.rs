@@ -1,0 +1,93 @@
+//! Devices and kernels of forback: one list, three columns (CPU, WGSL, CUDA).
+//!
+//! A *kernel* is one device entry point, a value in [`KERNELS`]; an *op* is what a user calls, a value in [`OPS`]. Tests, `forback
+//! verify`, `forback bench`, `forback kernels` and the README's table walk these lists.
+//!
+//! Adding a kernel: write `kernels/<stem>.rs` (docs, params, CPU column, the `Kernel` value, the op that records it, its conformance
+//! binding), `shaders/<stem>.wgsl` and `cuda/<stem>.cu` with the same entry name, arguments in the same order and the same params
+//! struct; add the kernel to [`KERNELS`] and the op to [`OPS`]. `tests/layout.rs` then pins the three columns to each other.
+
+#[macro_use]
+pub mod kernel;
+pub mod backtest;
+pub mod backtest_sweep;
+pub mod conformance;
+pub mod device;
+pub mod error;
+pub mod fixed;
+pub mod indicators;
+pub mod performance;
+pub mod philox;
+pub mod real;
+pub mod walk_forward_select;
+pub mod walk_forward_sharpe;
+
+pub use device::{Buffer, Device, DeviceInfo, DeviceKind, Done, LaunchTime, Limits, OpenOptions, Pass, Read, Schedule, View};
+pub use error::{Error, Result};
+pub use kernel::Kernel;
+
+use conformance::{Case, Outputs};
+
+/// What a user calls: one or more kernels recorded into a pass.
+pub struct Op {
+    /// Name, as in the conformance files.
+    pub name: &'static str,
+    /// One line on what it computes.
+    pub about: &'static str,
+    /// Its kernels, in the order of their first launch.
+    pub kernels: &'static [&'static Kernel],
+    /// Whether it has a backward pass.
+    pub differentiable: bool,
+    /// Runs a conformance case.
+    pub verify: fn(&Device, &Case) -> Result<Outputs>,
+}
+
+/// Every op, in the order that data flows.
+pub static OPS: [Op; 4] = [
+    Op { name: "philox", about: "counter-based random numbers", kernels: &[&philox::PHILOX], differentiable: false, verify: philox::verify },
+    Op {
+        name: "performance",
+        about: "statistics of return series",
+        kernels: &[&performance::PERFORMANCE],
+        differentiable: false,
+        verify: performance::verify,
+    },
+    Op {
+        name: "walk_forward_sharpe",
+        about: "Sharpe ratio of every series in every window",
+        kernels: &[
+            &walk_forward_sharpe::SEGMENT_MOMENTS,
+            &walk_forward_sharpe::WALK_FORWARD_SHARPE,
+            &walk_forward_sharpe::WALK_FORWARD_SHARPE_BACKWARD,
+        ],
+        differentiable: true,
+        verify: walk_forward_sharpe::verify,
+    },
+    Op {
+        name: "backtest_sweep",
+        about: "walk-forward back-tests of a grid of strategies",
+        kernels: &backtest_sweep::SWEEP_KERNELS,
+        differentiable: false,
+        verify: backtest_sweep::verify,
+    },
+];
+
+/// Every kernel.
+pub static KERNELS: [&Kernel; 16] = [
+    &philox::PHILOX,
+    &performance::PERFORMANCE,
+    &walk_forward_sharpe::SEGMENT_MOMENTS,
+    &walk_forward_sharpe::WALK_FORWARD_SHARPE,
+    &walk_forward_sharpe::WALK_FORWARD_SHARPE_BACKWARD,
+    &indicators::PRICE_SUMS,
+    &indicators::INDICATOR_SMA,
+    &indicators::INDICATOR_EMA,
+    &indicators::INDICATOR_RSI,
+    &indicators::INDICATOR_BOLLINGER,
+    &indicators::INDICATOR_DONCHIAN,
+    &indicators::INDICATOR_VOLATILITY,
+    &backtest::BACKTEST_SWEEP,
+    &backtest::BACKTEST_STITCH,
+    &walk_forward_select::WALK_FORWARD_SELECT,
+    &walk_forward_select::WALK_FORWARD_SCORES,
+];

@@ -1,0 +1,5 @@
+//! Simulation: grids of strategies, walk-forward windows, a synthetic market.
+
+pub mod grid;
+pub mod market;
+pub mod walk_forward;
