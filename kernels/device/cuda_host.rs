@@ -24,18 +24,8 @@ use std::time::Instant;
 const DEVICE: &str = "cuda-host";
 const SIMT: &str = include_str!("simt.hpp");
 /// No contraction to FMA, as the CPU column; nothing kept that the kernel does not reach, so that shared memory is the kernel's own.
-const FLAGS: [&str; 10] = [
-    "-x",
-    "c++",
-    "-std=c++17",
-    "-O2",
-    "-fPIC",
-    "-shared",
-    "-ffp-contract=off",
-    "-U_FORTIFY_SOURCE",
-    "-fvisibility=hidden",
-    "-fdata-sections",
-];
+const FLAGS: [&str; 10] =
+    ["-x", "c++", "-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-fvisibility=hidden", "-fdata-sections"];
 const LINUX_FLAGS: [&str; 2] = ["-ffunction-sections", "-Wl,--gc-sections"];
 /// Threads that a block of CUDA may have.
 const MAX_THREADS: u32 = 1024;
@@ -52,6 +42,8 @@ type Storage = RwLock<Vec<u32>>;
 struct CudaHost {
     compiler: Compiler,
     schedule: Schedule,
+    /// Entries by the address of the kernel's value.
+    entries: Mutex<HashMap<usize, Run>>,
     lost: AtomicBool,
 }
 
@@ -69,12 +61,7 @@ pub(super) fn open(options: &OpenOptions) -> Result<(DeviceInfo, Limits, Box<dyn
         Schedule::Reverse => "in reverse".into(),
         Schedule::Random(seed) => format!("in random order {seed}"),
     };
-    let info = DeviceInfo {
-        kind: DeviceKind::CudaHost,
-        adapter: format!("one fiber per thread, {order}"),
-        driver: compiler.version.clone(),
-        software: true,
-    };
+    let info = DeviceInfo { kind: DeviceKind::CudaHost, adapter: format!("one fiber per thread, {order}"), driver: compiler.version.clone(), software: true };
     let limits = Limits {
         binding_bytes: u64::MAX,
         buffer_bytes: u64::MAX,
@@ -83,7 +70,7 @@ pub(super) fn open(options: &OpenOptions) -> Result<(DeviceInfo, Limits, Box<dyn
         align: 1,
         work_per_launch: u64::MAX,
     };
-    Ok((info, limits, Box::new(CudaHost { compiler, schedule, lost: AtomicBool::new(false) })))
+    Ok((info, limits, Box::new(CudaHost { compiler, schedule, entries: Mutex::default(), lost: AtomicBool::new(false) })))
 }
 
 fn no_device(reason: &str, help: &str) -> Error {
@@ -178,8 +165,7 @@ fn first_error(log: &str) -> Option<(String, u32, String)> {
 fn unit(kernel: &Kernel) -> Result<String> {
     let cuda = kernel.cuda_unit().ok_or(Error::Unsupported { kernel: kernel.name, device: DEVICE })?;
     let mut unit = format!("#line 1 \"simt.hpp\"\n{SIMT}\n{cuda}#line 1 \"entry of {}\"\n", kernel.name);
-    let types: Vec<String> =
-        kernel.args.iter().map(|arg| format!("{}{}*", if arg.access == Access::Read { "const " } else { "" }, arg.elem.cuda())).collect();
+    let types: Vec<String> = kernel.args.iter().map(|arg| format!("{}{}*", if arg.access == Access::Read { "const " } else { "" }, arg.elem.cuda())).collect();
     let (name, params) = (kernel.name, kernel.params.name);
     let signature: String = types.iter().fold(String::new(), |text, ty| text + ty + ", ") + params;
     let values: String = types.iter().enumerate().fold(String::new(), |text, (i, ty)| format!("{text}static_cast<{ty}>(args[{i}]), "));
@@ -331,6 +317,16 @@ impl CudaHost {
         Ok(())
     }
 
+    fn entry(&self, kernel: &'static Kernel) -> Result<Run> {
+        let address = std::ptr::from_ref(kernel) as usize;
+        if let Some(&run) = lock(&self.entries).get(&address) {
+            return Ok(run);
+        }
+        let run = load(kernel, &self.compiler)?;
+        lock(&self.entries).insert(address, run);
+        Ok(run)
+    }
+
     fn launch(&self, launch: &Launch) -> Result<()> {
         let (kernel, grid) = (launch.kernel, launch.grid);
         if !(1..=MAX_THREADS).contains(&kernel.workgroup) {
@@ -342,7 +338,7 @@ impl CudaHost {
         if launch.params.len() != kernel.params.fields.len() || launch.args.len() != kernel.args.len() {
             return Err(Error::Internal(format!("{}: a launch with other arguments than the list", kernel.name)));
         }
-        let run = load(kernel, &self.compiler)?;
+        let run = self.entry(kernel)?;
         let mut args = launch.args.iter().map(Guarded::of).collect::<Result<Vec<_>>>()?;
         let pointers: Vec<*mut c_void> = args.iter_mut().map(Guarded::pointer).collect();
         let (schedule, seed) = match self.schedule {

@@ -1,9 +1,15 @@
 //! The command line. Results go to stdout, everything else to stderr; exit 0 done, 1 a check failed, 2 wrong usage or input.
 
+mod bench;
+mod devices;
+mod kernels;
+mod results;
+mod sweep;
 mod verify;
 
 use crate::{Device, Result};
 use clap::{Parser, Subcommand};
+use std::io::Write;
 use std::process::ExitCode;
 
 /// Kernels that go forward and back: walk-forward back-test sweeps in one GPU pass.
@@ -16,12 +22,20 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Back-test a grid of strategies walk-forward on a price file, or on a synthetic market without one.
+    Sweep(Box<sweep::Args>),
+    /// List the devices of this machine, and why the missing ones are missing.
+    Devices(devices::Args),
+    /// List the kernels: arguments, columns, launches and cost.
+    Kernels(kernels::Args),
     /// Check a device against expected results from other libraries and closed forms.
     Verify(verify::Args),
+    /// Time the standard workloads on a device.
+    Bench(bench::Args),
 }
 
 /// Options of every command.
-#[derive(clap::Args)]
+#[derive(clap::Args, Clone)]
 struct Common {
     /// auto, cpu, reference, wgpu[:n], cuda[:n] or cuda-host.
     #[arg(long, env = "FORBACK_DEVICE", default_value = "auto")]
@@ -40,11 +54,22 @@ impl Common {
     }
 }
 
+/// Prints a line to stdout; a closed pipe ends the program quietly.
+fn say(line: &str) {
+    if writeln!(std::io::stdout(), "{line}").is_err() {
+        std::process::exit(0);
+    }
+}
+
 /// Runs the command line.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    let result = match cli.command {
-        Command::Verify(args) => verify::run(&args),
+    let result = match &cli.command {
+        Command::Sweep(args) => sweep::run(args),
+        Command::Devices(args) => devices::run(args),
+        Command::Kernels(args) => kernels::run(args),
+        Command::Verify(args) => verify::run(args),
+        Command::Bench(args) => bench::run(args),
     };
     match result {
         Ok(code) => code,

@@ -2,4 +2,5 @@
 
 pub mod grid;
 pub mod market;
+pub mod sweep;
 pub mod walk_forward;

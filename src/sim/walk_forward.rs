@@ -213,17 +213,6 @@ impl fmt::Display for WalkForward {
     }
 }
 
-/// End of the part of each test window that enters the stitched out-of-sample series `[W]`: the start of the next test window
-/// if that comes first. The last window keeps its whole test.
-///
-/// With windows in order, the parts `[test start, end)` do not overlap, so a return counts once also when step < test.
-#[must_use]
-pub fn stitch_ends(windows: &[[u32; 4]]) -> Vec<u32> {
-    let next_starts = windows.iter().skip(1).map(|next| next[2]).chain([u32::MAX]);
-    // A part never ends before it starts, also for windows that are out of order.
-    windows.iter().zip(next_starts).map(|(&[_, _, start, end], next)| end.min(next.max(start))).collect()
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "tests")]
 mod tests {
@@ -265,16 +254,6 @@ mod tests {
         let seed = parse("train=756,test=63,step=21");
         let counts = [1217, 1218, 1343, 1344].map(|t| seed.count(0, t));
         assert_eq!(counts, [19, 20, 25, 26]);
-    }
-
-    #[test]
-    fn stitching() {
-        let overlapping = parse("train=4,test=3,step=1").windows(0, 9).unwrap();
-        assert_eq!(stitch_ends(&overlapping), [5, 6, 9]);
-        let apart = parse("train=4,test=1,step=2").windows(0, 9).unwrap();
-        assert_eq!(stitch_ends(&apart), [5, 7, 9]);
-        assert!(stitch_ends(&[]).is_empty());
-        assert_eq!(stitch_ends(&[[0, 4, 8, 9], [0, 2, 2, 4]]), [8, 4]);
     }
 
     #[test]
@@ -336,14 +315,6 @@ mod tests {
             }
             // One more window would not fit.
             prop_assert!(rows[rows.len() - 1][3] + step > n);
-            // The stitched series holds every tested return once, and no other.
-            let mut stitched: Vec<u32> = rows.iter().zip(stitch_ends(&rows)).flat_map(|(row, end)| row[2]..end).collect();
-            let mut tested: Vec<u32> = rows.iter().flat_map(|row| row[2]..row[3]).collect();
-            tested.sort_unstable();
-            tested.dedup();
-            prop_assert_eq!(&stitched, &tested);
-            stitched.dedup();
-            prop_assert_eq!(stitched.len(), tested.len());
         }
     }
 }

@@ -1,0 +1,73 @@
+//! `forback kernels`: the list, as a table for people, as Markdown for the README, as JSON, or as CUDA units for a compiler.
+
+use super::say;
+use crate::kernels::{KERNELS, Kernel, OPS};
+use crate::{Error, Result};
+use serde_json::json;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Arguments of `forback kernels`.
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// Machine-readable results on stdout, one object a line.
+    #[arg(long)]
+    json: bool,
+    /// The table of the README.
+    #[arg(long, conflicts_with = "json")]
+    markdown: bool,
+    /// Write every kernel's whole CUDA unit into a folder, for a compiler.
+    #[arg(long, value_name = "DIR", hide = true)]
+    cuda_units: Option<PathBuf>,
+}
+
+/// Columns that a kernel has.
+fn columns(kernel: &Kernel) -> [(&'static str, bool); 3] {
+    [("CPU", kernel.cpu.is_some()), ("WGSL", kernel.wgsl.is_some()), ("CUDA", kernel.cuda.is_some())]
+}
+
+fn op_of(kernel: &Kernel) -> &'static str {
+    OPS.iter().find(|op| op.kernels.iter().any(|k| k.name == kernel.name)).map_or("", |op| op.name)
+}
+
+pub(super) fn run(args: &Args) -> Result<ExitCode> {
+    if let Some(dir) = &args.cuda_units {
+        return write_units(dir);
+    }
+    if args.markdown {
+        say("| op | kernel | what it computes | CPU | WGSL | CUDA | cost |");
+        say("|---|---|---|---|---|---|---|");
+    } else if !args.json {
+        say(&format!("{:<20} {:<29} {:<15} {:>9}  {:<34} about", "op", "kernel", "columns", "workgroup", "cost"));
+    }
+    for kernel in KERNELS {
+        let cost = format!("{} B, {} instructions per {}", kernel.cost.bytes, kernel.cost.flops, kernel.cost.unit);
+        let has = columns(kernel).map(|(name, there)| if there { name } else { "-" });
+        if args.json {
+            let arg = |a: &crate::kernels::kernel::Arg| json!({ "name": a.name, "type": a.elem.wgsl(), "written": a.access == crate::kernels::kernel::Access::Write });
+            say(
+                &json!({ "op": op_of(kernel), "kernel": kernel.name, "about": kernel.about, "cpu": kernel.cpu.is_some(), "wgsl": kernel.wgsl.is_some(),
+                    "cuda": kernel.cuda.is_some(), "workgroup": kernel.workgroup, "args": kernel.args.iter().map(arg).collect::<Vec<_>>(),
+                    "params": kernel.params.name, "unit": kernel.cost.unit, "bytes": kernel.cost.bytes, "flops": kernel.cost.flops })
+                .to_string(),
+            );
+        } else if args.markdown {
+            let tick = columns(kernel).map(|(_, there)| if there { "✓" } else { "" }).join(" | ");
+            say(&format!("| {} | `{}` | {} | {tick} | {cost} |", op_of(kernel), kernel.name, kernel.about));
+        } else {
+            say(&format!("{:<20} {:<29} {:<15} {:>9}  {cost:<34} {}", op_of(kernel), kernel.name, has.join(" "), kernel.workgroup, kernel.about));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn write_units(dir: &std::path::Path) -> Result<ExitCode> {
+    let io = |e: std::io::Error| Error::Io { path: dir.display().to_string(), message: e.to_string() };
+    std::fs::create_dir_all(dir).map_err(io)?;
+    for kernel in KERNELS {
+        if let Some(unit) = kernel.cuda_unit() {
+            std::fs::write(dir.join(format!("{}.cu", kernel.name)), unit).map_err(io)?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
