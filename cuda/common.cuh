@@ -12,3 +12,13 @@ typedef unsigned long long uint64_t;
 __device__ __forceinline__ uint32_t group_index() {
     return blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
 }
+
+// Whether two types are the same; pins the fields of params structs to those of Rust.
+template <class A, class B>
+struct SameType {
+    enum { value = 0 };
+};
+template <class A>
+struct SameType<A, A> {
+    enum { value = 1 };
+};

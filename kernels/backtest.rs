@@ -20,9 +20,10 @@
 //!          difference, equal positions give equal bits. Drawdown by level = min(level·(1+net), 1), rounding restarts at each peak.
 //! Ladder   first version: one set per thread, keys gathered from the bar's row.
 //! Source   definitions as in the conformance files.
-//! Files    shaders/backtest.wgsl · cuda/backtest.cu · reference: the `_cpu` functions
+//! Files    shaders/backtest.wgsl · cuda/backtest.cu · reference: the `_cpu` functions, lane-wise: `backtest_lanes.rs`
 
 use crate::Result;
+use crate::backtest_lanes::backtest_sweep_lanes;
 use crate::conformance::UNDEFINED;
 use crate::fixed::{scaled_variance, to_fixed};
 use crate::kernel::{Cost, Cpu, CpuLaunch, Kernel, layout, params_of, reads, reads_u32, writes, writes_u32};
@@ -76,9 +77,9 @@ pub const BAND: u32 = 1;
 /// Mode of the momentum machine.
 pub const MOMENTUM: u32 = 2;
 /// √252: target volatilities are annual, of daily bars.
-const YEAR: f64 = 15.874_507_866_387_544;
+pub(crate) const YEAR: f64 = 15.874_507_866_387_544;
 /// Bars per block of plain sums.
-const BLOCK: usize = 64;
+pub(crate) const BLOCK: usize = 64;
 /// Offset of the scales in the plan, so that they are words.
 pub const SCALE_BIAS: i32 = 512;
 
@@ -106,7 +107,7 @@ pub static BACKTEST_SWEEP: Kernel = Kernel {
     groups: |words| u64::from(params(words).a) * u64::from(params(words).tiles),
     wgsl: wgsl!("backtest"),
     cuda: cuda!("backtest"),
-    cpu: Some(Cpu { f32: backtest_sweep_cpu::<f32>, f64: backtest_sweep_cpu::<f64> }),
+    cpu: Some(Cpu { f32: backtest_sweep_lanes, f64: backtest_sweep_cpu::<f64> }),
     cost: Cost {
         unit: "set-bar",
         units: |words| u64::from(params(words).a) * u64::from(params(words).tiles) * TILE as u64 * u64::from(params(words).t.max(1) - 1),
@@ -167,23 +168,23 @@ impl<'a, R> Market<'a, R> {
     }
 }
 
-/// Lanes of the CPU column.
+/// Lanes of the plain column.
 const LANES: usize = 16;
 
-/// LANES parameter sets, one array per word.
-struct Sets<R> {
-    a: [usize; LANES],
-    b: [usize; LANES],
-    threshold_a: [u32; LANES],
-    threshold_b: [u32; LANES],
-    first: [usize; LANES],
-    short: [R; LANES],
-    target: [R; LANES],
-    leverage: [R; LANES],
+/// L parameter sets side by side, one array per word.
+struct Sets<R, const L: usize> {
+    a: [usize; L],
+    b: [usize; L],
+    threshold_a: [u32; L],
+    threshold_b: [u32; L],
+    first: [usize; L],
+    short: [R; L],
+    target: [R; L],
+    leverage: [R; L],
 }
 
-impl<R: Real> Sets<R> {
-    fn of(words: &[u32]) -> Sets<R> {
+impl<R: Real, const L: usize> Sets<R, L> {
+    fn of(words: &[u32]) -> Sets<R, L> {
         let word = |i: usize| std::array::from_fn(|l| words.get(l * SET_WORDS + i).copied().unwrap_or(0));
         let real = |i: usize| word(i).map(|w| R::of(f64::from(f32::from_bits(w))));
         let short = word(5).map(|s| if s == 1 { -R::ONE } else { R::ZERO });
@@ -201,9 +202,9 @@ impl<R: Real> Sets<R> {
 
     /// Moves the positions `w` to those decided at bar t.
     #[inline(always)]
-    fn decide<const MODE: u32>(&self, mask: u32, m: &Market<'_, R>, t: usize, w: &mut [R; LANES]) {
+    fn decide<const MODE: u32>(&self, mask: u32, m: &Market<'_, R>, t: usize, w: &mut [R; L]) {
         let (keys, volatility) = if MODE == MOMENTUM { (m.keys, &m.volatility[t * m.rows..][..m.rows]) } else { (&m.keys[t * m.rows..][..m.rows], m.volatility) };
-        for l in 0..LANES {
+        for l in 0..L {
             let legal = t >= self.first[l];
             w[l] = match MODE {
                 CROSS => {
@@ -233,47 +234,47 @@ impl<R: Real> Sets<R> {
     }
 }
 
-/// Running state of LANES simulations.
-struct Run<R> {
-    signal: [R; LANES],
-    weight: [R; LANES],
-    sum: [R; LANES],
-    square: [R; LANES],
-    growth: [R; LANES],
-    level: [R; LANES],
-    lowest: [R; LANES],
-    turnover: [R; LANES],
-    trades: [u32; LANES],
-    sums: [i64; LANES],
-    squares: [u64; LANES],
-    mantissa: [f64; LANES],
-    exponent: [i32; LANES],
-    total_turnover: [R; LANES],
+/// Running state of their simulations.
+struct Run<R, const L: usize> {
+    signal: [R; L],
+    weight: [R; L],
+    sum: [R; L],
+    square: [R; L],
+    growth: [R; L],
+    level: [R; L],
+    lowest: [R; L],
+    turnover: [R; L],
+    trades: [u32; L],
+    sums: [i64; L],
+    squares: [u64; L],
+    mantissa: [f64; L],
+    exponent: [i32; L],
+    total_turnover: [R; L],
 }
 
-impl<R: Real> Run<R> {
-    fn new() -> Run<R> {
+impl<R: Real, const L: usize> Run<R, L> {
+    fn new() -> Run<R, L> {
         Run {
-            signal: [R::ZERO; LANES],
-            weight: [R::ZERO; LANES],
-            sum: [R::ZERO; LANES],
-            square: [R::ZERO; LANES],
-            growth: [R::ONE; LANES],
-            level: [R::ONE; LANES],
-            lowest: [R::ONE; LANES],
-            turnover: [R::ZERO; LANES],
-            trades: [0; LANES],
-            sums: [0; LANES],
-            squares: [0; LANES],
-            mantissa: [1.0; LANES],
-            exponent: [0; LANES],
-            total_turnover: [R::ZERO; LANES],
+            signal: [R::ZERO; L],
+            weight: [R::ZERO; L],
+            sum: [R::ZERO; L],
+            square: [R::ZERO; L],
+            growth: [R::ONE; L],
+            level: [R::ONE; L],
+            lowest: [R::ONE; L],
+            turnover: [R::ZERO; L],
+            trades: [0; L],
+            sums: [0; L],
+            squares: [0; L],
+            mantissa: [1.0; L],
+            exponent: [0; L],
+            total_turnover: [R::ZERO; L],
         }
     }
 
     /// Bar j: decide, pay, earn.
     #[inline(always)]
-    fn bar<const MODE: u32>(&mut self, p: &BacktestParams, cost: R, sets: &Sets<R>, m: &Market<'_, R>, j: usize) {
+    fn bar<const MODE: u32>(&mut self, p: &BacktestParams, cost: R, sets: &Sets<R, L>, m: &Market<'_, R>, j: usize) {
         if j >= p.lag as usize {
             sets.decide::<MODE>(p.mask, m, j - p.lag as usize, &mut self.signal);
         }
@@ -281,7 +282,7 @@ impl<R: Real> Run<R> {
             return;
         }
         let r = m.returns[j];
-        for l in 0..LANES {
+        for l in 0..L {
             let traded = (self.signal[l] - self.weight[l]).abs();
             let net = self.signal[l] * r - cost * traded;
             self.weight[l] = self.signal[l];
@@ -299,12 +300,12 @@ impl<R: Real> Run<R> {
 
     /// Moves a block's plain sums into the exact ones.
     fn flush(&mut self, shift: i32, scale: i32) {
-        for l in 0..LANES {
+        for l in 0..L {
             self.sums[l] += to_fixed(self.sum[l].f64(), shift - scale);
             self.squares[l] += to_fixed(self.square[l].f64(), shift - 2 * scale) as u64;
             self.mantissa[l] *= self.growth[l].f64();
             let size = self.mantissa[l].abs();
-            if size > 0.0 {
+            if !(1e-100..1e100).contains(&size) && size > 0.0 {
                 let power = size.log2().floor() as i32;
                 self.mantissa[l] *= 2f64.powi(-power);
                 self.exponent[l] += power;
@@ -321,7 +322,7 @@ pub fn sharpe_of(n: u64, sum: i64, squares: u64, shift: u32) -> f64 {
     if variance == 0 { UNDEFINED } else { sum as f64 * ((n - 1) as f64 / (n as f64 * variance as f64)).sqrt() }
 }
 
-fn lanes<R: Real, const MODE: u32>(p: &BacktestParams, sets: &Sets<R>, m: &Market<'_, R>, edges: &[u32], scale: i32, mut at_edge: impl FnMut(usize, &Run<R>)) -> Run<R> {
+fn lanes<R: Real, const L: usize, const MODE: u32>(p: &BacktestParams, sets: &Sets<R, L>, m: &Market<'_, R>, edges: &[u32], scale: i32, mut at_edge: impl FnMut(usize, &Run<R, L>)) -> Run<R, L> {
     let mut run = Run::new();
     let cost = R::of(f64::from(p.cost)) + R::of(f64::from(p.cost_low));
     let mut j = 0;
@@ -342,28 +343,31 @@ fn lanes<R: Real, const MODE: u32>(p: &BacktestParams, sets: &Sets<R>, m: &Marke
     run
 }
 
-fn any_mode<R: Real>(p: &BacktestParams, sets: &Sets<R>, m: &Market<'_, R>, edges: &[u32], scale: i32, at_edge: impl FnMut(usize, &Run<R>)) -> Run<R> {
+fn any_mode<R: Real, const L: usize>(p: &BacktestParams, sets: &Sets<R, L>, m: &Market<'_, R>, edges: &[u32], scale: i32, at_edge: impl FnMut(usize, &Run<R, L>)) -> Run<R, L> {
     match p.mode {
-        CROSS => lanes::<R, CROSS>(p, sets, m, edges, scale, at_edge),
-        BAND => lanes::<R, BAND>(p, sets, m, edges, scale, at_edge),
-        _ => lanes::<R, MOMENTUM>(p, sets, m, edges, scale, at_edge),
+        CROSS => lanes::<R, L, CROSS>(p, sets, m, edges, scale, at_edge),
+        BAND => lanes::<R, L, BAND>(p, sets, m, edges, scale, at_edge),
+        _ => lanes::<R, L, MOMENTUM>(p, sets, m, edges, scale, at_edge),
     }
 }
 
-fn backtest_sweep_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
+pub(crate) fn backtest_sweep_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
     let p: BacktestParams = launch.params()?;
     let (price, returns, keys, volatility) = (launch.real()?, launch.real()?, launch.word()?, launch.real()?);
     let (sets, plan) = (launch.word()?, launch.word()?);
     let (stats, prefix) = (launch.real_mut()?, launch.word_mut()?);
     let (tiles, edges) = (p.tiles as usize, p.edges as usize);
     let (edges, scales) = plan.split_at(edges);
-    let per_tile = (edges.len() * 4 * TILE).max(1);
-    let work = stats.par_chunks_exact_mut(STATS * TILE).zip(prefix.par_chunks_mut(per_tile)).enumerate();
+    // Without edges there is nothing to keep: tiles past the end of `prefix` get an empty part.
+    let per_tile = edges.len() * 4 * TILE;
+    let parts = prefix.par_chunks_mut(per_tile.max(1)).take(if per_tile == 0 { 0 } else { p.a as usize * tiles });
+    let parts = parts.chain((0..p.a as usize * tiles).into_par_iter().map(|_| -> &mut [u32] { &mut [] }));
+    let work = stats.par_chunks_exact_mut(STATS * TILE).zip(parts).enumerate();
     work.take(p.a as usize * tiles).for_each(|(i, (stats, prefix))| {
         let (a, tile) = (i / tiles, i % tiles);
         let market = Market::of(&p, a, price, returns, keys, volatility);
         for base in (0..TILE).step_by(LANES) {
-            let set = Sets::of(&sets[(tile * TILE + base) * SET_WORDS..][..LANES * SET_WORDS]);
+            let set: Sets<R, LANES> = Sets::of(&sets[(tile * TILE + base) * SET_WORDS..][..LANES * SET_WORDS]);
             let run = any_mode(&p, &set, &market, edges, scales[a] as i32 - SCALE_BIAS, |e, run| {
                 for l in 0..LANES {
                     let (sum, square) = (run.sums[l] as u64, run.squares[l]);
@@ -419,13 +423,13 @@ fn backtest_stitch_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
 }
 
 /// Net returns of lane 0 over `bars`, simulated from bar 0; turnover and trades inside `bars`.
-fn replay<R: Real, const MODE: u32>(p: &BacktestParams, cost: R, set: &Sets<R>, m: &Market<'_, R>, bars: std::ops::Range<usize>, net: &mut [R]) -> (R, u32) {
+fn replay<R: Real, const MODE: u32>(p: &BacktestParams, cost: R, set: &Sets<R, 1>, m: &Market<'_, R>, bars: std::ops::Range<usize>, net: &mut [R]) -> (R, u32) {
     let mut run = Run::new();
     for j in 0..bars.end {
         if j == bars.start {
-            (run.turnover, run.trades) = ([R::ZERO; LANES], [0; LANES]);
+            (run.turnover, run.trades) = ([R::ZERO], [0]);
         }
-        run.sum = [R::ZERO; LANES];
+        run.sum = [R::ZERO];
         run.bar::<MODE>(p, cost, set, m, j);
         if j >= bars.start {
             net[j - bars.start] = run.sum[0];

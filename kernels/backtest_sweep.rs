@@ -18,7 +18,7 @@ use crate::backtest::{
 use crate::conformance::{Case, Outputs, defined};
 use crate::device::{Buffer, Device, LaunchTime, Pass, Read, View};
 use crate::fixed::{KEY_ZERO, exponent, ratio_key_of};
-use crate::indicators::{self, IndicatorParams, PRICE_BITS, bollinger_bits, span_alpha, wilder_alpha};
+use crate::indicators::{self, IndicatorParams, PRICE_BITS, bollinger_bits, span_alpha, sum_bits, wilder_alpha};
 use crate::kernel::Kernel;
 use crate::performance::{Performance, finish, performance_read};
 use crate::walk_forward_select::{NONE, SelectParams, WALK_FORWARD_SCORES, WALK_FORWARD_SELECT};
@@ -666,7 +666,7 @@ impl<'a> Job<'a> {
         let rows = self.machine.table.rows();
         let words = (a * t * rows) as u64;
         let (bits, extra) = match &self.machine.table {
-            Table::Sma(_) => (PRICE_BITS, 1),
+            Table::Sma(periods) => (sum_bits(periods.last().copied().unwrap_or(1)), 1),
             Table::Bollinger(periods) => (bollinger_bits(periods.last().copied().unwrap_or(1)), 3),
             Table::Donchian(cap) => (PRICE_BITS, *cap),
             _ => (PRICE_BITS, 0),

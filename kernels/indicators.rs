@@ -22,9 +22,10 @@
 //! Files    shaders/indicators.wgsl · cuda/indicators.cu · reference: the `_cpu` functions
 
 use crate::Result;
-use crate::fixed::{blend, difference_key, fixed_price, mean_key, ratio_key, rsi_key};
+use crate::fixed::{KEY_ZERO, blend, difference_key, fixed_price, mean_key, ratio_key, rsi_key};
 use crate::kernel::{Arg, Cost, Cpu, CpuLaunch, Kernel, layout, params_of, reads, reads_u32, writes, writes_u32};
 use crate::real::Real;
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 params! {
@@ -45,7 +46,7 @@ params! {
 
 /// Threads per workgroup.
 const WG: u32 = 64;
-/// Fixed-point bits of everything that needs no squares.
+/// Fixed-point bits of single prices.
 pub const PRICE_BITS: u32 = 62;
 
 fn params(words: &[u32]) -> IndicatorParams {
@@ -214,15 +215,72 @@ fn each_bar(p: &IndicatorParams, keys: &mut [u32], f: impl Fn(usize, usize, &mut
 fn indicator_sma_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
     let p: IndicatorParams = launch.params()?;
     let (price, exponents, sums, periods) = (launch.real()?, launch.word()?, launch.word()?, launch.word()?);
-    let t = p.t as usize;
+    let (t, arch) = (p.t as usize, Arch::new());
+    let longest = periods.iter().copied().max().unwrap_or(1);
+    let (longest_bits, counts) = (64 - u64::from(longest).leading_zeros(), periods.iter().map(|&n| f64::from(n)).collect::<Vec<_>>());
+    // Where n·p stays below 2^62 the low words of the sums tell all.
+    let narrow = (p.bits + longest_bits <= 62).then(|| (0..sums.len() / 4).map(|i| get64(sums, 2 * i)).collect::<Vec<u64>>());
     each_bar(&p, launch.word_mut()?, |a, j, out| {
         let (x, end) = (fixed(price[a * t + j], exponents[a], p.bits), a * (t + 1) + j + 1);
-        let sum = get128(sums, end);
-        for (key, &n) in out.iter_mut().zip(periods) {
-            *key = if j + 1 >= n as usize { mean_key(sum - get128(sums, end - n as usize), n, x) } else { 0 };
+        let exact = |n: u32| mean_key(get128(sums, end) - get128(sums, end - n as usize), n, x);
+        let ready = periods.partition_point(|&n| n as usize <= j + 1);
+        match &narrow {
+            Some(low) if periods.is_sorted() => {
+                let sums = &low[end - (j + 1)..=end];
+                arch.dispatch(MeanKeys { sums, x, periods: &periods[..ready], counts: &counts[..ready], keys: &mut out[..ready], exact: &exact });
+                out[ready..].fill(0);
+            }
+            _ => {
+                for (key, &n) in out.iter_mut().zip(periods) {
+                    *key = if j + 1 >= n as usize { exact(n) } else { 0 };
+                }
+            }
         }
     });
     Ok(())
+}
+
+/// [`mean_key`] for many windows that end at the same bar: by f64 where its rounding cannot touch the key, exactly elsewhere.
+struct MeanKeys<'a, F> {
+    /// Prefix sums modulo 2^64, the last one including the bar.
+    sums: &'a [u64],
+    x: u64,
+    periods: &'a [u32],
+    counts: &'a [f64],
+    keys: &'a mut [u32],
+    exact: &'a F,
+}
+
+impl<F: Fn(u32) -> u32> WithSimd for MeanKeys<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let (last, total) = (self.sums.len() - 1, self.sums[self.sums.len() - 1]);
+        for ((periods, counts), keys) in self.periods.chunks(64).zip(self.counts.chunks(64)).zip(self.keys.chunks_mut(64)) {
+            let mut doubtful = 0u32;
+            for ((&n, &count), key) in periods.iter().zip(counts).zip(keys.iter_mut()) {
+                let sum = total.wrapping_sub(self.sums[last - n as usize]);
+                let distance = sum.wrapping_sub(u64::from(n).wrapping_mul(self.x)) as i64;
+                let bits = (distance as f64 / count).to_bits();
+                // 25 bits of mantissa are kept; two roundings move the 27 below by at most 2 units.
+                let rest = (bits as u32) & 0x7ff_ffff;
+                let exponent = ((bits >> 52) as u32 & 0x7ff).wrapping_sub(1023);
+                let magnitude = ((exponent << 25) | ((bits >> 27) as u32 & 0x1ff_ffff)).wrapping_add(1);
+                let negative = (bits >> 63) as u32;
+                let value = KEY_ZERO.wrapping_add((magnitude ^ negative.wrapping_neg()).wrapping_add(negative));
+                let sure = rest.wrapping_sub(4) < 0x7ff_fff8 && exponent < 62;
+                // Zero is exact and has its own key; 0 marks what must be looked at again.
+                *key = if distance == 0 { KEY_ZERO } else if sure { value } else { 0 };
+                doubtful |= u32::from(*key == 0);
+            }
+            if doubtful != 0 {
+                for (&n, key) in periods.iter().zip(keys).filter(|(_, key)| **key == 0) {
+                    *key = (self.exact)(n);
+                }
+            }
+        }
+    }
 }
 
 /// Runs `f(asset, row, column over bars)` for every row in parallel and writes the columns as keys.
@@ -371,6 +429,11 @@ pub fn wilder_alpha(n: u32) -> u64 {
     (1u64 << 63) / u64::from(n)
 }
 
+/// Fixed-point bits at which sums of n prices stay below 2^62.
+pub fn sum_bits(longest: u32) -> u32 {
+    PRICE_BITS - (32 - longest.leading_zeros())
+}
+
 /// Fixed-point bits at which n²·variance of n prices stays below 2^128.
 pub fn bollinger_bits(longest: u32) -> u32 {
     52.min(64 - longest.next_power_of_two().trailing_zeros())
@@ -379,7 +442,6 @@ pub fn bollinger_bits(longest: u32) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fixed::KEY_ZERO;
 
     #[test]
     fn bollinger_bits_leave_room() {
@@ -391,5 +453,30 @@ mod tests {
         let x = fixed_price(101.25, crate::fixed::exponent(101.25), PRICE_BITS);
         assert_eq!(mean_key(17 * u128::from(x), 17, x), KEY_ZERO);
         assert_eq!(blend(x, x, span_alpha(9)), x);
+    }
+
+    #[test]
+    fn keys_by_f64_are_the_exact_keys() {
+        let prices: Vec<f32> = (0..700u32)
+            .map(|i| {
+                let w = crate::philox::philox4x32([i, 0, 0, 0], [1, 2])[0];
+                // Stretches of ticks, of constants and of arbitrary numbers.
+                if i % 100 < 40 { 20.0 + (w % 400) as f32 / 100.0 } else if i % 100 < 60 { 21.5 } else { 20.0 + w as f32 / 1e9 }
+            })
+            .collect();
+        let periods: Vec<u32> = (1..600).collect();
+        let counts: Vec<f64> = periods.iter().map(|&n| f64::from(n)).collect();
+        let bits = sum_bits(599);
+        let max = crate::fixed::exponent(25.0);
+        let fixed: Vec<u64> = prices.iter().map(|&p| fixed_price(p, max, bits)).collect();
+        let sums: Vec<u64> = std::iter::once(0).chain(fixed.iter().scan(0u64, |s, &x| { *s = s.wrapping_add(x); Some(*s) })).collect();
+        for j in [598, 599, 641, 655, 699] {
+            let ready = periods.partition_point(|&n| n as usize <= j + 1);
+            let exact = |n: u32| mean_key(fixed[j + 1 - n as usize..=j].iter().map(|&x| u128::from(x)).sum(), n, fixed[j]);
+            let mut keys = vec![0; ready];
+            let job = MeanKeys { sums: &sums[..j + 2], x: fixed[j], periods: &periods[..ready], counts: &counts[..ready], keys: &mut keys, exact: &exact };
+            Arch::new().dispatch(job);
+            assert!(keys.iter().zip(&periods).all(|(&key, &n)| key == exact(n)), "bar {j}");
+        }
     }
 }

@@ -84,6 +84,17 @@ pub enum Field {
     F32,
 }
 
+impl Field {
+    /// The type's name in CUDA.
+    pub fn cuda(self) -> &'static str {
+        match self {
+            Field::U32 => "uint32_t",
+            Field::I32 => "int32_t",
+            Field::F32 => "float",
+        }
+    }
+}
+
 /// Rust type of a params field.
 pub trait FieldType {
     /// The field type as a value.
@@ -306,9 +317,14 @@ impl Kernel {
         }
         unit += &format!("#line 1 \"{}\"\n{}\n#line 1 \"{}\"\n{}\n", COMMON_CUDA.file, COMMON_CUDA.text, source.file, source.text);
         unit += &format!("#line 1 \"layout of {}\"\n", self.params.name);
-        unit += &format!("static_assert(sizeof({0}) == {1}, \"{0}\");\n", self.params.name, 4 * self.params.fields.len());
-        for (i, (field, _)) in self.params.fields.iter().enumerate() {
-            unit += &format!("static_assert(__builtin_offsetof({0}, {field}) == {1}, \"{0}::{field}\");\n", self.params.name, 4 * i);
+        // NVRTC 12 has no offsetof: field i of the struct is the one that the i-th value initialises.
+        let params = self.params.name;
+        let values: Vec<String> = (0..self.params.fields.len()).map(|i| i.to_string()).collect();
+        let numbered = format!("{params}{{{}}}", values.join(", "));
+        unit += &format!("static_assert(sizeof({params}) == {}, \"{params}\");\n", 4 * values.len());
+        for (i, (field, ty)) in self.params.fields.iter().enumerate() {
+            let same_type = format!("SameType<decltype({params}::{field}), {}>::value", ty.cuda());
+            unit += &format!("static_assert({same_type} && {numbered}.{field} == {i}, \"{params}::{field}\");\n");
         }
         Some(unit)
     }

@@ -10,7 +10,9 @@
 #[macro_use]
 pub mod kernel;
 pub mod backtest;
+mod backtest_lanes;
 pub mod backtest_sweep;
+pub mod ceilings;
 pub mod conformance;
 pub mod device;
 pub mod error;
@@ -72,8 +74,8 @@ pub static OPS: [Op; 4] = [
     },
 ];
 
-/// Every kernel.
-pub static KERNELS: [&Kernel; 16] = [
+/// Every kernel: those of the ops, then the ceiling that `forback bench` measures.
+pub static KERNELS: [&Kernel; 17] = [
     &philox::PHILOX,
     &performance::PERFORMANCE,
     &walk_forward_sharpe::SEGMENT_MOMENTS,
@@ -90,4 +92,5 @@ pub static KERNELS: [&Kernel; 16] = [
     &backtest::BACKTEST_STITCH,
     &walk_forward_select::WALK_FORWARD_SELECT,
     &walk_forward_select::WALK_FORWARD_SCORES,
+    &ceilings::CEILING_MULTIPLY_ADD,
 ];

@@ -1,7 +1,7 @@
 //! Counter-based random numbers: Philox4x32-10, bits equal on every device.
 //!
 //! Ten rounds of  (c0, c1, c2, c3) ← (hi(M1·c2) ⊕ c1 ⊕ k0, lo(M1·c2), hi(M0·c0) ⊕ c3 ⊕ k1, lo(M0·c0)),  k0 += W0, k1 += W1.
-//! uniform = ((bits >> 8) + ½)·2⁻²⁴, never 0 or 1; normals by Box-Muller: n0 = r(u0)·cos 2πu1, n1 = r(u0)·sin 2πu1,
+//! uniform = ((bits >> 8) + ½)·2⁻²⁴, inside (0, 1) (in f32 the largest of 2²⁴ rounds to 1); normals by Box-Muller: n0 = r(u0)·cos 2πu1, n1 = r(u0)·sin 2πu1,
 //! n2 = r(u2)·cos 2πu3, n3 = r(u2)·sin 2πu3,  r(u) = √(−2 ln u).
 //!
 //! Shapes   counter, bits [N,4] u32; key [N,2] u32; uniform, normal [N,4].

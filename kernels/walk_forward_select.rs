@@ -22,6 +22,7 @@ use crate::backtest::{SET_WORDS, TILE, sharpe_of};
 use crate::fixed::{ratio_key, scaled_variance};
 use crate::kernel::{Cost, Cpu, CpuLaunch, Kernel, layout, params_of, reads_u32, writes, writes_u32};
 use crate::real::Real;
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 params! {
@@ -113,11 +114,58 @@ fn score_key(n: u64, sum: i64, squares: u64, shift: u32) -> u32 {
     if variance == 0 { 0 } else { ratio_key(size * size, variance, sum < 0) }
 }
 
+/// Exact sums of a tile in a window, and their f64 ratio sum·|sum| / (n·squares − sum²).
+struct TileSums {
+    sum: [i64; TILE],
+    square: [u64; TILE],
+    ratio: [f64; TILE],
+}
+
+impl TileSums {
+    fn new() -> TileSums {
+        TileSums { sum: [0; TILE], square: [0; TILE], ratio: [0.0; TILE] }
+    }
+}
+
+/// Fills [`TileSums`], all lanes at once.
+struct AddAssets<'a> {
+    p: &'a SelectParams,
+    prefix: &'a [u32],
+    assets: std::ops::Range<usize>,
+    tile: usize,
+    span: &'a [u32],
+    n: f64,
+    sums: &'a mut TileSums,
+}
+
+impl WithSimd for AddAssets<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for a in self.assets {
+            let base = (a * self.p.tiles as usize + self.tile) * self.p.edges as usize;
+            let words = |edge: u32| &self.prefix[(base + edge as usize) * 4 * TILE..][..4 * TILE];
+            let (from, to) = (words(self.span[0]), words(self.span[1]));
+            let pair = |w: &[u32], k: usize, l: usize| u64::from(w[k * TILE + l]) | (u64::from(w[(k + 1) * TILE + l]) << 32);
+            for l in 0..TILE {
+                self.sums.sum[l] += pair(to, 0, l).wrapping_sub(pair(from, 0, l)) as i64;
+                self.sums.square[l] += pair(to, 2, l).wrapping_sub(pair(from, 2, l));
+            }
+        }
+        let unit = self.n * 2f64.powi(self.p.shift as i32);
+        for l in 0..TILE {
+            let s = self.sums.sum[l] as f64;
+            self.sums.ratio[l] = s * s.abs() / (unit * self.sums.square[l] as i64 as f64 - s * s);
+        }
+    }
+}
+
 fn walk_forward_select_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
     let p: SelectParams = launch.params()?;
     let (prefix, spans, sets) = (launch.word()?, launch.word()?, launch.word()?);
     let (best, chosen) = (launch.word_mut()?, launch.word_mut()?);
-    let (w, pooled) = (p.w as usize, p.pooled as usize);
+    let (w, pooled, arch) = (p.w as usize, p.pooled as usize, Arch::new());
     let slots = best.par_chunks_exact_mut(2).zip(chosen.par_chunks_exact_mut(SET_WORDS)).enumerate();
     slots.take(p.a as usize / pooled * w).for_each(|(slot, (best, chosen))| {
         let span = &spans[4 * (slot % w)..][..4];
@@ -125,20 +173,19 @@ fn walk_forward_select_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> 
         let n = u64::from(span[2]) * u64::from(p.pooled);
         let mut winner: Option<usize> = None;
         let mut close = f64::NEG_INFINITY;
-        for set in 0..p.sets as usize {
-            let (sum, squares) = assets.clone().fold((0i64, 0u64), |(sum, squares), a| {
-                let (s, q) = between(&p, prefix, a, set, span[0], span[1]);
-                (sum + s, squares + q)
-            });
-            // An f64 ratio first; the exact key only for what could win.
-            let (s, q) = (sum as f64, squares as f64 * 2f64.powi(p.shift as i32));
-            let ratio = s * s.abs() / (n as f64 * q - s * s);
-            if ratio.is_nan() || ratio > close - close.abs() * 1e-6 || best[1] == NONE {
-                let key = score_key(n, sum, squares, p.shift);
-                if best[1] == NONE || key > best[0] {
-                    (best[0], best[1]) = (key, p.first + set as u32);
-                    winner = Some(set);
-                    close = if key > 0 { ratio } else { f64::NEG_INFINITY };
+        for tile in 0..p.tiles as usize {
+            let mut sums = TileSums::new();
+            arch.dispatch(AddAssets { p: &p, prefix, assets: assets.clone(), tile, span, n: n as f64, sums: &mut sums });
+            for l in 0..TILE.min(p.sets as usize - tile * TILE) {
+                // An f64 ratio first; the exact key only for what could win.
+                let ratio = sums.ratio[l];
+                if ratio.is_nan() || ratio > close - close.abs() * 1e-6 || best[1] == NONE {
+                    let (key, set) = (score_key(n, sums.sum[l], sums.square[l], p.shift), tile * TILE + l);
+                    if best[1] == NONE || key > best[0] {
+                        (best[0], best[1]) = (key, p.first + set as u32);
+                        winner = Some(set);
+                        close = if key > 0 { ratio } else { f64::NEG_INFINITY };
+                    }
                 }
             }
         }

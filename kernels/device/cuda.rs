@@ -343,42 +343,42 @@ impl Drop for Program {
     }
 }
 
-impl Gpu {
-    /// Compiles a unit; PTX ends with a zero byte.
-    fn compile(&self, kernel: &Kernel, unit: &str, target: Target) -> Result<Vec<u8>> {
-        let file = kernel.cuda.map_or("", |source| source.file);
-        let failed = |message: String| Error::Compile { kernel: kernel.name, file: file.into(), line: 0, message };
-        let nvrtc_failed = |error: nvrtc::NvrtcError| failed(format!("NVRTC: {:?}", error.0));
-        let source = CString::new(unit).map_err(|_| failed("the source has a zero byte".into()))?;
-        let name = CString::new(file).map_err(|_| failed("the file name has a zero byte".into()))?;
-        let program = Program(nvrtc::create_program(&source, Some(&name)).map_err(nvrtc_failed)?);
-        let mut options: Vec<String> = OPTIONS.iter().map(|option| option.to_string()).collect();
-        options.push(target.option());
-        // SAFETY: the program is alive, and so is its source.
-        if let Err(error) = unsafe { nvrtc::compile_program(program.0, &options) } {
-            // SAFETY: the program is alive.
-            let log = unsafe { nvrtc::get_program_log(program.0) }.map(|log| chars(&log)).unwrap_or_default();
-            let (file, line, message) = first_error(&log).unwrap_or_else(|| (file.into(), 0, format!("NVRTC: {:?}: {}", error.0, log.trim())));
-            return Err(Error::Compile { kernel: kernel.name, file, line, message });
-        }
-        if let Target::Ptx(_) = target {
-            // SAFETY: the program is alive and compiled.
-            let ptx = unsafe { nvrtc::get_ptx(program.0) }.map_err(nvrtc_failed)?;
-            let mut image: Vec<u8> = ptx.iter().map(|&c| c as u8).collect();
-            if image.last() != Some(&0) {
-                image.push(0);
-            }
-            return Ok(image);
-        }
-        let mut size = 0usize;
-        // SAFETY: the program is alive and compiled for a real architecture; writes one size.
-        unsafe { nvrtc_sys::nvrtcGetCUBINSize(program.0, &mut size) }.result().map_err(nvrtc_failed)?;
-        let mut image = vec![0u8; size];
-        // SAFETY: as above; writes as many bytes as it announced.
-        unsafe { nvrtc_sys::nvrtcGetCUBIN(program.0, image.as_mut_ptr().cast::<c_char>()) }.result().map_err(nvrtc_failed)?;
-        Ok(image)
+/// Compiles a unit; PTX ends with a zero byte. Only after [`nvrtc_version`] found the library.
+fn compile(kernel: &Kernel, unit: &str, target: Target) -> Result<Vec<u8>> {
+    let file = kernel.cuda.map_or("", |source| source.file);
+    let failed = |message: String| Error::Compile { kernel: kernel.name, file: file.into(), line: 0, message };
+    let nvrtc_failed = |error: nvrtc::NvrtcError| failed(format!("NVRTC: {:?}", error.0));
+    let source = CString::new(unit).map_err(|_| failed("the source has a zero byte".into()))?;
+    let name = CString::new(file).map_err(|_| failed("the file name has a zero byte".into()))?;
+    let program = Program(nvrtc::create_program(&source, Some(&name)).map_err(nvrtc_failed)?);
+    let mut options: Vec<String> = OPTIONS.iter().map(|option| option.to_string()).collect();
+    options.push(target.option());
+    // SAFETY: the program is alive, and so is its source.
+    if let Err(error) = unsafe { nvrtc::compile_program(program.0, &options) } {
+        // SAFETY: the program is alive.
+        let log = unsafe { nvrtc::get_program_log(program.0) }.map(|log| chars(&log)).unwrap_or_default();
+        let (file, line, message) = first_error(&log).unwrap_or_else(|| (file.into(), 0, format!("NVRTC: {:?}: {}", error.0, log.trim())));
+        return Err(Error::Compile { kernel: kernel.name, file, line, message });
     }
+    if let Target::Ptx(_) = target {
+        // SAFETY: the program is alive and compiled.
+        let ptx = unsafe { nvrtc::get_ptx(program.0) }.map_err(nvrtc_failed)?;
+        let mut image: Vec<u8> = ptx.iter().map(|&c| c as u8).collect();
+        if image.last() != Some(&0) {
+            image.push(0);
+        }
+        return Ok(image);
+    }
+    let mut size = 0usize;
+    // SAFETY: the program is alive and compiled for a real architecture; writes one size.
+    unsafe { nvrtc_sys::nvrtcGetCUBINSize(program.0, &mut size) }.result().map_err(nvrtc_failed)?;
+    let mut image = vec![0u8; size];
+    // SAFETY: as above; writes as many bytes as it announced.
+    unsafe { nvrtc_sys::nvrtcGetCUBIN(program.0, image.as_mut_ptr().cast::<c_char>()) }.result().map_err(nvrtc_failed)?;
+    Ok(image)
+}
 
+impl Gpu {
     /// The compiled unit, from the cache or from NVRTC. Without NVRTC, what any NVRTC compiled for this architecture will do.
     fn image(&self, kernel: &Kernel, cache: &UnitCache) -> Result<Vec<u8>> {
         let unit = kernel.cuda_unit().ok_or(Error::Unsupported { kernel: kernel.name, device: DEVICE })?;
@@ -398,7 +398,7 @@ impl Gpu {
         let target = Target::of(self.sm, &known_architectures()).ok_or_else(|| {
             self.driver_error(format!("NVRTC {major}.{minor} does not compile for sm_{}; pip install nvidia-cuda-nvrtc-cu12, an older one", self.sm))
         })?;
-        let image = self.compile(kernel, &unit, target)?;
+        let image = compile(kernel, &unit, target)?;
         for name in [own, any] {
             cache.store(&name, &image);
         }
@@ -560,6 +560,7 @@ impl Backend for Cuda {
 mod tests {
     use super::*;
     use crate::Device;
+    use crate::philox::PHILOX;
 
     /// With or without a driver, opening never panics; without one it says what to install.
     #[test]
@@ -586,6 +587,26 @@ mod tests {
         assert_eq!(Target::of(121, &cuda_13), Some(Target::Cubin(121)));
         assert_eq!(Target::of(61, &cuda_13), None);
         assert_eq!(Target::Ptx(90).option(), "--gpu-architecture=compute_90");
+    }
+
+    /// Where NVRTC is installed, it compiles a kernel to machine code and to PTX, and its errors name file and line.
+    #[test]
+    fn nvrtc_compiles_where_it_is_installed() {
+        let Some(version) = nvrtc_version() else { return };
+        let known = known_architectures();
+        assert!(known.contains(&80), "NVRTC {version:?} knows {known:?}");
+        let unit = PHILOX.cuda_unit().unwrap();
+        assert!(compile(&PHILOX, &unit, Target::Cubin(80)).unwrap().starts_with(b"\x7fELF"));
+        let ptx = compile(&PHILOX, &unit, Target::Ptx(80)).unwrap();
+        let text = std::ffi::CStr::from_bytes_with_nul(&ptx).unwrap().to_str().unwrap();
+        assert!(text.contains(".target sm_80") && text.contains(".entry philox"));
+        let broken = unit.replace("threadIdx.x", "threadIndex.x");
+        match compile(&PHILOX, &broken, Target::Cubin(80)) {
+            Err(Error::Compile { file, line, message, .. }) => {
+                assert!(line > 0 && file.starts_with("cuda/") && message.contains("threadIndex"), "{file}:{line}: {message}");
+            }
+            other => panic!("{:?}", other.map(|image| image.len())),
+        }
     }
 
     #[test]

@@ -19,9 +19,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <math.h>
-#include <mutex>
 #include <type_traits>
 
+#include <pthread.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -408,23 +408,25 @@ static void catch_faults() {
 
 // ---- a launch ---------------------------------------------------------------------------------------------------------
 
-static std::mutex pool_mutex;
+static pthread_mutex_t pool_mutex = PTHREAD_MUTEX_INITIALIZER;
 static Machine *pool = nullptr;
 
 static Machine *take_machine() {
-    std::lock_guard<std::mutex> lock(pool_mutex);
-    static const bool caught = (catch_faults(), true);
-    (void)caught;
+    static bool catching = false;
+    pthread_mutex_lock(&pool_mutex);
+    if (!catching) catch_faults();
+    catching = true;
     Machine *m = pool;
     if (m) pool = m->next;
-    else m = static_cast<Machine *>(calloc(1, sizeof(Machine)));
-    return m;
+    pthread_mutex_unlock(&pool_mutex);
+    return m ? m : static_cast<Machine *>(calloc(1, sizeof(Machine)));
 }
 
 static void give_machine(Machine *m) {
-    std::lock_guard<std::mutex> lock(pool_mutex);
+    pthread_mutex_lock(&pool_mutex);
     m->next = pool;
     pool = m;
+    pthread_mutex_unlock(&pool_mutex);
 }
 
 static void run_block(Machine *m, Shared shared) {

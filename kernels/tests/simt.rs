@@ -282,6 +282,18 @@ static NOT_C: Kernel = kernel(
 );
 static OTHER_ARGUMENTS: Kernel =
     kernel("other_arguments", &[reads("x"), writes("y")], 64, cu!("extern \"C\" __global__ void other_arguments(float* x, float* y, TestParams params) {}"));
+static OTHER_LAYOUT: Kernel = kernel(
+    "other_layout",
+    &[reads("x"), writes("y")],
+    64,
+    concat!("struct TestParams { float scale; uint32_t n; };\n", "extern \"C\" __global__ void other_layout(const float* x, float* y, TestParams params) {}\n"),
+);
+static OTHER_TYPE: Kernel = kernel(
+    "other_type",
+    &[reads("x"), writes("y")],
+    64,
+    concat!("struct TestParams { uint32_t n, scale; };\n", "extern \"C\" __global__ void other_type(const float* x, float* y, TestParams params) {}\n"),
+);
 
 #[test]
 fn compile_errors_name_file_and_line() {
@@ -295,6 +307,12 @@ fn compile_errors_name_file_and_line() {
     match run_f32(&OTHER_ARGUMENTS, Schedule::Forward, &[1.0]) {
         Err(Error::Compile { message, .. }) => assert_has(&message, &["arguments of other_arguments"]),
         other => panic!("{other:?}"),
+    }
+    for (kernel, field) in [(&OTHER_LAYOUT, "TestParams::n"), (&OTHER_TYPE, "TestParams::scale")] {
+        match run_f32(kernel, Schedule::Forward, &[1.0]) {
+            Err(Error::Compile { file, message, .. }) => assert!(file == "layout of TestParams" && message.contains(field), "{file}: {message}"),
+            other => panic!("{other:?}"),
+        }
     }
 }
 

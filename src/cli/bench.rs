@@ -1,11 +1,11 @@
 //! `forback bench`: the standard workloads, one JSON object (or one row) each.
 //!
-//! Timed is the whole op with inputs in host memory: uploads of inputs are part of it where the op takes host arrays (a few
-//! hundred kilobytes here), downloads of results as well. Ceilings are measured in the same run: memory by a copy of a large buffer,
-//! arithmetic by a kernel-free estimate is not attempted, so `flops_share` is null until a device kernel measures it.
+//! Timed is the whole op from host arrays to host results: uploads of prices and sets (a few megabytes) and the download of the
+//! statistics are part of it. Ceilings are measured in the same run: a buffer copy for bytes, multiply-adds in registers for flops.
 
 use super::say;
 use crate::kernels::backtest_sweep::{Execution, Strategy, Sweep};
+use crate::kernels::ceilings::{copy_rate, multiply_add_rate};
 use crate::kernels::philox::{normals, philox4x32};
 use crate::{Device, Error, Result};
 use serde_json::{Value, json};
@@ -133,9 +133,9 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     }
     let device = args.common.open()?;
     let threads = rayon::current_num_threads();
-    let copy = copy_rate(&device)?;
+    let ceilings = (copy_rate(&device)?, multiply_add_rate(&device)?);
     if !args.common.json {
-        say(&format!("device {}; copy {:.1} GB/s", device.info(), copy / 1e9));
+        say(&format!("device {}; ceilings: copy {:.1} GB/s, {:.1} G instructions/s", device.info(), ceilings.0 / 1e9, ceilings.1 / 1e9));
     }
     for workload in chosen {
         let market = Market::of(workload.shape[2], workload.shape[1], args.common.seed);
@@ -151,7 +151,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         }
         seconds.sort_by(f64::total_cmp);
         let median = seconds[seconds.len() / 2];
-        report(args, &device, workload, &first, &seconds, median, threads, copy);
+        report(args, &device, workload, &first, &seconds, median, threads, ceilings);
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -166,7 +166,7 @@ fn named(name: &str) -> Result<&'static Workload> {
     })
 }
 
-fn report(args: &Args, device: &Device, workload: &Workload, run: &Run, seconds: &[f64], median: f64, threads: usize, copy: f64) {
+fn report(args: &Args, device: &Device, workload: &Workload, run: &Run, seconds: &[f64], median: f64, threads: usize, ceilings: (f64, f64)) {
     let rate = run.work / median;
     if args.common.json {
         let profile: Vec<Value> =
@@ -174,8 +174,8 @@ fn report(args: &Args, device: &Device, workload: &Workload, run: &Run, seconds:
         let mut line = json!({
             "workload": workload.name, "shape": workload.shape, "device": device.info().kind.name(), "adapter": device.info().adapter,
             "driver": device.info().driver, "threads": threads, "median_s": median, "min_s": seconds[0], "runs": seconds.len(), "work": run.work,
-            "unit": workload.unit, "rate": rate, "bytes": run.bytes, "flops": run.flops, "bytes_share": run.bytes / median / copy,
-            "flops_share": Value::Null, "check": run.check,
+            "unit": workload.unit, "rate": rate, "bytes": run.bytes, "flops": run.flops, "bytes_share": run.bytes / median / ceilings.0,
+            "flops_share": run.flops / median / ceilings.1, "check": run.check,
         });
         if args.profile {
             line["profile"] = Value::Array(profile);
@@ -187,21 +187,4 @@ fn report(args: &Args, device: &Device, workload: &Workload, run: &Run, seconds:
             say(&format!("  {:<24} {:>10.3} ms {:>10.2} G instructions/s", l.kernel, l.seconds * 1e3, l.flops / l.seconds / 1e9));
         }
     }
-}
-
-/// Bytes per second, read and written, of a copy between two device buffers.
-fn copy_rate(device: &Device) -> Result<f64> {
-    let n = 8 << 20;
-    let (from, to) = (device.zeros("from", n)?, device.zeros("to", n)?);
-    let mut best = f64::INFINITY;
-    for _ in 0..4 {
-        let mut pass = device.pass("copy");
-        for _ in 0..4 {
-            pass.copy(&from, &to)?;
-        }
-        let start = Instant::now();
-        pass.submit()?;
-        best = best.min(start.elapsed().as_secs_f64());
-    }
-    Ok(4.0 * 8.0 * n as f64 / best)
 }

@@ -32,7 +32,7 @@ pub(super) struct Args {
     #[arg(long)]
     grid: Option<String>,
     /// One-way costs in basis points of traded notional, comma-separated; sets are ranked at the first.
-    #[arg(long, default_value = "10", value_delimiter = ',')]
+    #[arg(long, default_value = "10", value_delimiter = ',', allow_negative_numbers = true)]
     cost_bps: Vec<f64>,
     /// same_close (earns the next bar; optimistic) or next_close (traded one close later).
     #[arg(long, default_value = "next_close")]
@@ -62,7 +62,7 @@ pub(super) struct Args {
     #[arg(long, default_value = "error")]
     missing: String,
     /// Return periods per year; derived from the dates otherwise.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     periods_per_year: Option<f64>,
     /// How many sets to print.
     #[arg(long, default_value_t = 10)]
@@ -89,7 +89,7 @@ const MOST_SETS: u64 = 50_000_000;
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let strategy = strategy(&args.strategy)?;
     let grid = Grid::parse(strategy.name(), args.grid.as_deref())?;
-    let execution = Execution::named(&args.execution)?;
+    let execution = execution(&args.execution)?;
     let rank_by = RankBy::named(&args.rank_by)?;
     let select = select(&args.select)?;
     let scheme = walk_forward(args.walk_forward.as_deref())?;
@@ -130,10 +130,16 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
 }
 
 fn strategy(name: &str) -> Result<Strategy> {
-    Strategy::named(name).map_err(|_| {
-        let names = Strategy::ALL.map(Strategy::name);
-        Error::Unknown { kind: "strategy", given: name.into(), suggestion: crate::data::nearest(name, names), known: names.map(String::from).to_vec() }
-    })
+    Strategy::named(name).map_err(|_| unknown("strategy", name, Strategy::ALL.map(Strategy::name)))
+}
+
+/// An unknown name among few.
+fn unknown<const K: usize>(kind: &'static str, name: &str, known: [&str; K]) -> Error {
+    Error::Unknown { kind, given: name.into(), suggestion: crate::data::nearest(name, known), known: known.map(String::from).to_vec() }
+}
+
+fn execution(name: &str) -> Result<Execution> {
+    Execution::named(name).map_err(|_| unknown("execution", name, ["same_close", "next_close"]))
 }
 
 fn select(name: &str) -> Result<Select> {
@@ -141,10 +147,7 @@ fn select(name: &str) -> Result<Select> {
         "per_asset" => Ok(Select::PerAsset),
         "pooled" => Ok(Select::Pooled),
         "both" => Ok(Select::Both),
-        _ => {
-            let known = ["per_asset", "pooled", "both"];
-            Err(Error::Unknown { kind: "selection", given: name.into(), suggestion: crate::data::nearest(name, known), known: known.map(String::from).to_vec() })
-        }
+        _ => Err(unknown("selection", name, ["per_asset", "pooled", "both"])),
     }
 }
 
