@@ -22,3 +22,246 @@ template <class A>
 struct SameType<A, A> {
     enum { value = 1 };
 };
+
+// Undefined statistics; the host turns them into NaN.
+#define UNDEFINED (-1e30f)
+
+// ---- sums over the block --------------------------------------------------------------------------------------------
+
+// Sum of each of the N values over the block, in every thread: warps by butterflies, then the warps in order. All threads call it.
+template <int N>
+__device__ __forceinline__ void block_sum(float (&x)[N]) {
+    static_assert(WG % 32 == 0, "whole warps");
+    __shared__ float sh_warp_sum[N][WG / 32];
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        for (int lanes = 16; lanes > 0; lanes /= 2) {
+            x[i] += __shfl_xor_sync(0xffffffffu, x[i], lanes);
+        }
+    }
+    if (threadIdx.x % 32 == 0) {
+        for (int i = 0; i < N; i++) {
+            sh_warp_sum[i][threadIdx.x / 32] = x[i];
+        }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        x[i] = 0.0f;
+        for (int warp = 0; warp < WG / 32; warp++) {
+            x[i] += sh_warp_sum[i][warp];
+        }
+    }
+    __syncthreads();  // the next call overwrites sh_warp_sum
+}
+
+// ---- 128 bits -------------------------------------------------------------------------------------------------------
+
+struct uint128 {
+    uint64_t lo, hi;
+};
+
+__device__ __forceinline__ uint128 make128(uint64_t lo) {
+    return {lo, 0};
+}
+
+__device__ __forceinline__ uint128 add128(uint128 a, uint128 b) {
+    const uint64_t lo = a.lo + b.lo;
+    return {lo, a.hi + b.hi + (lo < a.lo ? 1 : 0)};
+}
+
+__device__ __forceinline__ uint128 sub128(uint128 a, uint128 b) {
+    return {a.lo - b.lo, a.hi - b.hi - (a.lo < b.lo ? 1 : 0)};
+}
+
+__device__ __forceinline__ bool less128(uint128 a, uint128 b) {
+    return a.hi < b.hi || (a.hi == b.hi && a.lo < b.lo);
+}
+
+__device__ __forceinline__ bool is_zero128(uint128 a) {
+    return (a.lo | a.hi) == 0;
+}
+
+__device__ __forceinline__ int leading_zeros64(uint64_t a) {
+    return __clzll((long long)a);
+}
+
+__device__ __forceinline__ int leading_zeros128(uint128 a) {
+    return a.hi != 0 ? leading_zeros64(a.hi) : 64 + leading_zeros64(a.lo);
+}
+
+// a · 2^s for s < 128.
+__device__ __forceinline__ uint128 shl128(uint128 a, uint32_t s) {
+    if (s >= 64) {
+        return {0, a.lo << (s - 64)};
+    }
+    if (s == 0) {
+        return a;
+    }
+    return {a.lo << s, (a.hi << s) | (a.lo >> (64 - s))};
+}
+
+// a / 2^s for s < 128.
+__device__ __forceinline__ uint128 shr128(uint128 a, uint32_t s) {
+    if (s >= 64) {
+        return {a.hi >> (s - 64), 0};
+    }
+    if (s == 0) {
+        return a;
+    }
+    return {(a.lo >> s) | (a.hi << (64 - s)), a.hi >> s};
+}
+
+// 64 × 64 → 128 bits.
+__device__ __forceinline__ uint128 mul64(uint64_t a, uint64_t b) {
+    return {a * b, __umul64hi(a, b)};
+}
+
+// a · b modulo 2^128.
+__device__ __forceinline__ uint128 mul128_64(uint128 a, uint64_t b) {
+    return {a.lo * b, __umul64hi(a.lo, b) + a.hi * b};
+}
+
+// a · a modulo 2^128.
+__device__ __forceinline__ uint128 square128(uint128 a) {
+    return {a.lo * a.lo, __umul64hi(a.lo, a.lo) + ((a.lo * a.hi) << 1)};
+}
+
+// a / n for n < 2^20, the quotient below 2^64.
+__device__ __forceinline__ uint64_t div128_20(uint128 a, uint32_t n) {
+    const uint64_t high = (a.hi << 44) | (a.lo >> 20);
+    const uint64_t rest = high % n;
+    return ((high / n) << 20) + ((rest << 20) | (a.lo & 0xfffffu)) / n;
+}
+
+// Element `at` of an array of 128-bit numbers that starts at a multiple of 16 bytes.
+__device__ __forceinline__ uint128 get128(const uint32_t* __restrict__ words, uint32_t at) {
+    const uint4 x = reinterpret_cast<const uint4*>(words)[at];
+    return {x.x | ((uint64_t)x.y << 32), x.z | ((uint64_t)x.w << 32)};
+}
+
+__device__ __forceinline__ void put128(uint32_t* __restrict__ words, uint32_t at, uint128 x) {
+    reinterpret_cast<uint4*>(words)[at] = make_uint4((uint32_t)x.lo, (uint32_t)(x.lo >> 32), (uint32_t)x.hi, (uint32_t)(x.hi >> 32));
+}
+
+__device__ __forceinline__ uint64_t get64(const uint32_t* __restrict__ words, uint32_t at) {
+    return words[2 * at] | ((uint64_t)words[2 * at + 1] << 32);
+}
+
+// ---- fixed point and keys (kernels/fixed.rs) --------------------------------------------------------------------------
+
+#define KEY_ZERO 0x80000000u
+#define RATIO_MIN (-40)
+
+__device__ __forceinline__ uint64_t fixed_price(float price, uint32_t max_exponent, uint32_t bits) {
+    const uint32_t raw = __float_as_uint(price);
+    const uint32_t x = (raw >> 23) & 0xffu;
+    const uint64_t mantissa = (raw & 0x7fffffu) | (x > 0 ? 0x800000u : 0u);
+    const uint32_t lowest = max(x, 1u);
+    const uint32_t down = max_exponent > lowest ? max_exponent - lowest : 0;
+    const uint32_t up = bits - 24;
+    return up >= down ? mantissa << (up - down) : mantissa >> min(down - up, 63u);
+}
+
+// state + alpha·(x − state) / 2^63, the step rounded towards zero.
+__device__ __forceinline__ uint64_t blend(uint64_t state, uint64_t x, uint64_t alpha) {
+    const bool falls = x < state;
+    const uint64_t distance = falls ? state - x : x - state;
+    const uint64_t move_by = (__umul64hi(distance, alpha) << 1) | ((distance * alpha) >> 63);
+    return falls ? state - move_by : state + move_by;
+}
+
+__device__ __forceinline__ uint32_t key_from(uint64_t leading, int exponent, bool negative) {
+    const uint32_t mantissa = (uint32_t)((leading << leading_zeros64(leading)) >> 38) & 0x1ffffffu;
+    const uint32_t magnitude = exponent < 0 ? 1u : (((uint32_t)min(exponent, 62) << 25) | mantissa) + 1u;
+    return negative ? KEY_ZERO - magnitude : KEY_ZERO + magnitude;
+}
+
+__device__ __forceinline__ uint32_t difference_key(uint64_t magnitude, bool negative) {
+    return magnitude == 0 ? KEY_ZERO : key_from(magnitude, 63 - leading_zeros64(magnitude), negative);
+}
+
+__device__ __forceinline__ uint32_t mean_key(uint128 sum, uint32_t n, uint64_t x) {
+    const uint128 level = mul64(x, n);
+    const bool negative = less128(sum, level);
+    const uint128 magnitude = negative ? sub128(level, sum) : sub128(sum, level);
+    if (is_zero128(magnitude)) {
+        return KEY_ZERO;
+    }
+    const int lead = leading_zeros128(magnitude);
+    const uint64_t top = shl128(magnitude, lead).hi;
+    // Long division of the leading 56 bits: 32 + 12 + 12.
+    const uint32_t high = (uint32_t)(top >> 32), low = (uint32_t)top;
+    const uint32_t q0 = high / n;
+    const uint32_t x1 = ((high - q0 * n) << 12) | (low >> 20);
+    const uint32_t q1 = x1 / n;
+    const uint32_t x2 = ((x1 - q1 * n) << 12) | ((low >> 8) & 0xfffu);
+    const uint64_t quotient = ((uint64_t)q0 << 24) + ((q1 << 12) + x2 / n);
+    return key_from(quotient, 63 - leading_zeros64(quotient) + 8 + (127 - lead) - 63, negative);
+}
+
+__device__ __forceinline__ uint32_t ratio_key(uint128 num, uint128 den, bool negative) {
+    if (is_zero128(num) || is_zero128(den)) {
+        return KEY_ZERO;
+    }
+    const int lead_num = leading_zeros128(num), lead_den = leading_zeros128(den);
+    const uint64_t quotient = (shl128(num, lead_num).hi >> 1) / (shl128(den, lead_den).hi >> 32);
+    const int exponent = (63 - leading_zeros64(quotient)) - lead_num + lead_den - 31;
+    return key_from(quotient, min(exponent - RATIO_MIN, 62), negative);
+}
+
+__device__ __forceinline__ uint32_t rsi_key(uint64_t gain, uint64_t loss) {
+    const uint64_t sum = gain + loss;
+    if (sum == 0) {
+        return 1u << 30;
+    }
+    const int lead = leading_zeros64(sum);
+    const uint64_t quotient = ((gain << lead) >> 1) / ((sum << lead) >> 32);
+    return quotient < (1u << 31) ? (uint32_t)quotient : 1u << 31;
+}
+
+// Signed fixed point of x with `shift` fractional bits, truncated towards zero.
+__device__ __forceinline__ int64_t to_fixed(float x, int shift) {
+    const uint32_t raw = __float_as_uint(x);
+    const int biased = (int)((raw >> 23) & 0xffu);
+    const int64_t mantissa = (raw & 0x7fffffu) | (biased > 0 ? 0x800000u : 0u);
+    const int s = max(biased, 1) - 150 + shift;
+    const int64_t magnitude = s < 0 ? mantissa >> min(-s, 63) : mantissa << min(s, 39);
+    return raw >> 31 ? -magnitude : magnitude;
+}
+
+__device__ __forceinline__ uint64_t magnitude64(int64_t a) {
+    return a < 0 ? 0 - (uint64_t)a : (uint64_t)a;
+}
+
+__device__ __forceinline__ uint128 scaled_variance(uint64_t n, int64_t sum, uint64_t squares, uint32_t shift) {
+    const uint128 total = shl128(mul64(n, squares), shift);
+    const uint64_t size = magnitude64(sum);
+    const uint128 square = mul64(size, size);
+    if (less128(total, square)) {
+        return {0, 0};
+    }
+    const uint128 variance = sub128(total, square);
+    return less128(shr128(total, 20), variance) ? variance : make128(0);
+}
+
+// ---- reals ----------------------------------------------------------------------------------------------------------
+
+// Per-bar Sharpe ratio of n bars from their fixed-point sum and scaled variance (kernels/fixed.rs): sum·√((n-1) / (n·variance)).
+__device__ __forceinline__ float sharpe_of(uint64_t n, int64_t sum, uint128 variance) {
+    if (n < 2 || is_zero128(variance)) {
+        return UNDEFINED;
+    }
+    const uint64_t size = magnitude64(sum);
+    if (size == 0) {
+        return 0.0f;
+    }
+    const int lead = leading_zeros64(size), lead_variance = leading_zeros128(variance);
+    const int odd = lead_variance & 1;
+    const float v = (float)(uint32_t)(shl128(variance, lead_variance).hi >> 32) * (odd ? 2.0f : 1.0f);
+    const float mantissa = (float)(uint32_t)((size << lead) >> 32) / sqrtf(v);
+    // size = m·2^(32 - lead), variance = v·2^(96 - lead_variance)
+    const int exponent = 32 - lead - (96 - lead_variance - odd) / 2;
+    const float ratio = ldexpf(mantissa * sqrtf((float)(n - 1) / (float)n), exponent);
+    return sum < 0 ? -ratio : ratio;
+}

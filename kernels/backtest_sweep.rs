@@ -590,11 +590,16 @@ impl<'a> Job<'a> {
         let stitch = stitch_parts(sweep)?;
         let stitched = stitch.chunks_exact(3).map(|p| (p[1] - p[0]) as usize).sum();
         let samples = u64::from(bars.max(1)) * if sweep.pooled { n as u64 } else { 1 };
-        let shift = 62u32.saturating_sub(64 - samples.leading_zeros());
-        if shift < 28 {
-            let help = "select per asset, or use fewer bars".into();
-            return Err(Error::TooLarge { what: "the pooled sample".into(), needed: samples, limit: 1 << 34, unit: "bars", help });
+        // Counts of trades are exact in f32 up to 2^24, pooled samples are counted in 32 bits.
+        for (what, needed, limit, help) in [
+            ("a series", u64::from(bars), 1 << 24, "cut the range with fewer bars"),
+            ("a pooled sample", samples, 1 << 31, "select per asset, or use fewer bars"),
+        ] {
+            if needed > limit {
+                return Err(Error::TooLarge { what: what.into(), needed, limit, unit: "bars", help: help.into() });
+            }
         }
+        let shift = 62 - (64 - samples.leading_zeros());
         let scales = sweep.cost_bps.iter().map(|&bps| scales(sweep, t, machine.heaviest, bps * 1e-4)).collect();
         let stitched_bars = stitch.chunks_exact(3).flat_map(|p| p[0]..p[1]).collect();
         let pending = Pending { pass: device.pass(OP), chunks: Vec::new(), selected: Vec::new(), bytes: 0 };

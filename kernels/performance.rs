@@ -117,6 +117,7 @@ fn growth<R: Real>(x: &[R]) -> (R, i32, R) {
             level = (level * factor).min(R::ONE);
             lowest = lowest.min(level);
         }
+        mantissa = mantissa.max(R::of(1e-37));
         let shift = mantissa.f64().log2().floor() as i32;
         mantissa = R::of(mantissa.f64() * 2f64.powi(-shift));
         exponent += shift;
@@ -287,6 +288,15 @@ mod tests {
         for (x, want) in [(0.0, 0.5), (1.0, 0.841_344_746_068_542_9), (-1.959_963_984_540_054, 0.025), (3.5, 0.999_767_370_920_964_5), (-8.0, 6.220_960_574_271_785e-16)] {
             assert!((normal_cdf(x) - want).abs() < 1e-15_f64.max(1e-12 * want), "{x}: {}", normal_cdf(x));
         }
+    }
+
+    #[test]
+    fn ruin_twice_in_a_block_is_still_a_number() {
+        let mut out = [0.0f32; STATISTICS as usize];
+        series(&[0.01, -1.5, 0.02, -2.0, 0.0], 0, &mut out);
+        let wide: Vec<f64> = out.iter().map(|&x| f64::from(x)).collect();
+        let p = Performance::finish(&wide, 5, 252.0);
+        assert!((p.total_return + 1.0).abs() < 1e-9 && (p.max_drawdown - 1.0).abs() < 1e-6, "{p:?}");
     }
 
     #[test]

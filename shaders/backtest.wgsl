@@ -196,14 +196,18 @@ fn backtest_stitch(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroup
         if j >= params.lag {
             position = decide(s, a, j - params.lag, position);
         }
+        var earned = 0.0;
         if j >= params.start {
             let traded = abs(position - weight);
+            weight = position;
+            earned = position * returns[a * (params.t - 1u) + j] - params.cost * traded;
             if j >= from_bar {
                 turnover += traded;
                 trades += select(0.0, 1.0, traded > 0.0);
-                net[out + j - from_bar] = position * returns[a * (params.t - 1u) + j] - params.cost * traded;
             }
-            weight = position;
+        }
+        if j >= from_bar {
+            net[out + j - from_bar] = earned;
         }
     }
     activity[2u * slot] = turnover;

@@ -1,0 +1,715 @@
+//! What devices promise when something is wrong: typed errors that say what to do, limits that change no bit, no writes beside an
+//! output, recovery after a lost device.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test that cannot go on fails")]
+
+mod common;
+
+use common::{Case, DEVICES, Rng, assert_bits, open, open_all, open_with, rolling, variants};
+use forback::kernels::backtest::{BACKTEST_STITCH, BACKTEST_SWEEP, BacktestParams, SCALE_BIAS, SET_WORDS, STATS, TILE};
+use forback::kernels::backtest_sweep::Strategy;
+use forback::kernels::ceilings::{CEILING_MULTIPLY_ADD, CeilingParams};
+use forback::kernels::fixed::exponent;
+use forback::kernels::indicators::{self, IndicatorParams, span_alpha, wilder_alpha};
+use forback::kernels::kernel::{Access, Elem, Kernel, Params, Source};
+use forback::kernels::performance::{PERFORMANCE, PerformanceParams, STATISTICS, performance, performance_read};
+use forback::kernels::philox::{PHILOX, PhiloxParams, philox};
+use forback::kernels::walk_forward_select::{NONE, SelectParams, WALK_FORWARD_SCORES, WALK_FORWARD_SELECT};
+use forback::kernels::walk_forward_sharpe as wfs;
+use forback::kernels::{Buffer, Device, DeviceKind, Error, KERNELS, OpenOptions, View};
+use std::collections::BTreeSet;
+use std::process::Command;
+
+fn error<T>(result: forback::Result<T>) -> Error {
+    match result {
+        Ok(_) => panic!("an error was expected"),
+        Err(error) => error,
+    }
+}
+
+// ---- opening ----------------------------------------------------------------------------------------------------------
+
+#[test]
+fn an_unknown_device_is_named_with_the_nearest_one() {
+    for (spec, nearest) in [("wgpuu", "wgpu"), ("cudda", "cuda"), ("CPU", "cpu"), ("cuda_host", "cuda-host"), ("wgpu:x", "wgpu"), ("referense", "reference")] {
+        match error(Device::open(spec)) {
+            Error::UnknownDevice { given, suggestion } => assert_eq!((given.as_str(), suggestion.as_deref()), (spec, Some(nearest))),
+            other => panic!("{spec}: {other}"),
+        }
+    }
+    for spec in ["", "cpu:0", "wgpu:", "wgpu:-1", "cuda-host:1", "auto:0", "cuda:0:0"] {
+        assert!(matches!(error(Device::open(spec)), Error::UnknownDevice { .. }), "{spec}");
+    }
+}
+
+#[test]
+fn an_adapter_that_is_not_there_is_no_device() {
+    for (spec, device) in [("wgpu:99", "wgpu"), ("cuda:99", "cuda")] {
+        match error(Device::open(spec)) {
+            Error::NoDevice { device: named, help, .. } => assert!(named == device && !help.is_empty(), "{spec}: {named}, {help}"),
+            other => panic!("{spec}: {other}"),
+        }
+    }
+    // None of these may panic, whatever the machine has.
+    for spec in ["auto", "wgpu", "cuda", "cuda-host"] {
+        match Device::open(spec) {
+            Ok(device) => eprintln!("{spec}: {}", device.info()),
+            Err(Error::NoDevice { reason, help, .. }) => assert!(!reason.is_empty() && !help.is_empty()),
+            Err(other) => panic!("{spec}: {other}"),
+        }
+    }
+    assert!(!Device::open("auto").unwrap().info().software, "auto took a software adapter");
+}
+
+/// In a child process whose Vulkan loader finds no driver.
+#[test]
+fn without_any_adapter_the_command_says_what_to_install() {
+    let Some(forback) = option_env!("CARGO_BIN_EXE_forback") else {
+        eprintln!("skipped: the command is not part of this build");
+        return;
+    };
+    if !(cfg!(feature = "wgpu") && cfg!(target_os = "linux")) {
+        eprintln!("skipped: only Vulkan's loader can be kept from its drivers");
+        return;
+    }
+    let out = Command::new(forback)
+        .args(["verify", env!("CARGO_MANIFEST_DIR"), "--device", "wgpu"])
+        .env("VK_DRIVER_FILES", "/nonexistent")
+        .env("VK_ICD_FILENAMES", "/nonexistent")
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(2), "{stderr}");
+    let line = stderr.lines().find(|l| l.starts_with("error: no wgpu device")).unwrap_or_else(|| panic!("{stderr}"));
+    assert!(line.contains("mesa-vulkan-drivers") && !stderr.contains("panicked"), "{stderr}");
+    assert!(out.stdout.is_empty());
+}
+
+#[test]
+fn an_unknown_device_on_the_command_line_is_wrong_usage() {
+    let Some(forback) = option_env!("CARGO_BIN_EXE_forback") else { return };
+    let out = Command::new(forback).args(["verify", env!("CARGO_MANIFEST_DIR"), "--device", "cpuu"]).output().unwrap();
+    let stderr = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.code() == Some(2) && stderr.contains("did you mean 'cpu'?"), "{stderr}");
+}
+
+// ---- limits -----------------------------------------------------------------------------------------------------------
+
+/// Philox, performance, walk_forward_sharpe and its gradient of the same data on a device.
+fn small_ops(device: &Device) -> forback::Result<Vec<(&'static str, Vec<f64>)>> {
+    let mut rng = Rng::new(20);
+    let rows = 5000u32;
+    let counters: Vec<u32> = (0..4 * rows).collect();
+    let keys: Vec<u32> = (0..2 * rows).map(|i| i.wrapping_mul(0x9E37_79B9)).collect();
+    let (n, t) = (300u64, 2000u64);
+    let x = rng.returns((n * t) as usize, 3e-4, 0.01);
+    // An odd T, so that chunks start at ranges that no adapter can bind.
+    let (m, odd) = (200u64, 1501u64);
+    let y = &x[..(m * odd) as usize];
+    let windows: Vec<[u32; 2]> = (0..8).map(|i| [i * 170, i * 170 + 250]).chain([[3, 3], [700, 701]]).collect();
+    let upstream = rng.returns(m as usize * windows.len(), 0.0, 1.0);
+
+    let (counter, key) = (device.upload_u32("counter", &counters)?, device.upload_u32("key", &keys)?);
+    let (returns, series, grad_sharpe) = (device.upload("returns", &x)?, device.upload("returns", y)?, device.upload("grad_sharpe", &upstream)?);
+    let mut pass = device.pass("small ops");
+    let numbers = philox(&mut pass, &counter, &key)?;
+    let (bits, uniform, normal) = (pass.read(&numbers.bits)?, pass.read(&numbers.uniform)?, pass.read(&numbers.normal)?);
+    let statistics = performance_read(&mut pass, &returns, n, t)?;
+    let forward = wfs::walk_forward_sharpe(&mut pass, &series, m, odd, &windows, 252.0)?;
+    let grad = wfs::walk_forward_sharpe_backward(&mut pass, &forward, &series, &grad_sharpe)?;
+    let (sharpe, grad) = (pass.read(&forward.sharpe)?, pass.read(&grad)?);
+    let mut done = pass.submit()?;
+    let words = done.u32(bits)?.into_iter().map(f64::from).collect();
+    let names = [("uniform", uniform), ("normal", normal), ("performance", statistics), ("walk_forward_sharpe", sharpe), ("grad_returns", grad)];
+    let reals = names.into_iter().map(|(name, read)| Ok((name, done.f64(read)?))).collect::<forback::Result<Vec<_>>>()?;
+    Ok([("bits", words)].into_iter().chain(reals).collect())
+}
+
+const MIB: u64 = 1 << 20;
+
+fn caps() -> [(&'static str, OpenOptions); 5] {
+    let none = OpenOptions::default();
+    [
+        ("1 MiB bindings", OpenOptions { binding_bytes: Some(MIB), ..none.clone() }),
+        ("3 groups per dimension", OpenOptions { groups_per_dimension: Some(3), ..none.clone() }),
+        ("both", OpenOptions { binding_bytes: Some(MIB), groups_per_dimension: Some(3), ..none.clone() }),
+        ("short launches", OpenOptions { work_per_launch: Some(2_000_000), ..none.clone() }),
+        ("64 KiB bindings", OpenOptions { binding_bytes: Some(64 << 10), ..none }),
+    ]
+}
+
+#[test]
+fn limits_change_no_bit_of_the_small_ops() {
+    for spec in ["cpu", "wgpu", "cuda-host", "cuda"] {
+        let Some(device) = open(spec) else { continue };
+        let want = small_ops(&device).unwrap();
+        for (cap, options) in caps() {
+            let got = small_ops(&open_with(spec, &options).unwrap()).unwrap();
+            for ((name, got), (_, want)) in got.iter().zip(&want) {
+                assert_bits(&format!("{name} on {spec} under {cap}"), got, want);
+            }
+        }
+    }
+}
+
+#[test]
+fn limits_change_no_bit_of_a_sweep() {
+    for spec in ["cpu", "wgpu", "cuda-host", "cuda"] {
+        let Some(device) = open(spec) else { continue };
+        let mut rng = Rng::new(21);
+        for strategy in Strategy::ALL {
+            // Enough windows that the prefixes of all sets pass 1 MiB; few enough bars that one asset's table is 27 groups at most.
+            let (bars, assets, sets) = (48, 5, 700);
+            let start = 3;
+            let windows = rolling(bars as u32 - 1, start, 12, 2);
+            assert!(windows.len() > 8);
+            for pooled in [false, true] {
+                let case = Case { start, pooled, windows: windows.clone(), cost_bps: vec![10.0], ..Case::random(&mut rng, strategy, bars, assets, sets) };
+                let want = case.run(&device).unwrap();
+                for (cap, options) in caps() {
+                    let label = format!("{} (pooled: {pooled}) on {spec} under {cap}", strategy.name());
+                    if pooled && options.binding_bytes == Some(64 << 10) {
+                        continue; // one tile of all assets does not fit
+                    }
+                    let got = case.run(&open_with(spec, &options).unwrap()).unwrap_or_else(|e| panic!("{label}: {e}"));
+                    assert_bits(&label, &got.numbers(), &want.numbers());
+                    if options.binding_bytes.is_some() {
+                        assert!(got.outcome.launches > want.outcome.launches, "{label}: nothing was split");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn too_large_names_need_and_limit() {
+    let large = |e: Error| match e {
+        Error::TooLarge { needed, limit, help, .. } => {
+            assert!(needed > limit && !help.is_empty());
+            (needed, limit)
+        }
+        other => panic!("{other}"),
+    };
+    for spec in DEVICES {
+        // a buffer, a binding, all buffers together
+        let Some(device) = open_with(spec, &OpenOptions { buffer_bytes: Some(MIB), ..Default::default() }) else { continue };
+        assert_eq!(large(error(device.zeros("x", MIB / 4 + 1))), (MIB + 4, MIB));
+        assert_eq!(device.used_bytes(), 0);
+        let device = open_with(spec, &OpenOptions { memory_bytes: Some(MIB), ..Default::default() }).unwrap();
+        let half = device.zeros("half", MIB / 8).unwrap();
+        let refused = error(device.zeros("x", MIB / 8 + 2));
+        assert!(matches!(&refused, Error::TooLarge { needed, limit, .. } if (*needed, *limit) == (MIB / 2 + 8, MIB)), "{refused}");
+        assert_eq!(device.used_bytes(), MIB / 2, "a refused buffer is not charged");
+        drop(half);
+        assert_eq!(device.used_bytes(), 0);
+        device.zeros("all of it", MIB / 4).unwrap();
+
+        // one series that no launch can hold
+        let device = open_with(spec, &OpenOptions { binding_bytes: Some(MIB), ..Default::default() }).unwrap();
+        let t = MIB / 4 + 1;
+        let x = device.zeros("returns", t).unwrap();
+        let mut pass = device.pass("long");
+        assert_eq!(large(error(performance(&mut pass, &x, 1, t))).1, MIB);
+        assert_eq!(large(error(wfs::walk_forward_sharpe(&mut pass, &x, 1, t, &[[0, 9]], 252.0))).1, MIB);
+        let mut rng = Rng::new(22);
+        let case = Case { windows: Vec::new(), ..Case::random(&mut rng, Strategy::SmaCross, 300, 1, 2) };
+        let close = case.close.iter().cycle().take(70_000).copied().collect();
+        assert_eq!(large(error(Case { close, ..case.clone() }.run(&device))).1, MIB);
+        // one raw launch
+        let params = PerformanceParams { n: 1, t: t as u32, tail: 0 };
+        let out = device.zeros("statistics", STATISTICS).unwrap();
+        assert_eq!(large(error(pass.launch(&PERFORMANCE, &params, &[View::from(&x), View::from(&out)]))), (4 * t, MIB));
+        let device = open_with(spec, &OpenOptions { groups_per_dimension: Some(3), ..Default::default() }).unwrap();
+        let (x, out) = (device.zeros("returns", 28).unwrap(), device.zeros("statistics", 28 * STATISTICS).unwrap());
+        let params = PerformanceParams { n: 28, t: 1, tail: 0 };
+        assert_eq!(large(error(device.pass("wide").launch(&PERFORMANCE, &params, &[View::from(&x), View::from(&out)]))), (28, 27));
+        // a table of one asset that no launch can hold
+        let many = Case::random(&mut rng, Strategy::SmaCross, 300, 2, 100);
+        assert_eq!(large(error(many.run(&device))).1, 27);
+    }
+}
+
+#[test]
+fn memory_that_no_machine_has_is_an_error() {
+    for device in open_all(&DEVICES) {
+        for len in [1 << 59, 1 << 61, u64::MAX / 4, u64::MAX] {
+            let refused = error(device.zeros("everything", len));
+            assert!(matches!(refused, Error::OutOfMemory { .. } | Error::TooLarge { .. }), "{:?}: {refused}", device.info().kind);
+        }
+        assert_eq!(device.used_bytes(), 0);
+        // the device goes on
+        let x = device.upload("x", &[1.0, 2.0]).unwrap();
+        let mut pass = device.pass("after");
+        let read = pass.read(&x).unwrap();
+        assert_eq!(pass.submit().unwrap().f32(read).unwrap(), [1.0, 2.0]);
+    }
+}
+
+// ---- kernels that are wrong -------------------------------------------------------------------------------------------
+
+static BROKEN: Kernel = Kernel {
+    name: "philox",
+    wgsl: Some(Source { file: "shaders/broken.wgsl", text: "// a comment\n\n@compute @workgroup_size(64)\nfn philox() {\n    let x: f32 = nowhere;\n}\n" }),
+    cuda: Some(Source {
+        file: "cuda/broken.cu",
+        text: "// a comment\nstruct PhiloxParams { uint32_t n; };\n\nextern \"C\" __global__ void philox() {\n    float x = nowhere;\n}\n",
+    }),
+    ..PHILOX
+};
+static COLUMNLESS: Kernel = Kernel { wgsl: None, cuda: None, cpu: None, ..PHILOX };
+
+fn philox_args(device: &Device, rows: u64) -> [View; 5] {
+    let words = |name, len| View::from(&device.zeros_u32(name, len).unwrap());
+    let reals = |name, len| View::from(&device.zeros(name, len).unwrap());
+    [words("counter", 4 * rows), words("key", 2 * rows), words("bits", 4 * rows), reals("uniform", 4 * rows), reals("normal", 4 * rows)]
+}
+
+#[test]
+fn a_kernel_that_does_not_compile_names_file_and_line() {
+    for device in open_all(&["wgpu", "cuda-host", "cuda"]) {
+        let run = || {
+            let mut pass = device.pass("broken");
+            pass.launch(&BROKEN, &PhiloxParams { n: 1 }, &philox_args(&device, 1)).unwrap();
+            pass.submit()
+        };
+        for _ in 0..2 {
+            match error(run()) {
+                Error::Compile { kernel, file, line, message } => {
+                    assert_eq!((kernel, line), ("philox", 5), "{file}: {message}");
+                    assert!(file.ends_with(if device.info().kind == DeviceKind::Wgpu { "shaders/broken.wgsl" } else { "cuda/broken.cu" }), "{file}");
+                    assert!(message.contains("nowhere"), "{message}");
+                }
+                other => panic!("{other}"),
+            }
+        }
+        // the device goes on
+        let mut pass = device.pass("after");
+        pass.launch(&PHILOX, &PhiloxParams { n: 1 }, &philox_args(&device, 1)).unwrap();
+        pass.submit().unwrap();
+    }
+}
+
+#[test]
+fn a_missing_column_is_unsupported() {
+    for device in open_all(&DEVICES) {
+        let refused = error(device.pass("gap").launch(&COLUMNLESS, &PhiloxParams { n: 1 }, &philox_args(&device, 1)));
+        assert_eq!(refused, Error::Unsupported { kernel: "philox", device: device.info().kind.name() });
+    }
+}
+
+// ---- calls that are wrong ---------------------------------------------------------------------------------------------
+
+#[test]
+fn wrong_arguments_are_named() {
+    for device in open_all(&DEVICES) {
+        let other = Device::open("cpu").unwrap();
+        let args = philox_args(&device, 64);
+        let refused = |args: &[View]| match error(device.pass("wrong").launch(&PHILOX, &PhiloxParams { n: 64 }, args)) {
+            Error::Shape { arg, expected, got, .. } => format!("{arg} must be {expected}, got {got}"),
+            other => panic!("{other}"),
+        };
+        let with = |i: usize, view: View| {
+            let mut args = args.clone();
+            args[i] = view;
+            refused(&args)
+        };
+        assert_eq!(refused(&args[..4]), "arguments must be 5, got 4");
+        assert_eq!(with(4, args[0].clone()), "normal must be f32, got u32");
+        assert_eq!(with(0, args[3].clone()), "counter must be u32, got f32");
+        assert!(with(4, args[3].clone()).starts_with("normal must be a buffer of its own"), "two outputs in one buffer");
+        assert!(with(2, args[0].clone()).starts_with("bits must be a buffer of its own"), "an input as output");
+        let long = device.zeros_u32("counter", 1024).unwrap();
+        assert!(with(0, long.view(1000..1025)).starts_with("range must be inside 0..1024"));
+        #[allow(clippy::reversed_empty_ranges, reason = "what is refused")]
+        let backwards = long.view(5..3);
+        assert!(with(0, backwards).starts_with("range must be inside 0..1024"));
+        if device.limits().align > 1 {
+            assert!(with(0, long.view(1..257)).starts_with("counter must be a range that starts at a multiple of"));
+        }
+        assert!(with(0, View::from(&other.zeros_u32("counter", 256).unwrap())).contains("on another device"));
+        match error(device.pass("wrong").launch(&PHILOX, &PerformanceParams { n: 1, t: 1, tail: 0 }, &args)) {
+            Error::Shape { arg, expected, got, .. } => {
+                assert_eq!((arg.as_str(), expected.as_str(), got.as_str()), ("params", "PhiloxParams", "PerformanceParams"))
+            }
+            other => panic!("{other}"),
+        }
+
+        // copies and downloads
+        let (x, y) = (device.zeros("x", 8).unwrap(), device.zeros("y", 9).unwrap());
+        let mut pass = device.pass("wrong");
+        for result in [
+            pass.copy(&x, &y),
+            pass.copy(&x.view(0..4), &x.view(4..8)),
+            pass.copy(&x, &device.zeros_u32("words", 8).unwrap()),
+            pass.copy(&x, &other.zeros("x", 8).unwrap()),
+            pass.read(x.view(0..9)).map(|_| ()),
+            pass.read(&other.zeros("x", 8).unwrap()).map(|_| ()),
+        ] {
+            assert!(matches!(error(result), Error::Shape { .. }));
+        }
+        // a read of another type, and one redeemed twice
+        let (words, again) = (pass.read(&x).unwrap(), pass.read(&x).unwrap());
+        let mut done = pass.submit().unwrap();
+        assert!(done.u32(words).is_err());
+        assert_eq!(done.f32(again).unwrap(), [0.0; 8]);
+        assert!(done.f32(again).is_err());
+    }
+}
+
+#[test]
+fn wrong_calls_of_ops_are_named() {
+    let device = open("cpu").unwrap();
+    let x = device.zeros("returns", 12).unwrap();
+    let mut pass = device.pass("wrong");
+    assert!(matches!(error(performance(&mut pass, &x, 5, 2)), Error::Shape { .. }));
+    assert!(matches!(error(performance(&mut pass, &x, 12, 0)), Error::Shape { .. }));
+    for windows in [[[0, 5]], [[3, 2]]] {
+        assert!(matches!(error(wfs::walk_forward_sharpe(&mut pass, &x, 3, 4, &windows, 252.0)), Error::Shape { .. }));
+    }
+    for periods in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        assert!(matches!(error(wfs::walk_forward_sharpe(&mut pass, &x, 3, 4, &[[0, 4]], periods)), Error::Parameter { .. }));
+    }
+    let words = device.zeros_u32("counter", 7).unwrap();
+    assert!(matches!(error(philox(&mut pass, &words, &words)), Error::Shape { .. }));
+
+    let mut rng = Rng::new(23);
+    let fine = Case::random(&mut rng, Strategy::SmaCross, 60, 2, 4);
+    let refused = |change: &dyn Fn(&mut Case)| {
+        let mut case = fine.clone();
+        change(&mut case);
+        error(case.run(&device)).to_string()
+    };
+    assert!(refused(&|c| c.close[5] = f32::NAN).contains("close[2, 1] = NaN"));
+    assert!(refused(&|c| c.close[4] = 0.0).contains("close[2, 0] = 0"));
+    assert!(refused(&|c| c.close[4] = f32::INFINITY).contains("close[2, 0]"));
+    assert!(refused(&|c| c.close.clear()).contains("close must be [T,N]"));
+    assert!(refused(&|c| c.cost_bps[1] = -1.0).contains("cost_bps[1] = -1"));
+    assert!(refused(&|c| c.cost_bps[0] = f64::NAN).contains("cost_bps[0] = NaN"));
+    assert!(refused(&|c| c.parameters[0].1[3] = 2.5).contains("fast[3] = 2.5"));
+    assert!(refused(&|c| c.parameters[1].1[0] = 0.0).contains("slow[0] = 0"));
+    assert!(refused(&|c| c.parameters[2].1[1] = 2.0).contains("short[1] = 2"));
+    assert!(refused(&|c| c.parameters[0].0 = "quick").contains("'fast'"));
+    assert!(refused(&|c| c.parameters[0].1.truncate(3)).contains("equal lengths"));
+    assert!(refused(&|c| c.windows[0][3] = 60).contains("windows[0]"));
+    assert!(refused(&|c| c.windows[0] = [9, 8, 10, 12]).contains("windows[0]"));
+    assert!(Strategy::named("sma_cros").is_err());
+}
+
+#[test]
+fn nothing_in_nothing_out() {
+    for device in open_all(&DEVICES) {
+        let (words, reals) = (device.upload_u32("words", &[]).unwrap(), device.upload("reals", &[]).unwrap());
+        let mut pass = device.pass("nothing");
+        let out = philox(&mut pass, &words, &words).unwrap();
+        let statistics = performance(&mut pass, &reals, 0, 5).unwrap();
+        let forward = wfs::walk_forward_sharpe(&mut pass, &reals, 0, 5, &[[0, 5]], 252.0).unwrap();
+        let grad = wfs::walk_forward_sharpe_backward(&mut pass, &forward, &reals, &reals).unwrap();
+        pass.launch(&PHILOX, &PhiloxParams { n: 0 }, &philox_args(&device, 0)).unwrap();
+        assert_eq!(pass.launches(), 0);
+        let reads = [&out.bits, &out.normal, &statistics, &forward.sharpe, &grad].map(|b| pass.read(b).unwrap());
+        let mut done = pass.submit().unwrap();
+        assert!(done.u32(reads[0]).unwrap().is_empty());
+        assert!(reads[1..].iter().all(|&r| done.f64(r).unwrap().is_empty()));
+        device.pass("nothing at all").submit().unwrap();
+
+        // no window, and windows without bars
+        let x = device.upload("returns", &[0.1, 0.2, 0.3]).unwrap();
+        for windows in [vec![], vec![[1, 1], [3, 3]]] {
+            let mut pass = device.pass("no bars");
+            let forward = wfs::walk_forward_sharpe(&mut pass, &x, 1, 3, &windows, 252.0).unwrap();
+            let upstream = device.upload("grad_sharpe", &vec![1.0; windows.len()]).unwrap();
+            let grad = wfs::walk_forward_sharpe_backward(&mut pass, &forward, &x, &upstream).unwrap();
+            let reads = (pass.read(&forward.sharpe).unwrap(), pass.read(&grad).unwrap());
+            let mut done = pass.submit().unwrap();
+            assert!(done.f64(reads.0).unwrap().iter().all(|&s| s <= -1e29), "undefined");
+            assert_eq!(done.f64(reads.1).unwrap(), [0.0; 3]);
+        }
+    }
+}
+
+// ---- life of a device -------------------------------------------------------------------------------------------------
+
+#[test]
+fn a_lost_device_says_so_and_can_be_opened_again() {
+    for spec in DEVICES {
+        let Some(device) = open(spec) else { continue };
+        let args = philox_args(&device, 3);
+        let mut pass = device.pass("before");
+        pass.launch(&PHILOX, &PhiloxParams { n: 3 }, &args).unwrap();
+        device.lose();
+        assert!(matches!(error(pass.submit()), Error::DeviceLost { .. }), "{spec}: a pass recorded before");
+        assert!(matches!(error(device.zeros("x", 4)), Error::DeviceLost { .. }), "{spec}: a buffer after");
+        assert!(matches!(error(device.upload("x", &[1.0])), Error::DeviceLost { .. }), "{spec}: an upload after");
+        assert!(matches!(error(device.pass("after").submit()), Error::DeviceLost { .. }), "{spec}: a pass after");
+        assert!(matches!(error(small_ops(&device)), Error::DeviceLost { .. }), "{spec}: ops after");
+        drop(args);
+        assert_eq!(device.used_bytes(), 0, "{spec}");
+        let device = Device::open(spec).unwrap();
+        let mut pass = device.pass("again");
+        pass.launch(&PHILOX, &PhiloxParams { n: 3 }, &philox_args(&device, 3)).unwrap();
+        pass.submit().unwrap();
+    }
+}
+
+#[test]
+fn every_buffer_is_given_back() {
+    for device in open_all(&DEVICES) {
+        let x = device.zeros("x", 1000).unwrap();
+        let again = x.clone();
+        assert_eq!(device.used_bytes(), 4000);
+        drop(x);
+        assert_eq!(device.used_bytes(), 4000, "a clone holds it");
+        drop(again);
+        small_ops(&device).unwrap();
+        Case::random(&mut Rng::new(24), Strategy::Macd, 90, 3, 70).run(&device).unwrap();
+        assert_eq!(device.used_bytes(), 0, "{:?}", device.info().kind);
+    }
+}
+
+#[test]
+fn a_profile_has_a_time_per_launch() {
+    for device in open_all(&DEVICES) {
+        let x = device.upload("returns", &Rng::new(25).returns(600, 0.0, 0.01)).unwrap();
+        let mut pass = device.pass("profiled");
+        pass.profile();
+        let forward = wfs::walk_forward_sharpe(&mut pass, &x, 3, 200, &[[0, 100], [50, 200]], 252.0).unwrap();
+        pass.read(&forward.sharpe).unwrap();
+        performance(&mut pass, &x, 3, 200).unwrap();
+        let launches = pass.launches();
+        let done = pass.submit().unwrap();
+        let names: Vec<&str> = done.profile().iter().map(|l| l.kernel).collect();
+        assert_eq!((names, launches), (vec!["segment_moments", "walk_forward_sharpe", "performance"], 3));
+        let unknown = done.profile().iter().filter(|l| l.seconds.is_nan()).count();
+        let timer = matches!(device.info().kind, DeviceKind::Cpu | DeviceKind::Reference);
+        assert!(unknown == 0 || (unknown == launches && !timer), "{:?}: {:?}", device.info(), done.profile());
+        assert!(done.profile().iter().all(|l| (l.seconds.is_nan() || (0.0..60.0).contains(&l.seconds)) && l.bytes > 0.0 && l.flops > 0.0));
+        let mut plain = device.pass("not profiled");
+        performance(&mut plain, &x, 3, 200).unwrap();
+        assert!(plain.submit().unwrap().profile().is_empty());
+    }
+}
+
+#[test]
+fn the_same_pass_gives_the_same_bits() {
+    for spec in DEVICES {
+        let Some(device) = open(spec) else { continue };
+        let case = Case::random(&mut Rng::new(26), Strategy::TsMomentum, 120, 3, 130);
+        let (first, ops) = (case.run(&device).unwrap().numbers(), small_ops(&device).unwrap());
+        // again, in every variant: checked or not, threads in another order
+        for options in variants(spec) {
+            let other = open_with(spec, &options).unwrap();
+            assert_bits(&format!("{spec} {options:?}"), &case.run(&other).unwrap().numbers(), &first);
+            for ((name, got), (_, want)) in small_ops(&other).unwrap().iter().zip(&ops) {
+                assert_bits(&format!("{name} on {spec} {options:?}"), got, want);
+            }
+        }
+        assert_bits(spec, &case.run(&device).unwrap().numbers(), &first);
+    }
+}
+
+#[test]
+fn threads_share_a_device() {
+    for device in open_all(&DEVICES) {
+        let cases: Vec<Case> = [Strategy::SmaCross, Strategy::RsiReversion].map(|s| Case::random(&mut Rng::new(27), s, 100, 2, 70)).to_vec();
+        let want: Vec<Vec<f64>> = cases.iter().map(|c| c.run(&device).unwrap().numbers()).collect();
+        let shared = device.upload("returns", &Rng::new(28).returns(900, 0.0, 0.01)).unwrap();
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..4)
+                .map(|i| {
+                    let (case, want, device, shared) = (&cases[i % 2], &want[i % 2], &device, &shared);
+                    scope.spawn(move || {
+                        for _ in 0..3 {
+                            assert_bits("a thread's sweep", &case.run(device).unwrap().numbers(), want);
+                            let mut pass = device.pass("shared input");
+                            performance_read(&mut pass, shared, 9, 100).unwrap();
+                            pass.submit().unwrap();
+                        }
+                    })
+                })
+                .collect();
+            threads.into_iter().for_each(|t| t.join().unwrap());
+        });
+    }
+}
+
+// ---- guards -----------------------------------------------------------------------------------------------------------
+
+/// Elements on both sides of every range; a multiple of every adapter's alignment.
+const GUARD: usize = 64;
+const GUARD_REAL: f32 = -54_321.25;
+const GUARD_WORD: u32 = 0xA5A5_5A5A;
+
+/// A buffer with a guard before and after so many elements.
+struct Guarded(Buffer, usize);
+
+/// Launches every kernel with ranges in the middle of larger buffers, and remembers them.
+struct Guards {
+    device: Device,
+    ranges: Vec<(&'static str, &'static str, Buffer, usize, bool)>,
+    launched: BTreeSet<&'static str>,
+}
+
+impl Guards {
+    fn words(&self, values: &[u32]) -> Guarded {
+        let all: Vec<u32> = [GUARD_WORD; GUARD].iter().chain(values).chain(&[GUARD_WORD; GUARD]).copied().collect();
+        Guarded(self.device.upload_u32("guarded", &all).unwrap(), values.len())
+    }
+
+    fn reals(&self, values: &[f32]) -> Guarded {
+        let all: Vec<f32> = [GUARD_REAL; GUARD].iter().chain(values).chain(&[GUARD_REAL; GUARD]).copied().collect();
+        Guarded(self.device.upload("guarded", &all).unwrap(), values.len())
+    }
+
+    /// An output filled with guard values; every one of them must be overwritten.
+    fn out(&self, elem: Elem, len: usize) -> Guarded {
+        match elem {
+            Elem::F32 => self.reals(&vec![GUARD_REAL; len]),
+            Elem::U32 => self.words(&vec![GUARD_WORD; len]),
+        }
+    }
+
+    fn launch<P: Params>(&mut self, kernel: &'static Kernel, params: &P, args: &[&Guarded]) {
+        let views: Vec<View> = args.iter().map(|a| a.0.view(GUARD as u64..(GUARD + a.1) as u64)).collect();
+        let mut pass = self.device.pass("guarded");
+        pass.launch(kernel, params, &views).unwrap();
+        pass.submit().unwrap();
+        self.launched.insert(kernel.name);
+        for (arg, Guarded(buffer, len)) in kernel.args.iter().zip(args) {
+            self.ranges.push((kernel.name, arg.name, buffer.clone(), *len, arg.access == Access::Write));
+        }
+        self.check();
+    }
+
+    fn check(&self) {
+        let mut pass = self.device.pass("check");
+        let reads: Vec<_> = self.ranges.iter().map(|r| pass.read(&r.2).unwrap()).collect();
+        let mut done = pass.submit().unwrap();
+        for ((kernel, arg, buffer, len, written), read) in self.ranges.iter().zip(reads) {
+            let (values, guard): (Vec<f64>, f64) = match buffer.elem() {
+                Elem::F32 => (done.f64(read).unwrap(), f64::from(GUARD_REAL)),
+                Elem::U32 => (done.u32(read).unwrap().into_iter().map(f64::from).collect(), f64::from(GUARD_WORD)),
+            };
+            let label = format!("{kernel}: {arg} on {}", self.device.info());
+            assert!(values[..GUARD].iter().all(|&v| v == guard), "{label}: written before its range");
+            assert!(values[GUARD + len..].iter().all(|&v| v == guard), "{label}: written after its range");
+            if let (true, Some(i)) = (*written, values[GUARD..GUARD + len].iter().position(|&v| v == guard)) {
+                panic!("{label}[{i}] of {len} was never written");
+            }
+        }
+    }
+}
+
+#[test]
+fn no_kernel_writes_beside_its_outputs() {
+    for spec in DEVICES {
+        for options in variants(spec) {
+            let Some(device) = open_with(spec, &options) else { continue };
+            guarded(Guards { device, ranges: Vec::new(), launched: BTreeSet::new() });
+        }
+    }
+}
+
+fn guarded(mut g: Guards) {
+    macro_rules! launch {
+        ($kernel:expr, $params:expr, [$($range:expr),*]) => {
+            g.launch(&$kernel, &$params, &[$(&$range),*])
+        };
+    }
+    let mut rng = Rng::new(30);
+    // philox, performance
+    let rows = 67u32;
+    let [counter, key] = [4 * rows, 2 * rows].map(|n| g.words(&(0..n).collect::<Vec<_>>()));
+    let four = 4 * rows as usize;
+    let [bits, uniforms, normal] = [Elem::U32, Elem::F32, Elem::F32].map(|e| g.out(e, four));
+    launch!(PHILOX, PhiloxParams { n: rows }, [counter, key, bits, uniforms, normal]);
+    let out = g.out(Elem::F32, 3 * CEILING_MULTIPLY_ADD.workgroup as usize);
+    launch!(CEILING_MULTIPLY_ADD, CeilingParams { n: 3, rounds: 2, a: 0.5, b: 1.0 }, [out]);
+    let (n, t) = (5usize, 131usize);
+    let returns = g.reals(&rng.returns(n * t, 0.0, 0.01));
+    let statistics = g.out(Elem::F32, n * STATISTICS as usize);
+    launch!(PERFORMANCE, PerformanceParams { n: n as u32, t: t as u32, tail: 6 }, [returns, statistics]);
+
+    // walk_forward_sharpe: windows 0..40, 20..131, 40..131 over edges 0, 20, 40, 131
+    let (w, segments) = (3usize, 3usize);
+    let params = wfs::WalkForwardParams { n: n as u32, t: t as u32, w: w as u32, g: segments as u32, periods: 252.0, periods_low: 0.0 };
+    let edges = g.words(&[0, 20, 40, 131]);
+    let spans = g.words(&[0, 2, 1, 3, 2, 3]);
+    let segment_of = g.words(&(0..131u32).map(|j| u32::from(j >= 20) + u32::from(j >= 40)).collect::<Vec<_>>());
+    let covers = g.words(&[4, 5, 7, 9, 0, 0, 1, 1, 2]);
+    let moments = g.out(Elem::F32, 2 * n * segments);
+    launch!(wfs::SEGMENT_MOMENTS, params, [returns, edges, moments]);
+    let [sharpe, pairs] = [n * w, 2 * n * w].map(|len| g.out(Elem::F32, len));
+    launch!(wfs::WALK_FORWARD_SHARPE, params, [moments, edges, spans, sharpe, pairs]);
+    let upstream = g.reals(&rng.returns(n * w, 0.0, 1.0));
+    let grad = g.out(Elem::F32, n * t);
+    launch!(wfs::WALK_FORWARD_SHARPE_BACKWARD, params, [returns, pairs, upstream, edges, spans, segment_of, covers, grad]);
+
+    // indicators
+    let (a, t, rows) = (3usize, 71usize, 5usize);
+    let market = rng.market(t, a);
+    let columns: Vec<f32> = (0..a * t).map(|i| market[i % t * a + i / t]).collect();
+    let highest: Vec<u32> = columns.chunks_exact(t).map(|c| exponent(c.iter().copied().fold(0.0, f32::max))).collect();
+    let (price, exponents) = (g.reals(&columns), g.words(&highest));
+    let spans_of = [2u32, 3, 5, 8, 13];
+    let half = |x: u64| [x as u32, (x >> 32) as u32];
+    let periods = g.words(&spans_of);
+    let alphas = g.words(&spans_of.iter().flat_map(|&n| [half(span_alpha(n)), half(span_alpha(3))].concat()).collect::<Vec<_>>());
+    let wilder = g.words(&spans_of.iter().flat_map(|&n| half(wilder_alpha(n))).collect::<Vec<_>>());
+    let params = IndicatorParams { a: a as u32, t: t as u32, rows: rows as u32, bits: indicators::bollinger_bits(13), extra: 3 };
+    let earned = g.out(Elem::F32, a * (t - 1));
+    let [sums, squares] = [0, 1].map(|_| g.out(Elem::U32, 4 * a * (t + 1)));
+    launch!(indicators::PRICE_SUMS, params, [price, exponents, earned, sums, squares]);
+    let table = a * t * rows;
+    let [keys, ema, rsi, bollinger] = [0; 4].map(|_| g.out(Elem::U32, table));
+    launch!(indicators::INDICATOR_SMA, params, [price, exponents, sums, periods, keys]);
+    launch!(indicators::INDICATOR_EMA, params, [price, exponents, alphas, ema]);
+    launch!(indicators::INDICATOR_RSI, params, [price, exponents, periods, wilder, rsi]);
+    launch!(indicators::INDICATOR_BOLLINGER, params, [price, exponents, sums, squares, periods, bollinger]);
+    let runs = g.out(Elem::U32, 2 * a * t);
+    launch!(indicators::INDICATOR_DONCHIAN, IndicatorParams { rows: 2, extra: 9, ..params }, [price, runs]);
+    let volatility = g.out(Elem::F32, table);
+    launch!(indicators::INDICATOR_VOLATILITY, params, [earned, periods, volatility]);
+
+    // back-test, selection, scores, stitch: two tiles, two windows 0..30 | 30..50 and 20..50 | 50..70
+    let (tiles, w) = (2usize, 2usize);
+    let lanes = tiles * TILE;
+    let words: Vec<u32> = (0..lanes as u32).flat_map(|s| [s % 5, (s / 5 + 1) % 5, 0, 0, 13, s & 1, 0, 0]).collect();
+    assert_eq!(words.len(), lanes * SET_WORDS);
+    let sets = g.words(&words);
+    let scale = (SCALE_BIAS as u32).wrapping_sub(1);
+    let plan = g.words(&[0, 20, 30, 50, 70, scale, scale, scale]);
+    let params = BacktestParams {
+        a: a as u32,
+        t: t as u32,
+        rows: rows as u32,
+        tiles: tiles as u32,
+        edges: 5,
+        mode: 0,
+        lag: 1,
+        start: 0,
+        shift: 50,
+        mask: u32::MAX,
+        cost: 1e-3,
+        cost_low: 0.0,
+        per_asset: 0,
+        stitched: 0,
+    };
+    let unused = g.reals(&[0.0; 4]);
+    let (stats, prefix) = (g.out(Elem::F32, a * tiles * STATS * TILE), g.out(Elem::U32, a * tiles * 5 * 4 * TILE));
+    launch!(BACKTEST_SWEEP, params, [price, earned, keys, unused, sets, plan, stats, prefix]);
+    let select = SelectParams { a: a as u32, pooled: 1, w: w as u32, tiles: tiles as u32, edges: 5, sets: lanes as u32 - 3, first: 0, shift: 50 };
+    let train = g.words(&[0, 2, 30, 0, 1, 3, 30, 0]);
+    let (best, chosen) = (g.words(&[0, NONE].repeat(a * w)), g.out(Elem::U32, a * w * SET_WORDS));
+    launch!(WALK_FORWARD_SELECT, select, [prefix, train, sets, best, chosen]);
+    let both = g.words(&[0, 2, 30, 0, 2, 3, 20, 0, 1, 3, 30, 0, 3, 4, 20, 0]);
+    let scores = g.out(Elem::F32, a * w * 2 * lanes);
+    launch!(WALK_FORWARD_SCORES, select, [prefix, both, scores]);
+    let windows = g.words(&[30, 50, 0, 50, 70, 20]);
+    let (net, activity) = (g.out(Elem::F32, a * 40), g.out(Elem::F32, 2 * a * w));
+    let params = BacktestParams { tiles: w as u32, per_asset: 1, stitched: 40, ..params };
+    launch!(BACKTEST_STITCH, params, [price, earned, keys, unused, chosen, windows, net, activity]);
+
+    let missing: Vec<&str> = KERNELS.iter().map(|k| k.name).filter(|name| !g.launched.contains(name)).collect();
+    assert!(missing.is_empty(), "no guarded launch for {missing:?}");
+}
