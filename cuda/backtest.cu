@@ -24,7 +24,6 @@ struct BacktestParams {
 #define STATS 5
 #define BLOCK 64
 #define SCALE_BIAS 512
-#define YEAR 15.874508f  // √252
 #define CROSS 0
 #define BAND 1
 #define MOMENTUM 2
@@ -50,13 +49,13 @@ struct Market {
     const float* __restrict__ price;
     const float* __restrict__ returns;
     const uint32_t* __restrict__ keys;
-    const float* __restrict__ volatility;
+    const float* __restrict__ inverse_volatility;
 };
 
-__device__ __forceinline__ Market market_of(const float* price, const float* returns, const uint32_t* keys, const float* volatility,
+__device__ __forceinline__ Market market_of(const float* price, const float* returns, const uint32_t* keys, const float* inverse_volatility,
                                             const BacktestParams& params, uint32_t a) {
     const uint32_t table = a * params.t * params.rows;
-    return {price + a * params.t, returns + a * (params.t - 1), keys + table, volatility + table};
+    return {price + a * params.t, returns + a * (params.t - 1), keys + table, inverse_volatility + table};
 }
 
 // The position decided at bar t, from the one before. Callers that know the mode at compile time get its machine alone.
@@ -76,8 +75,8 @@ __device__ __forceinline__ float decide(uint32_t mode, const BacktestParams& par
         return 0.0f;
     }
     const float now = __ldg(m.price + t), then = __ldg(m.price + t - s.b);
-    const float v = __ldg(m.volatility + row + s.a);
-    const float size = v > 0.0f ? fminf(s.target / (YEAR * v), s.leverage) : s.leverage;
+    const float v = __ldg(m.inverse_volatility + row + s.a);
+    const float size = fminf(s.target * v, s.leverage);
     return now > then ? size : now < then ? -size : 0.0f;
 }
 
@@ -120,7 +119,7 @@ __device__ __forceinline__ void simulate(Run& run, const BacktestParams& params,
 
 extern "C" __global__ void __launch_bounds__(WG)
     backtest_sweep(const float* __restrict__ price, const float* __restrict__ returns, const uint32_t* __restrict__ keys,
-                   const float* __restrict__ volatility, const uint32_t* __restrict__ sets, const uint32_t* __restrict__ plan,
+                   const float* __restrict__ inverse_volatility, const uint32_t* __restrict__ sets, const uint32_t* __restrict__ plan,
                    float* __restrict__ stats, uint32_t* __restrict__ prefix, BacktestParams params) {
     const uint32_t group = group_index(), tid = threadIdx.x;
     if (group >= params.a * params.tiles) {
@@ -128,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(WG)
     }
     const uint32_t a = group / params.tiles;
     const ParameterSet s = load_set(sets, (group % params.tiles) * WG + tid);
-    const Market m = market_of(price, returns, keys, volatility, params, a);
+    const Market m = market_of(price, returns, keys, inverse_volatility, params, a);
     const uint32_t bars = params.t - 1;
     const int scale = (int)plan[params.edges + a] - SCALE_BIAS;
     const int shift = (int)params.shift;
@@ -184,7 +183,7 @@ extern "C" __global__ void __launch_bounds__(WG)
 
 extern "C" __global__ void __launch_bounds__(WG)
     backtest_stitch(const float* __restrict__ price, const float* __restrict__ returns, const uint32_t* __restrict__ keys,
-                    const float* __restrict__ volatility, const uint32_t* __restrict__ sets, const uint32_t* __restrict__ windows,
+                    const float* __restrict__ inverse_volatility, const uint32_t* __restrict__ sets, const uint32_t* __restrict__ windows,
                     float* __restrict__ net, float* __restrict__ activity, BacktestParams params) {
     const uint32_t slot = group_index() * WG + threadIdx.x;
     if (slot >= params.a * params.tiles) {
@@ -192,7 +191,7 @@ extern "C" __global__ void __launch_bounds__(WG)
     }
     const uint32_t a = slot / params.tiles, window = slot % params.tiles;
     const ParameterSet s = load_set(sets, a * params.per_asset * params.tiles + window);
-    const Market m = market_of(price, returns, keys, volatility, params, a);
+    const Market m = market_of(price, returns, keys, inverse_volatility, params, a);
     const uint32_t from_bar = windows[3 * window], to_bar = windows[3 * window + 1];
     float* __restrict__ out = net + a * params.stitched + windows[3 * window + 2];
     float position = 0.0f, weight = 0.0f, turnover = 0.0f;

@@ -213,28 +213,63 @@ extern "C" __global__ void __launch_bounds__(WG)
     keys[2 * bar + 1] = below;
 }
 
-// ---- volatility of log returns ------------------------------------------------------------------------------------
+// ---- inverse volatility of log returns ------------------------------------------------------------------------------
+
+#define INVERSE_YEAR 0.06299408f  // 1/√252
+#define NO_VOLATILITY 1e30f
+
+__device__ __forceinline__ uint64_t log_distance(const uint32_t* __restrict__ logs, uint32_t i, uint32_t j) {
+    const uint64_t a = logs[2 * i] | ((uint64_t)logs[2 * i + 1] << 32);
+    const uint64_t b = logs[2 * j] | ((uint64_t)logs[2 * j + 1] << 32);
+    const int64_t distance = (int64_t)(a - b);
+    return distance < 0 ? 0 - (uint64_t)distance : (uint64_t)distance;
+}
+
+// Integer square root.
+__device__ __forceinline__ uint32_t root64(uint64_t x) {
+    uint32_t root = 0;
+    for (uint32_t bit = 0x80000000u; bit > 0; bit >>= 1) {
+        const uint64_t more = root | bit;
+        if (more * more <= x) {
+            root = (uint32_t)more;
+        }
+    }
+    return root;
+}
+
+// The root of kernels/fixed.rs::inverse_deviation as a real, rounded once by hand.
+__device__ __forceinline__ float inverse_of(uint32_t n, uint128 variance, uint32_t bits) {
+    if (variance.hi == 0 && variance.lo == 0) {
+        return NO_VOLATILITY;
+    }
+    const uint64_t num = (uint64_t)n * (n - 1);
+    const int lead_num = leading_zeros64(num), lead_den = leading_zeros128(variance);
+    const uint64_t den = shl128(variance, lead_den).hi >> 32;
+    const uint64_t quotient = ((num << lead_num) >> 1) / den;
+    const int exponent = 2 * (int)bits + lead_den - lead_num - 95;
+    const int up = (exponent & 1) == 0 ? 32 : 31;
+    const uint32_t root = root64(quotient << up);
+    const uint32_t rounded = (root >> 8) + ((root >> 7) & 1);
+    return ldexpf(__fmul_rn((float)rounded, INVERSE_YEAR), (exponent - up) / 2 + 8);
+}
 
 extern "C" __global__ void __launch_bounds__(WG)
-    indicator_volatility(const float* __restrict__ returns, const uint32_t* __restrict__ periods, float* __restrict__ volatility, IndicatorParams params) {
+    indicator_volatility(const uint32_t* __restrict__ logs, const uint32_t* __restrict__ periods, float* __restrict__ inverse_volatility, IndicatorParams params) {
     const uint32_t at = group_index() * WG + threadIdx.x;
     if (at >= params.a * params.t * params.rows) {
         return;
     }
     const uint32_t bar = at / params.rows;
-    const uint32_t a = bar / params.t, j = bar % params.t;
     const uint32_t n = periods[at % params.rows];
     float value = 0.0f;
-    if (j >= n) {
-        const float* __restrict__ window = returns + a * (params.t - 1) + j - n;
-        const float first = log1pf(window[0]);
-        float sum = 0.0f, square = 0.0f;
-        for (uint32_t i = 0; i < n; i++) {
-            const float d = log1pf(window[i]) - first;
-            sum += d;
-            square += __fmul_rn(d, d);  // not contracted: the weights that follow from it are the CPU's
+    if (bar % params.t >= n) {
+        uint128 squares = {0, 0};
+        for (uint32_t i = bar - n; i < bar; i++) {
+            const uint64_t x = log_distance(logs, i + 1, i);
+            squares = add128(squares, mul64(x, x));
         }
-        value = sqrtf(fmaxf(square - __fmul_rn(sum, sum) / (float)n, 0.0f) / (float)(n - 1));
+        const uint64_t sum = log_distance(logs, bar, bar - n);
+        value = inverse_of(n, sub128(mul128_64(squares, n), mul64(sum, sum)), params.bits);
     }
-    volatility[at] = value;
+    inverse_volatility[at] = value;
 }

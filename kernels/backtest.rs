@@ -4,11 +4,11 @@
 //! net_j = w_j·r_j − cost·|w_j − w_{j−1}|, w before bar `start` is 0, no closing trade. Weights come from one of three machines:
 //! * cross:    w = 1 if key_a > key_b, else −1 if the set may go short, else 0;
 //! * band:     from 0 to 1 when (key_a ⊕ mask) > threshold_a, from 1 to 0 when key_b > threshold_b;
-//! * momentum: sign(p_t − p_{t−lookback})·min(target/(√252·volatility_row), leverage);
+//! * momentum: sign(p_t − p_{t−lookback})·min(target·inverse_volatility_row, leverage);
 //!
 //! all of them 0 before the set's first legal bar. Integer keys decide, so positions and trade counts are the same on every device.
 //!
-//! Shapes   price [A,T]; returns [A,T−1]; keys, volatility [A,T,rows]; sets [tiles·TILE, 8] (row a, row b or lookback, threshold a,
+//! Shapes   price [A,T]; returns [A,T−1]; keys, inverse_volatility [A,T,rows]; sets [tiles·TILE, 8] (row a, row b or lookback, threshold a,
 //!          threshold b, first bar, short, target, leverage); plan = edges [E] then scales [A]; stats [A,tiles,5,TILE] (sharpe per
 //!          bar, total return, max drawdown, turnover, trades); prefix [A,tiles,E,4,TILE]: sum and sum of squares of net returns before
 //!          each edge as 64-bit fixed-point, in units of 2^(scale−shift) and 2^(2·scale−shift).
@@ -37,7 +37,7 @@ params! {
         a: u32,
         /// Bars.
         t: u32,
-        /// Rows of keys or volatility.
+        /// Rows of the table.
         rows: u32,
         /// Tiles of sets (`backtest_sweep`) or windows (`backtest_stitch`).
         tiles: u32,
@@ -76,8 +76,6 @@ pub const CROSS: u32 = 0;
 pub const BAND: u32 = 1;
 /// Mode of the momentum machine.
 pub const MOMENTUM: u32 = 2;
-/// √252: target volatilities are annual, of daily bars.
-pub(crate) const YEAR: f64 = 15.874_507_866_387_544;
 /// Bars per block of plain sums.
 pub(crate) const BLOCK: usize = 64;
 /// Offset of the scales in the plan, so that they are words.
@@ -95,7 +93,7 @@ pub static BACKTEST_SWEEP: Kernel = Kernel {
         reads("price"),
         reads("returns"),
         reads_u32("keys"),
-        reads("volatility"),
+        reads("inverse_volatility"),
         reads_u32("sets"),
         reads_u32("plan"),
         writes("stats"),
@@ -124,7 +122,7 @@ pub static BACKTEST_STITCH: Kernel = Kernel {
         reads("price"),
         reads("returns"),
         reads_u32("keys"),
-        reads("volatility"),
+        reads("inverse_volatility"),
         reads_u32("sets"),
         reads_u32("windows"),
         writes("net"),
@@ -150,19 +148,19 @@ struct Market<'a, R> {
     price: &'a [R],
     returns: &'a [R],
     keys: &'a [u32],
-    volatility: &'a [R],
+    inverse_volatility: &'a [R],
     rows: usize,
 }
 
 impl<'a, R> Market<'a, R> {
-    fn of(p: &BacktestParams, a: usize, price: &'a [R], returns: &'a [R], keys: &'a [u32], volatility: &'a [R]) -> Market<'a, R> {
+    fn of(p: &BacktestParams, a: usize, price: &'a [R], returns: &'a [R], keys: &'a [u32], inverse_volatility: &'a [R]) -> Market<'a, R> {
         let (t, rows) = (p.t as usize, p.rows as usize);
         let table = |len: usize| if len == p.a as usize * t * rows { a * t * rows..(a + 1) * t * rows } else { 0..0 };
         Market {
             price: &price[a * t..(a + 1) * t],
             returns: &returns[a * (t - 1)..(a + 1) * (t - 1)],
             keys: &keys[table(keys.len())],
-            volatility: &volatility[table(volatility.len())],
+            inverse_volatility: &inverse_volatility[table(inverse_volatility.len())],
             rows,
         }
     }
@@ -203,7 +201,7 @@ impl<R: Real, const L: usize> Sets<R, L> {
     /// Moves the positions `w` to those decided at bar t.
     #[inline(always)]
     fn decide<const MODE: u32>(&self, mask: u32, m: &Market<'_, R>, t: usize, w: &mut [R; L]) {
-        let (keys, volatility) = if MODE == MOMENTUM { (m.keys, &m.volatility[t * m.rows..][..m.rows]) } else { (&m.keys[t * m.rows..][..m.rows], m.volatility) };
+        let (keys, inverse_volatility) = if MODE == MOMENTUM { (m.keys, &m.inverse_volatility[t * m.rows..][..m.rows]) } else { (&m.keys[t * m.rows..][..m.rows], m.inverse_volatility) };
         for l in 0..L {
             let legal = t >= self.first[l];
             w[l] = match MODE {
@@ -219,7 +217,7 @@ impl<R: Real, const L: usize> Sets<R, L> {
                 }
                 _ if legal => {
                     let (now, then) = (m.price[t], m.price[t - self.b[l]]);
-                    let size = (self.target[l] / (R::of(YEAR) * volatility[self.a[l]])).min(self.leverage[l]);
+                    let size = (self.target[l] * inverse_volatility[self.a[l]]).min(self.leverage[l]);
                     if now > then {
                         size
                     } else if now < then {
@@ -353,7 +351,7 @@ fn any_mode<R: Real, const L: usize>(p: &BacktestParams, sets: &Sets<R, L>, m: &
 
 pub(crate) fn backtest_sweep_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
     let p: BacktestParams = launch.params()?;
-    let (price, returns, keys, volatility) = (launch.real()?, launch.real()?, launch.word()?, launch.real()?);
+    let (price, returns, keys, inverse_volatility) = (launch.real()?, launch.real()?, launch.word()?, launch.real()?);
     let (sets, plan) = (launch.word()?, launch.word()?);
     let (stats, prefix) = (launch.real_mut()?, launch.word_mut()?);
     let (tiles, edges) = (p.tiles as usize, p.edges as usize);
@@ -365,7 +363,7 @@ pub(crate) fn backtest_sweep_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Resul
     let work = stats.par_chunks_exact_mut(STATS * TILE).zip(parts).enumerate();
     work.take(p.a as usize * tiles).for_each(|(i, (stats, prefix))| {
         let (a, tile) = (i / tiles, i % tiles);
-        let market = Market::of(&p, a, price, returns, keys, volatility);
+        let market = Market::of(&p, a, price, returns, keys, inverse_volatility);
         for base in (0..TILE).step_by(LANES) {
             let set: Sets<R, LANES> = Sets::of(&sets[(tile * TILE + base) * SET_WORDS..][..LANES * SET_WORDS]);
             let run = any_mode(&p, &set, &market, edges, scales[a] as i32 - SCALE_BIAS, |e, run| {
@@ -397,14 +395,14 @@ pub(crate) fn backtest_sweep_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Resul
 
 fn backtest_stitch_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
     let p: BacktestParams = launch.params()?;
-    let (price, returns, keys, volatility) = (launch.real()?, launch.real()?, launch.word()?, launch.real()?);
+    let (price, returns, keys, inverse_volatility) = (launch.real()?, launch.real()?, launch.word()?, launch.real()?);
     let (sets, windows) = (launch.word()?, launch.word()?);
     let (net, activity) = (launch.real_mut()?, launch.real_mut()?);
     let (count, stitched) = (p.tiles as usize, p.stitched as usize);
     let cost = R::of(f64::from(p.cost)) + R::of(f64::from(p.cost_low));
     let rows = net.par_chunks_exact_mut(stitched).zip(activity.par_chunks_exact_mut(2 * count));
     rows.enumerate().take(p.a as usize).for_each(|(a, (net, activity))| {
-        let market = Market::of(&p, a, price, returns, keys, volatility);
+        let market = Market::of(&p, a, price, returns, keys, inverse_volatility);
         for (w, window) in windows.chunks_exact(3).take(count).enumerate() {
             let slot = a * p.per_asset as usize * count + w;
             let set = Sets::of(&sets[slot * SET_WORDS..][..SET_WORDS]);

@@ -8,7 +8,7 @@
 //! Machines positions 0 and 1 need no arithmetic: net = select(held, r) − select(changed, cost). Shorts and weights take the general
 //!          path, w·r − cost·|Δw|.
 
-use crate::backtest::{BAND, BLOCK, BacktestParams, CROSS, MOMENTUM, SCALE_BIAS, SET_WORDS, STATS, TILE, YEAR, sharpe_of};
+use crate::backtest::{BAND, BLOCK, BacktestParams, CROSS, MOMENTUM, SCALE_BIAS, SET_WORDS, STATS, TILE, sharpe_of};
 use crate::kernel::CpuLaunch;
 use crate::{Error, Result};
 use pulp::{Arch, Simd, WithSimd};
@@ -122,7 +122,7 @@ struct Market<'a> {
     price: &'a [f32],
     returns: &'a [f32],
     keys: &'a [u32],
-    volatility: &'a [f32],
+    inverse_volatility: &'a [f32],
     rows: usize,
 }
 
@@ -320,19 +320,19 @@ impl Block<'_> {
     }
 }
 
-/// sign(p_t − p_{t−lookback})·min(target/(√252·volatility), leverage); lanes before their lookback give anything.
+/// sign(p_t − p_{t−lookback})·min(target·inverse_volatility, leverage); lanes before their lookback give anything.
 #[inline(always)]
 fn momentum<S: Simd>(simd: S, m: &Market<'_>, sets: &Sets, at: usize, t: usize) -> S::f32s {
     let lanes = S::F32_LANES;
-    let row = &m.volatility[t * m.rows..(t + 1) * m.rows];
-    let (mut volatility, mut then) = ([0f32; WIDEST], [0f32; WIDEST]);
+    let row = &m.inverse_volatility[t * m.rows..(t + 1) * m.rows];
+    let (mut inverse_volatility, mut then) = ([0f32; WIDEST], [0f32; WIDEST]);
     for l in 0..lanes {
-        volatility[l] = row[sets.a[at + l] as usize];
+        inverse_volatility[l] = row[sets.a[at + l] as usize];
         then[l] = m.price[t.saturating_sub(sets.b[at + l] as usize)];
     }
     let (now, then) = (simd.splat_f32s(m.price[t]), load_f32::<S>(&then, 0));
-    let scaled = simd.mul_f32s(simd.splat_f32s(YEAR as f32), load_f32::<S>(&volatility, 0));
-    let size = simd.min_f32s(simd.div_f32s(load_f32::<S>(&sets.target, at), scaled), load_f32::<S>(&sets.leverage, at));
+    let scaled = simd.mul_f32s(load_f32::<S>(&sets.target, at), load_f32::<S>(&inverse_volatility, 0));
+    let size = simd.min_f32s(scaled, load_f32::<S>(&sets.leverage, at));
     let zero = simd.splat_f32s(0.0);
     let falling = simd.select_f32s(simd.less_than_f32s(now, then), simd.neg_f32s(size), zero);
     simd.select_f32s(simd.greater_than_f32s(now, then), size, falling)
@@ -353,7 +353,7 @@ pub(crate) fn backtest_sweep_lanes(launch: CpuLaunch<'_, f32>) -> Result<()> {
 
 fn sweep_on(arch: Arch, mut launch: CpuLaunch<'_, f32>) -> Result<()> {
     let p: BacktestParams = launch.params()?;
-    let (price, returns, keys, volatility) = (launch.real()?, launch.real()?, launch.word()?, launch.real()?);
+    let (price, returns, keys, inverse_volatility) = (launch.real()?, launch.real()?, launch.word()?, launch.real()?);
     let (sets, plan) = (launch.word()?, launch.word()?);
     let (stats, prefix) = (launch.real_mut()?, launch.word_mut()?);
     let (t, rows, tiles, assets) = (p.t as usize, p.rows as usize, p.tiles as usize, p.a as usize);
@@ -381,7 +381,7 @@ fn sweep_on(arch: Arch, mut launch: CpuLaunch<'_, f32>) -> Result<()> {
             price: &price[a * t..(a + 1) * t],
             returns: &returns[a * (t - 1)..(a + 1) * (t - 1)],
             keys: &keys[table(keys.len(), a)],
-            volatility: &volatility[table(volatility.len(), a)],
+            inverse_volatility: &inverse_volatility[table(inverse_volatility.len(), a)],
             rows,
         };
         simulate(arch, &p, &market, sets, edges, scales[a] as i32 - SCALE_BIAS, &mut job);
@@ -451,7 +451,7 @@ mod tests {
         let returns: Vec<f32> = random(2, a * (t - 1)).iter().map(|&w| 0.1 * (unit(w) - 0.5)).collect();
         // Few distinct keys, so that ties occur.
         let keys: Vec<u32> = random(3, a * t * p.rows as usize).iter().map(|w| w % 5).collect();
-        let volatility: Vec<f32> = random(4, keys.len()).iter().map(|&w| if w % 11 == 0 { 0.0 } else { 0.05 * unit(w) }).collect();
+        let inverse_volatility: Vec<f32> = random(4, keys.len()).iter().map(|&w| if w % 11 == 0 { 0.0 } else { 0.05 * unit(w) }).collect();
         let picks = random(5, tiles * TILE * 4);
         let set = |i: usize| {
             let w = &picks[4 * i..4 * i + 4];
@@ -464,7 +464,7 @@ mod tests {
         let f = |x: &[f32]| device.upload("x", x).unwrap();
         let u = |x: &[u32]| device.upload_u32("x", x).unwrap();
         let (stats, prefix) = (device.zeros("s", (a * tiles * STATS * TILE) as u64).unwrap(), device.zeros_u32("p", (a * tiles * TILE * 4 * p.edges as usize).max(1) as u64).unwrap());
-        let buffers = [f(&price), f(&returns), u(&keys), f(&volatility), u(&sets), u(&plan), stats.clone(), prefix.clone()];
+        let buffers = [f(&price), f(&returns), u(&keys), f(&inverse_volatility), u(&sets), u(&plan), stats.clone(), prefix.clone()];
         let args: Vec<View> = buffers.iter().map(View::from).collect();
         let mut pass = device.pass("test");
         pass.launch(kernel, p, &args).unwrap();

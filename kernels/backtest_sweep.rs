@@ -10,15 +10,15 @@
 //! * rsi_reversion (period, low, high): enter when Wilder's RSI < low, leave when > high.
 //! * bollinger_reversion (period, width): enter below mean − width·sd (population), leave above the mean.
 //! * donchian_breakout (entry, exit): enter above the highest close of the previous `entry` bars, leave below the lowest of `exit`.
-//! * ts_momentum (lookback, vol_window, target_vol, max_leverage): sign(p/p[−lookback] − 1)·min(target_vol/(√252·sd), max_leverage).
+//! * ts_momentum (lookback, vol_window, target_vol, max_leverage): sign(p/p[−lookback] − 1)·min(target_vol/(√252·sd), max_leverage), sd of log returns with n−1.
 
 use crate::backtest::{
-    BACKTEST_STITCH, BACKTEST_SWEEP, BAND, BacktestParams, CROSS, MOMENTUM, SCALE_BIAS, SET_WORDS, STATS, TILE,
+    BACKTEST_STITCH, BACKTEST_SWEEP, BAND, BLOCK, BacktestParams, CROSS, MOMENTUM, SCALE_BIAS, SET_WORDS, STATS, TILE,
 };
 use crate::conformance::{Case, Outputs, defined};
 use crate::device::{Buffer, Device, LaunchTime, Pass, Read, View};
 use crate::fixed::{KEY_ZERO, exponent, ratio_key_of};
-use crate::indicators::{self, IndicatorParams, PRICE_BITS, bollinger_bits, span_alpha, sum_bits, wilder_alpha};
+use crate::indicators::{self, IndicatorParams, PRICE_BITS, bollinger_bits, log_bits, span_alpha, sum_bits, wilder_alpha};
 use crate::kernel::Kernel;
 use crate::performance::{Performance, finish, performance_read};
 use crate::walk_forward_select::{NONE, SelectParams, WALK_FORWARD_SCORES, WALK_FORWARD_SELECT};
@@ -365,7 +365,8 @@ impl Machine {
                 for s in sets.clone() {
                     let percent = |c: &Column<'_>| c.real(s, |x| (0.0..=100.0).contains(&x), "give a number from 0 to 100");
                     let level = |x: f32| f64::from(x) / 100.0 * 2f64.powi(31);
-                    let (enter, leave) = (level(percent(&low)?).ceil() as u32, level(percent(&high)?).floor() as u32);
+                    // Keys are truncated: a ratio exactly on its threshold has the threshold's key, and is beyond neither.
+                    let (enter, leave) = (level(percent(&low)?).floor() as u32, level(percent(&high)?).floor() as u32);
                     let row = rows[&period.whole(s, 1)?];
                     put(s, [row, row, !enter, leave, period.whole(s, 1)?, 0, 0, 0]);
                 }
@@ -375,7 +376,7 @@ impl Machine {
                 let (period, width) = (column("period")?, column("width")?);
                 let (periods, rows) = rows_of(sets.clone().map(|s| period.whole(s, 1)).collect::<Result<Vec<_>>>()?.into_iter());
                 for s in sets.clone() {
-                    let w = f64::from(width.real(s, |_| true, "give a finite number of deviations")?);
+                    let w = f64::from(width.real(s, |x| x >= 0.0, "give a number of deviations, 0 or more")?);
                     let row = rows[&period.whole(s, 1)?];
                     put(s, [row, row, !ratio_key_of(w * w, w > 0.0), KEY_ZERO, period.whole(s, 1)? - 1, 0, 0, 0]);
                 }
@@ -451,7 +452,7 @@ struct Tables {
     price: Buffer,
     returns: Buffer,
     keys: Buffer,
-    volatility: Buffer,
+    inverse_volatility: Buffer,
 }
 
 /// Running choice of a selection.
@@ -475,9 +476,6 @@ impl<'a> Sweep<'a> {
     /// even one tile of sets fits the device; device errors.
     pub fn run(&self, device: &Device, visit: &mut dyn FnMut(&Chunk) -> Result<()>) -> Result<Outcome> {
         let mut job = Job::new(self, device)?;
-        if job.t == 1 {
-            return job.nothing_to_earn(visit);
-        }
         let plan = job.plan()?;
         let empty: Vec<Choice> = Vec::new();
         let pooled: Vec<Choice> = if self.pooled && !self.windows.is_empty() { self.choices(device, 1)? } else { empty };
@@ -499,6 +497,11 @@ impl<'a> Sweep<'a> {
             self.run_pooled(&mut job, &plan, &pooled, visit)?;
         }
         job.flush_if(0, visit)?;
+        if self.windows.is_empty() {
+            let none = || vec![Selected { performance: vec![Performance::NONE; self.assets], ..Selected::default() }; self.cost_bps.len()];
+            job.outcome.per_asset = if self.per_asset { none() } else { Vec::new() };
+            job.outcome.pooled = if self.pooled { none() } else { Vec::new() };
+        }
         Ok(job.outcome)
     }
 
@@ -620,18 +623,6 @@ impl<'a> Job<'a> {
         })
     }
 
-    /// A single bar earns nothing: every statistic is known.
-    fn nothing_to_earn(self, visit: &mut dyn FnMut(&Chunk) -> Result<()>) -> Result<Outcome> {
-        let (count, n) = (self.machine.count, self.sweep.assets);
-        let tiles = count.div_ceil(TILE);
-        let tile: Vec<f64> = [crate::conformance::UNDEFINED, 0.0, 0.0, 0.0, 0.0].iter().flat_map(|&x| [x; TILE]).collect();
-        for cost in 0..self.sweep.cost_bps.len() {
-            let stats = tile.repeat(n * tiles);
-            visit(&Chunk { cost, assets: 0..n, sets: 0..count, tiles, windows: 0, year: 1.0, stats, scores: Vec::new() })?;
-        }
-        Ok(self.outcome)
-    }
-
     fn plan(&self) -> Result<Plan> {
         let (n, t, limits) = (self.sweep.assets, self.t as u64, self.device.limits());
         let tiles = self.machine.count.div_ceil(TILE) as u64;
@@ -640,15 +631,25 @@ impl<'a> Job<'a> {
         let scores = if self.sweep.scores { 2 * self.sweep.windows.len() * TILE } else { 0 } as u64;
         let tile_elements = prefix.max(scores);
         let work = 13 * TILE as u64 * t;
+        // Workgroups of an asset's largest table, and of its windows.
+        let windows = self.sweep.windows.len() as u64;
+        let asset_groups = (t * self.machine.table.rows() as u64).div_ceil(u64::from(indicators::INDICATOR_SMA.workgroup)).max(windows);
+        // Sequential loops: bars and their blocks in the simulation; sets, and assets where pooled, in the selection.
+        let edges = self.edges.len() as u64;
+        self.device.check_rounds(OP, t + t / BLOCK as u64 + 2 * edges + 8, "bars")?;
         // Assets first: as many as fit beside one tile of sets (all of them, if their prefixes are needed together).
-        let assets = self.device.plan(OP, n as u64, per_asset.max(tile_elements), 1, work.max(600 * per_asset))?;
-        let together = if self.sweep.pooled { n as u64 } else { assets.first().map_or(1, |r| r.end - r.start) };
+        let assets = self.device.plan(OP, n as u64, per_asset.max(tile_elements), asset_groups, work.max(600 * per_asset))?;
+        let chunk = assets.first().map_or(1, |r| r.end - r.start);
+        let together = if self.sweep.pooled { n as u64 } else { chunk };
+        let tile_groups = chunk * if self.sweep.scores { windows.div_ceil(2).max(1) } else { 1 };
         if 4 * together * tile_elements > limits.binding_bytes {
             let help = "select per asset instead of pooled, use fewer windows, or a device with larger bindings".into();
             let needed = 4 * together * tile_elements;
             return Err(Error::TooLarge { what: format!("{OP}: one tile of {TILE} sets"), needed, limit: limits.binding_bytes, unit: "B", help });
         }
-        let run = self.device.plan(OP, tiles, together * tile_elements, together, together * work)?.first().map_or(1, |r| r.end - r.start);
+        let run = self.device.plan(OP, tiles, together * tile_elements, tile_groups, together * work)?.first().map_or(1, |r| r.end - r.start);
+        let per_set = 34 + if self.sweep.pooled { n as u64 } else { 0 };
+        let run = run.min((limits.loop_rounds / per_set).max(1));
         let run = run.min((SCRATCH_BYTES / (4 * together * tile_elements)).max(1)) as usize * TILE;
         let count = self.machine.count;
         Ok(Plan {
@@ -687,7 +688,7 @@ impl<'a> Job<'a> {
 
         let volatility_table = matches!(self.machine.table, Table::Volatility(_));
         let keys = device.zeros_u32("keys", if volatility_table { 4 } else { words })?;
-        let volatility = device.zeros("volatility", if volatility_table { words } else { 4 })?;
+        let inverse_volatility = device.zeros("inverse_volatility", if volatility_table { words } else { 4 })?;
         let [p, e, k] = [view(&price), view(&exponents), view(&keys)];
         match &self.machine.table {
             Table::Sma(periods) => {
@@ -712,11 +713,14 @@ impl<'a> Job<'a> {
             }
             Table::Donchian(_) => pass.launch(&indicators::INDICATOR_DONCHIAN, &IndicatorParams { extra, ..params }, &[p, k])?,
             Table::Volatility(windows) => {
+                let bits = log_bits(windows.last().copied().unwrap_or(1));
+                let logs = device.upload_u32("logs", &log_prices(&columns, t, bits)?)?;
                 let windows = device.upload_u32("periods", windows)?;
-                pass.launch(&indicators::INDICATOR_VOLATILITY, &params, &[view(&returns), view(&windows), view(&volatility)])?;
+                let params = IndicatorParams { bits, ..params };
+                pass.launch(&indicators::INDICATOR_VOLATILITY, &params, &[view(&logs), view(&windows), view(&inverse_volatility)])?;
             }
         }
-        Ok(Tables { assets, price, returns, keys, volatility })
+        Ok(Tables { assets, price, returns, keys, inverse_volatility })
     }
 
     fn backtest_params(&self, tables: &Tables, cost: usize) -> BacktestParams {
@@ -757,7 +761,7 @@ impl<'a> Job<'a> {
             view(&tables.price),
             view(&tables.returns),
             view(&tables.keys),
-            view(&tables.volatility),
+            view(&tables.inverse_volatility),
             view(&set_words),
             view(&plan),
             view(&stats),
@@ -817,9 +821,6 @@ impl<'a> Job<'a> {
     /// Replays a choice on an asset chunk and takes the performance of the stitched series.
     fn stitch(&mut self, tables: &Tables, cost: usize, choice: &Choice, pooled: bool) -> Result<()> {
         let (device, a, w) = (self.device, tables.assets.len(), self.sweep.windows.len());
-        if self.stitched == 0 {
-            return Ok(());
-        }
         let windows = device.upload_u32("stitched windows", &self.stitch)?;
         let (net, activity) = (device.zeros("net", (a * self.stitched) as u64)?, device.zeros("activity", (2 * a * w) as u64)?);
         let params = BacktestParams { tiles: w as u32, per_asset: u32::from(!pooled), ..self.backtest_params(tables, cost) };
@@ -828,15 +829,19 @@ impl<'a> Job<'a> {
             view(&tables.price),
             view(&tables.returns),
             view(&tables.keys),
-            view(&tables.volatility),
+            view(&tables.inverse_volatility),
             view(&choice.chosen),
             view(&windows),
             view(&net),
             view(&activity),
         ];
         let pass = &mut self.pending.pass;
-        pass.launch(&BACKTEST_STITCH, &params, &args)?;
-        let statistics = performance_read(pass, &net, a as u64, self.stitched as u64)?;
+        let statistics = if self.stitched > 0 {
+            pass.launch(&BACKTEST_STITCH, &params, &args)?;
+            performance_read(pass, &net, a as u64, self.stitched as u64)?
+        } else {
+            pass.read(&device.zeros("statistics", 0)?)?
+        };
         let reads = [pass.read(&choice.best)?, pass.read(&net)?, pass.read(&activity)?, statistics];
         self.pending.bytes += 4 * net.len();
         self.pending.selected.push((cost, pooled, tables.assets.clone(), reads));
@@ -879,10 +884,30 @@ impl<'a> Job<'a> {
                 slot.turnover[assets.start * w + i] = pair[0];
                 slot.trades[assets.start * w + i] = pair[1] as u64;
             }
-            slot.performance.extend(finish(&done.f64(statistics)?, k as u64, self.sweep.periods_per_year));
+            let statistics = done.f64(statistics)?;
+            slot.performance.extend(finish(&statistics, k as u64, self.sweep.periods_per_year));
+            if k == 0 {
+                slot.performance.extend(vec![Performance::NONE; assets.len()]);
+            }
         }
         Ok(())
     }
+}
+
+/// Natural logarithms of prices [A,T] as 64-bit fixed-point, least significant word first.
+fn log_prices(prices: &[f32], t: usize, bits: u32) -> Result<Vec<u32>> {
+    let mut words = Vec::with_capacity(2 * prices.len());
+    for column in prices.chunks_exact(t) {
+        if let Some(j) = column.windows(2).position(|p| (f64::from(p[1]) / f64::from(p[0])).ln().abs() >= 8.0) {
+            let help = "a price moved 3000-fold in one bar; check the data, or cut the range".into();
+            return Err(Error::Parameter { op: OP, name: format!("close[{}]", j + 1), value: column[j + 1].to_string(), help });
+        }
+        for &p in column {
+            let x = (f64::from(p).ln() * 2f64.powi(bits as i32)).round() as i64 as u64;
+            words.extend([x as u32, (x >> 32) as u32]);
+        }
+    }
+    Ok(words)
 }
 
 /// (from, to, offset) of each window's part of the stitched series.

@@ -92,6 +92,8 @@ pub struct Limits {
     pub align: u64,
     /// Arithmetic instructions after which a launch should end, so that no watchdog resets the driver.
     pub work_per_launch: u64,
+    /// Rounds that the loops of one thread may take together: llvmpipe leaves every loop after 65,535 of them, silently.
+    pub loop_rounds: u64,
 }
 
 impl Limits {
@@ -265,7 +267,7 @@ impl Device {
     }
 
     fn alloc(&self, label: &str, elem: Elem, len: u64, data: Option<&[u32]>) -> Result<Buffer> {
-        let bytes = 4 * len.max(1);
+        let bytes = len.max(1).saturating_mul(4);
         let help = "use fewer sets, assets or bars at once";
         if bytes > self.0.limits.buffer_bytes {
             return Err(too_large(&format!("buffer '{label}'"), bytes, self.0.limits.buffer_bytes, help));
@@ -282,6 +284,16 @@ impl Device {
     /// Ends the device as a driver reset would: every later call returns [`Error::DeviceLost`]. For testing recovery.
     pub fn lose(&self) {
         self.0.backend.lose();
+    }
+
+    /// Refuses a kernel whose loops would take more rounds than the device runs.
+    pub fn check_rounds(&self, op: &'static str, rounds: u64, unit: &'static str) -> Result<()> {
+        let limit = self.0.limits.loop_rounds;
+        if rounds <= limit {
+            return Ok(());
+        }
+        let help = format!("{} leaves longer loops early; shorten the series, or use --device cpu or a GPU", self.0.info.adapter);
+        Err(Error::TooLarge { what: format!("{op}: one thread's loop"), needed: rounds, limit, unit, help })
     }
 
     /// Splits `items` into runs that one launch can take: `elements` is the longest argument's elements per item, `groups` the

@@ -101,6 +101,18 @@ pub fn rsi_key(gain: u64, loss: u64) -> u32 {
     (((gain << lead) >> 1) / den).min(1 << 31) as u32
 }
 
+/// 1/(√252·sd) of n log returns with `bits` fractional bits, as (root, exponent): root·2^exponent/√252, root of 31 to 32 bits. `variance` is
+/// n²·(n−1)/n times the sample variance, n·Σx² − (Σx)², and not zero.
+pub fn inverse_deviation(n: u32, variance: u128, bits: u32) -> (u32, i32) {
+    let num = u64::from(n) * u64::from(n - 1);
+    let (lead_num, lead_den) = (num.leading_zeros(), variance.leading_zeros());
+    let den = ((variance << lead_den) >> 96) as u64;
+    let quotient = ((num << lead_num) >> 1) / den; // ratio / 2^exponent, 31 to 32 bits
+    let exponent = 2 * bits as i32 + lead_den as i32 - lead_num as i32 - 95;
+    let up = if exponent % 2 == 0 { 32 } else { 31 };
+    ((quotient << up).isqrt() as u32, (exponent - up) / 2)
+}
+
 /// Fixed-point of x with `shift` fractional bits, truncated towards zero.
 pub fn to_fixed(x: f64, shift: i32) -> i64 {
     (x * 2f64.powi(shift)) as i64
@@ -152,6 +164,16 @@ mod tests {
             assert_eq!(ratio_key(num, den, false), ratio_key_of(num as f64 / den as f64, false));
         }
         assert!(ratio_key(1, 1 << 60, true) < KEY_ZERO);
+    }
+
+    #[test]
+    fn inverse_deviations_are_those_of_f64() {
+        for (n, variance) in [(2u32, 1u128), (20, 12_345_678_901_234_567), (252, 1 << 100), (1 << 20, (1 << 126) - 1), (3, u128::MAX >> 2)] {
+            let (root, exponent) = inverse_deviation(n, variance, 44);
+            let want = (f64::from(n) * f64::from(n - 1) / variance as f64).sqrt() * 2f64.powi(44);
+            let got = f64::from(root) * 2f64.powi(exponent);
+            assert!(root >= 1 << 30 && (got / want - 1.0).abs() < 1e-9, "{n} {variance}: {got} {want}");
+        }
     }
 
     #[test]

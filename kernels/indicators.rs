@@ -7,10 +7,12 @@
 //! * `indicator_rsi`: gain/(gain + loss) by Wilder's average (first value: mean of the first n changes); one half where both are 0.
 //! * `indicator_bollinger`: signed square of (p_t − mean)/sd over the last n closes, population sd; 0 where sd = 0.
 //! * `indicator_donchian`: how many closes in a row before t lie below p_t (row 0) and above p_t (row 1), capped.
-//! * `indicator_volatility`: standard deviation (n−1) of the last n log returns, a real number.
+//! * `indicator_volatility`: 1/(√252·sd) of the last n log returns (n−1), a real number that is rounded once, so that weights are the
+//!   same on every device; 1e30 where sd = 0.
 //!
 //! Shapes   price [A,T]; returns [A,T−1]; exponents [A]: biased exponent of each asset's highest price; sums, squares [A,T+1,4]:
-//!          128-bit prefix sums of prices and of their squares; keys [A,T,rows]; volatility [A,T,rows]. Bars before a row's
+//!          128-bit prefix sums of prices and of their squares; keys, inverse_volatility [A,T,rows]; logs [A,T,2]: ln of the
+//!          price as 64-bit fixed-point with `bits` fractional bits. Bars before a row's
 //!          first value hold 0 (RSI: one half) and are not to be used.
 //! Launch   `price_sums`: one workgroup per asset, a scan of integers, so any split gives the same bits. SMA, Bollinger, Donchian,
 //!          volatility: one thread per value. EMA, RSI: one thread per row, sequential over bars.
@@ -22,7 +24,7 @@
 //! Files    shaders/indicators.wgsl · cuda/indicators.cu · reference: the `_cpu` functions
 
 use crate::Result;
-use crate::fixed::{KEY_ZERO, blend, difference_key, fixed_price, mean_key, ratio_key, rsi_key};
+use crate::fixed::{KEY_ZERO, blend, difference_key, fixed_price, inverse_deviation, mean_key, ratio_key, rsi_key};
 use crate::kernel::{Arg, Cost, Cpu, CpuLaunch, Kernel, layout, params_of, reads, reads_u32, writes, writes_u32};
 use crate::real::Real;
 use pulp::{Arch, Simd, WithSimd};
@@ -153,14 +155,14 @@ pub static INDICATOR_DONCHIAN: Kernel = indicator(
     40.0,
 );
 
-/// Volatility of log returns.
+/// Inverse annual volatility of log returns.
 pub static INDICATOR_VOLATILITY: Kernel = indicator(
     "indicator_volatility",
-    "standard deviation of log returns",
-    &[reads("returns"), reads_u32("periods"), writes("volatility")],
+    "inverse annual volatility of log returns",
+    &[reads_u32("logs"), reads_u32("periods"), writes("inverse_volatility")],
     by_value,
     Cpu { f32: indicator_volatility_cpu::<f32>, f64: indicator_volatility_cpu::<f64> },
-    1200.0,
+    3000.0,
 );
 
 fn get128(words: &[u32], at: usize) -> u128 {
@@ -396,27 +398,42 @@ fn indicator_donchian_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
 
 fn indicator_volatility_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
     let p: IndicatorParams = launch.params()?;
-    let (returns, periods, volatility) = (launch.real()?, launch.word()?, launch.real_mut()?);
+    let (logs, periods, inverse_volatility) = (launch.word()?, launch.word()?, launch.real_mut()?);
     let (t, rows) = (p.t as usize, p.rows as usize);
-    let logs: Vec<R> = returns.par_iter().map(|r| r.ln_1p()).collect();
-    volatility[..p.a as usize * t * rows].par_chunks_exact_mut(rows).enumerate().with_min_len(64).for_each(|(i, out)| {
-        let (a, j) = (i / t, i % t);
+    let log = |i: usize| get64(logs, i) as i64;
+    // Prefix sums of squared log returns, modulo 2^128; each asset starts anew.
+    let mut squares = vec![0u128; p.a as usize * t];
+    for i in (0..squares.len()).filter(|i| i % t > 0) {
+        let x = u128::from(log(i).abs_diff(log(i - 1)));
+        squares[i] = squares[i - 1].wrapping_add(x * x);
+    }
+    inverse_volatility[..p.a as usize * t * rows].par_chunks_exact_mut(rows).enumerate().with_min_len(64).for_each(|(i, out)| {
         for (value, &n) in out.iter_mut().zip(periods) {
-            *value = R::ZERO;
-            if j >= n as usize {
-                let window = &logs[a * (t - 1) + j - n as usize..a * (t - 1) + j];
-                let (mut sum, mut square) = (R::ZERO, R::ZERO);
-                for &x in window {
-                    let d = x - window[0];
-                    sum += d;
-                    square += d * d;
-                }
-                let n = R::of(f64::from(n));
-                *value = ((square - sum * sum / n).max(R::ZERO) / (n - R::ONE)).sqrt();
-            }
+            let from = i.wrapping_sub(n as usize);
+            *value = if i % t >= n as usize {
+                let sum = u128::from(log(i).abs_diff(log(from)));
+                inverse_of(n, u128::from(n).wrapping_mul(squares[i].wrapping_sub(squares[from])).wrapping_sub(sum.wrapping_mul(sum)), p.bits)
+            } else {
+                R::ZERO
+            };
         }
     });
     Ok(())
+}
+
+/// 1/√252: target volatilities are annual, of daily bars.
+const INVERSE_YEAR: f64 = 0.062_994_078_834_871_2;
+/// Inverse volatility of a constant price.
+const NO_VOLATILITY: f64 = 1e30;
+
+/// The root of [`inverse_deviation`] as a real, rounded once by hand in f32, since devices differ in how they convert.
+fn inverse_of<R: Real>(n: u32, variance: u128, bits: u32) -> R {
+    if variance == 0 {
+        return R::of(NO_VOLATILITY);
+    }
+    let (root, exponent) = inverse_deviation(n, variance, bits);
+    let root = if R::DIGITS == 24 { 256.0 * f64::from(((u64::from(root) + 128) >> 8) as u32) } else { f64::from(root) };
+    R::of(root) * R::of(INVERSE_YEAR) * R::of(2f64.powi(exponent))
 }
 
 /// Weight of an exponential average of span n, 2/(n+1), as a fraction of 2^63.
@@ -427,6 +444,11 @@ pub fn span_alpha(n: u32) -> u64 {
 /// Weight of Wilder's average, 1/n, as a fraction of 2^63.
 pub fn wilder_alpha(n: u32) -> u64 {
     (1u64 << 63) / u64::from(n)
+}
+
+/// Fractional bits of log prices at which n²·variance of n log returns below 8 stays below 2^128.
+pub fn log_bits(longest: u32) -> u32 {
+    44.min(60 - (32 - longest.leading_zeros()))
 }
 
 /// Fixed-point bits at which sums of n prices stay below 2^62.

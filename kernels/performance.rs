@@ -159,6 +159,23 @@ pub struct Performance {
 
 /// Names and values of a [`Performance`], in the order of the conformance contract.
 impl Performance {
+    /// Of no return at all.
+    pub const NONE: Performance = Performance {
+        mean: f64::NAN,
+        volatility: f64::NAN,
+        sharpe: f64::NAN,
+        sortino: f64::NAN,
+        total_return: 0.0,
+        cagr: f64::NAN,
+        max_drawdown: 0.0,
+        calmar: f64::NAN,
+        skew: f64::NAN,
+        kurtosis: f64::NAN,
+        hit_rate: f64::NAN,
+        cvar_95: f64::NAN,
+        probabilistic_sharpe: f64::NAN,
+    };
+
     /// (name, value) pairs.
     pub fn entries(&self) -> [(&'static str, f64); 13] {
         [
@@ -239,6 +256,8 @@ pub fn performance(pass: &mut Pass, returns: &Buffer, n: u64, t: u64) -> Result<
         return Err(Error::Shape { op: "performance", arg: "returns".into(), expected: "[N,T] with T ≥ 1".into(), got });
     }
     let device = pass.device().clone();
+    // Six strided passes and one run of ⌈T/WG⌉ values, four scans of 256 bins, two trees.
+    device.check_rounds("performance", 8 * t.div_ceil(u64::from(WG)) + 1200, "rounds")?;
     let statistics = device.zeros("statistics", n * STATISTICS)?;
     for run in device.plan("performance", n, t.max(STATISTICS), 1, 60 * t)? {
         let x = pass.input(returns, run.start * t..run.end * t)?;

@@ -23,6 +23,8 @@ pub trait Real:
     + Sum
     + 'static
 {
+    /// Bits of the mantissa.
+    const DIGITS: u32;
     /// Zero.
     const ZERO: Self;
     /// One.
@@ -50,6 +52,7 @@ pub trait Real:
 macro_rules! real {
     ($ty:ty) => {
         impl Real for $ty {
+            const DIGITS: u32 = <$ty>::MANTISSA_DIGITS;
             const ZERO: Self = 0.0;
             const ONE: Self = 1.0;
             fn of(x: f64) -> Self {

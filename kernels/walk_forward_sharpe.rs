@@ -174,8 +174,9 @@ fn walk_forward_sharpe_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> 
     let (segments, edges, spans) = (launch.real()?, launch.word()?, launch.word()?);
     let (sharpe, moments) = (launch.real_mut()?, launch.real_mut()?);
     let (w, year) = (p.w as usize, year_of::<R>(&p));
-    let out = sharpe.par_chunks_exact_mut(w).zip(moments.par_chunks_exact_mut(2 * w));
-    segments.par_chunks_exact(2 * p.g as usize).zip(out).take(p.n as usize).for_each(|(segment, (sharpe, moments))| {
+    let out = sharpe.par_chunks_exact_mut(w).zip(moments.par_chunks_exact_mut(2 * w)).enumerate();
+    out.take(p.n as usize).for_each(|(n, (sharpe, moments))| {
+        let segment = &segments[2 * n * p.g as usize..2 * (n + 1) * p.g as usize];
         for i in 0..w {
             let (mut count, mut mean, mut m2) = (R::ZERO, R::ZERO, R::ZERO);
             for g in spans[2 * i] as usize..spans[2 * i + 1] as usize {
@@ -275,21 +276,21 @@ pub fn walk_forward_sharpe(pass: &mut Pass, returns: &Buffer, n: u64, t: u64, wi
     let sharpe = device.zeros("sharpe", n * w)?;
     let moments = device.zeros("moments", 2 * n * w)?;
     let scratch = device.zeros("segments", 2 * n * g)?;
-    if g > 0 {
+    if w > 0 {
+        device.check_rounds("walk_forward_sharpe", (2 * t.div_ceil(u64::from(WG)) + 64).max(g), "rounds")?;
         for run in device.plan("walk_forward_sharpe", n, t.max(2 * g).max(2 * w), g.max(w.div_ceil(u64::from(WG))), 6 * t + 40 * w)? {
             let params = WalkForwardParams { n: (run.end - run.start) as u32, t: t as u32, w: w as u32, g: g as u32, periods: periods.0, periods_low: periods.1 };
             let x = pass.input(returns, run.start * t..run.end * t)?;
             let out = pass.output(&scratch, 2 * g * run.start..2 * g * run.end)?;
-            pass.launch(&SEGMENT_MOMENTS, &params, &[x, View::from(&words[0]), out.view.clone()])?;
+            if g > 0 {
+                pass.launch(&SEGMENT_MOMENTS, &params, &[x, View::from(&words[0]), out.view.clone()])?;
+            }
             let merged = out.view.clone();
             let (s, m) = (pass.output(&sharpe, w * run.start..w * run.end)?, pass.output(&moments, 2 * w * run.start..2 * w * run.end)?);
             pass.launch(&WALK_FORWARD_SHARPE, &params, &[merged, View::from(&words[0]), View::from(&words[1]), s.view.clone(), m.view.clone()])?;
             pass.finish(s)?;
             pass.finish(m)?;
         }
-    } else if w > 0 {
-        let undefined = device.upload("undefined", &vec![UNDEFINED as f32; (n * w) as usize])?;
-        pass.copy(&undefined, &sharpe)?;
     }
     Ok(WalkForwardSharpe { sharpe, moments, words, segments, n, t, w, periods })
 }

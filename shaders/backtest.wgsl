@@ -23,7 +23,7 @@ struct BacktestParams {
 @group(0) @binding(1) var<storage, read> price: array<f32>;
 @group(0) @binding(2) var<storage, read> returns: array<f32>;
 @group(0) @binding(3) var<storage, read> keys: array<u32>;
-@group(0) @binding(4) var<storage, read> volatility: array<f32>;
+@group(0) @binding(4) var<storage, read> inverse_volatility: array<f32>;
 @group(0) @binding(5) var<storage, read> sets: array<u32>;
 
 override WG: u32 = 64u;
@@ -31,7 +31,6 @@ const SET_WORDS: u32 = 8u;
 const STATS: u32 = 5u;
 const BLOCK: u32 = 64u;
 const SCALE_BIAS: i32 = 512;
-const YEAR: f32 = 15.874508; // √252
 const CROSS: u32 = 0u;
 const BAND: u32 = 1u;
 
@@ -78,8 +77,8 @@ fn decide(s: ParameterSet, a: u32, t: u32, before: f32) -> f32 {
     }
     let now = price[a * params.t + t];
     let then = price[a * params.t + t - s.b];
-    let v = volatility[row + s.a];
-    let size = select(s.leverage, min(s.target_size / (YEAR * v), s.leverage), v > 0.0);
+    let v = inverse_volatility[row + s.a];
+    let size = min(s.target_size * v, s.leverage);
     return select(select(0.0, -size, now < then), size, now > then);
 }
 

@@ -271,16 +271,6 @@ fn scaled_variance(n: u32, sum: vec2<u32>, squares: vec2<u32>, shift: u32) -> ve
 
 // ---- reals --------------------------------------------------------------------------------------------------------
 
-// ln(1 + x), accurate next to 0, where Vulkan's own logarithm is not.
-fn log1p(x: f32) -> f32 {
-    if abs(x) > 0.25 {
-        return log(1.0 + x);
-    }
-    let s = x / (2.0 + x);
-    let q = s * s;
-    return 2.0 * (s + s * q * (0.33333334 + q * (0.2 + q * (0.14285715 + q * 0.11111111))));
-}
-
 // Per-bar Sharpe ratio of n bars from their fixed-point sum and scaled variance (kernels/fixed.rs): sum·√((n-1) / (n·variance)).
 fn sharpe_of(n: u32, sum: vec2<u32>, variance: vec4<u32>) -> f32 {
     if n < 2u || is_zero128(variance) {

@@ -275,11 +275,20 @@ fn indicator_donchian(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgr
     run_keys[2u * bar + 1u] = below;
 }
 
-// ---- volatility of log returns ------------------------------------------------------------------------------------
+// ---- inverse volatility of log returns ------------------------------------------------------------------------------
 
-@group(0) @binding(1) var<storage, read> returns_in: array<f32>;
+@group(0) @binding(1) var<storage, read> logs: array<u32>;
 @group(0) @binding(2) var<storage, read> volatility_periods: array<u32>;
-@group(0) @binding(3) var<storage, read_write> volatility: array<f32>;
+@group(0) @binding(3) var<storage, read_write> inverse_volatility: array<f32>;
+
+const INVERSE_YEAR: f32 = 0.06299408; // 1/√252
+const NO_VOLATILITY: f32 = 1e30;
+
+fn log_distance(i: u32, j: u32) -> vec2<u32> {
+    let a = vec2<u32>(logs[2u * i], logs[2u * i + 1u]);
+    let b = vec2<u32>(logs[2u * j], logs[2u * j + 1u]);
+    return magnitude64(sub64(a, b));
+}
 
 @compute @workgroup_size(WG)
 fn indicator_volatility(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) nwg: vec3<u32>, @builtin(local_invocation_index) tid: u32) {
@@ -288,21 +297,44 @@ fn indicator_volatility(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_work
         return;
     }
     let bar = at / params.rows;
-    let a = bar / params.t;
-    let j = bar % params.t;
     let n = volatility_periods[at % params.rows];
     var value = 0.0;
-    if j >= n {
-        let from_bar = a * (params.t - 1u) + j - n;
-        let first = log1p(returns_in[from_bar]);
-        var sum = 0.0;
-        var square = 0.0;
-        for (var i = from_bar; i < from_bar + n; i++) {
-            let d = log1p(returns_in[i]) - first;
-            sum += d;
-            square += d * d;
+    if bar % params.t >= n {
+        var squares = vec4<u32>(0u, 0u, 0u, 0u);
+        for (var i = bar - n; i < bar; i++) {
+            let x = log_distance(i + 1u, i);
+            squares = add128(squares, mul64(x, x));
         }
-        value = sqrt(max(square - sum * sum / f32(n), 0.0) / f32(n - 1u));
+        let sum = log_distance(bar, bar - n);
+        value = inverse_of(n, sub128(mul128_32(squares, n), mul64(sum, sum)));
     }
-    volatility[at] = value;
+    inverse_volatility[at] = value;
+}
+
+// The root of kernels/fixed.rs::inverse_deviation as a real, rounded once by hand.
+fn inverse_of(n: u32, variance: vec4<u32>) -> f32 {
+    if is_zero128(variance) {
+        return NO_VOLATILITY;
+    }
+    let num = mul32(n, n - 1u);
+    let lead_num = leading_zeros64(num);
+    let lead_den = leading_zeros128(variance);
+    let quotient = div64_32(shr64(shl64(num, lead_num), 1u), shl128(variance, lead_den).w);
+    let exponent = 2 * i32(params.bits) + i32(lead_den) - i32(lead_num) - 95;
+    let up = select(31u, 32u, (exponent & 1) == 0);
+    let root = root64(shl64(vec2<u32>(quotient, 0u), up));
+    let rounded = (root >> 8u) + ((root >> 7u) & 1u);
+    return ldexp(f32(rounded) * INVERSE_YEAR, (exponent - i32(up)) / 2 + 8);
+}
+
+// Integer square root.
+fn root64(x: vec2<u32>) -> u32 {
+    var root = 0u;
+    for (var bit = 0x80000000u; bit > 0u; bit >>= 1u) {
+        let more = root | bit;
+        if !less64(x, mul32(more, more)) {
+            root = more;
+        }
+    }
+    return root;
 }

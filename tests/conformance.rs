@@ -619,17 +619,15 @@ fn sweeps_have_parity_and_equal_choices() {
             for (device, got) in devices.iter().zip(&all).skip(1) {
                 let label = format!("{label} on {}", device.info());
                 let trades = |s: &common::Swept| s.stats.iter().flatten().map(|s| s.trades).collect::<Vec<_>>();
-                // Momentum holds real weights: one that moves by rounding alone may count as a trade.
-                let slack = if strategy == Strategy::TsMomentum { 1 + bars as u64 / 50 } else { 0 };
-                for (i, (got, want)) in trades(got).iter().zip(trades(want)).enumerate() {
-                    assert!(got.abs_diff(want) <= slack, "{label}: trades[{i}] {got}, expected {want}");
-                }
+                assert_eq!(trades(got), trades(want), "{label}: trades");
                 let ties = near_ties(&label, &case, got, want);
                 assert!(ties <= 2 + case.windows.len() * (assets + 1) / 5, "{label}: {ties} choices differ");
                 if ties > 0 {
                     eprintln!("{label}: {ties} of the choices are between sets that only rounding tells apart");
                     continue;
                 }
+                let activity = |s: &common::Swept| s.outcome.per_asset.iter().chain(&s.outcome.pooled).flat_map(|p| p.trades.clone()).collect::<Vec<_>>();
+                assert_eq!(activity(got), activity(want), "{label}: stitched trades");
                 let off = [error(&label, &reals(got), &reals(want)), error(&label, &ratios(got), &ratios(want))];
                 assert!(off[0] <= 2.0 * rounding[0] + 2e-6 && off[1] <= 2.0 * rounding[1] + 2e-5, "{label}: off by {off:?}, the f32 column by {rounding:?}");
             }

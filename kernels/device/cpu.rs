@@ -6,11 +6,13 @@ use crate::real::Real;
 use crate::{Error, Result};
 use std::any::Any;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Instant;
 
 struct CpuBackend {
     reference: bool,
+    /// One pass at a time: launches hold several buffers, and two passes could wait for each other's.
+    running: Mutex<()>,
     lost: AtomicBool,
 }
 
@@ -29,8 +31,9 @@ pub(super) fn open(reference: bool) -> (DeviceInfo, Limits, Box<dyn Backend>) {
         memory_bytes: u64::MAX,
         align: 1,
         work_per_launch: u64::MAX,
+        loop_rounds: u64::MAX,
     };
-    (info, limits, Box::new(CpuBackend { reference, lost: AtomicBool::new(false) }))
+    (info, limits, Box::new(CpuBackend { reference, running: Mutex::new(()), lost: AtomicBool::new(false) }))
 }
 
 impl CpuBackend {
@@ -59,6 +62,7 @@ impl Backend for CpuBackend {
 
     fn run(&self, recorded: Recorded<'_>) -> Result<(Vec<HostData>, Vec<LaunchTime>)> {
         self.check()?;
+        let _running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         let (mut reads, mut times) = (Vec::new(), Vec::new());
         for command in recorded.commands {
             match command {

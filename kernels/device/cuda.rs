@@ -151,6 +151,7 @@ pub(super) fn open(index: usize) -> Result<(DeviceInfo, Limits, Box<dyn Backend>
         memory_bytes: memory,
         align: 64,
         work_per_launch: 2_000_000_000_000,
+        loop_rounds: u64::MAX,
     };
     let cuda = Cuda { gpu: Arc::new(gpu), functions: Mutex::default(), running: Mutex::default() };
     Ok((info, limits, Box::new(cuda)))

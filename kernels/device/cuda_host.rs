@@ -69,6 +69,7 @@ pub(super) fn open(options: &OpenOptions) -> Result<(DeviceInfo, Limits, Box<dyn
         memory_bytes: u64::MAX,
         align: 1,
         work_per_launch: u64::MAX,
+        loop_rounds: u64::MAX,
     };
     Ok((info, limits, Box::new(CudaHost { compiler, schedule, entries: Mutex::default(), lost: AtomicBool::new(false) })))
 }

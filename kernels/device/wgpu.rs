@@ -95,6 +95,7 @@ pub(super) fn open(index: Option<usize>, options: &OpenOptions) -> Result<(Devic
         groups_per_dimension: adapter_limits.max_compute_workgroups_per_dimension,
         memory_bytes: u64::MAX,
         align: u64::from(adapter_limits.min_storage_buffer_offset_alignment).div_ceil(4).max(1),
+        loop_rounds: if adapter_info.name.starts_with("llvmpipe") { 65_000 } else { u64::MAX },
         work_per_launch: if software { u64::MAX } else { 200_000_000_000 },
     };
     let backend = WgpuBackend {

@@ -270,8 +270,8 @@ pub fn sweep(device: &Device, close: ArrayView2<'_, f32>, config: &SweepConfig, 
     let (mut per_asset, mut pooled) = (per_asset.into_iter(), pooled.into_iter());
     let mut costs = Vec::with_capacity(sums.len());
     for (sums, &cost_bps) in sums.into_iter().zip(&config.cost_bps) {
-        let per_asset = per_asset.next().map(|s| compare.selected(s)).transpose()?;
-        let pooled = pooled.next().map(|s| compare.selected(s)).transpose()?;
+        let per_asset = per_asset.next().filter(|s| !s.stitched.is_empty()).map(|s| compare.selected(s)).transpose()?;
+        let pooled = pooled.next().filter(|s| !s.stitched.is_empty()).map(|s| compare.selected(s)).transpose()?;
         costs.push(CostLevel { cost_bps, per_asset, pooled, sums });
     }
     let buy_and_hold = if counted.is_empty() { None } else { Some(compare.buy_and_hold(close, &counted)?) };
