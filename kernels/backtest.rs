@@ -201,7 +201,8 @@ impl<R: Real, const L: usize> Sets<R, L> {
     /// Moves the positions `w` to those decided at bar t.
     #[inline(always)]
     fn decide<const MODE: u32>(&self, mask: u32, m: &Market<'_, R>, t: usize, w: &mut [R; L]) {
-        let (keys, inverse_volatility) = if MODE == MOMENTUM { (m.keys, &m.inverse_volatility[t * m.rows..][..m.rows]) } else { (&m.keys[t * m.rows..][..m.rows], m.inverse_volatility) };
+        let (keys, inverse_volatility) =
+            if MODE == MOMENTUM { (m.keys, &m.inverse_volatility[t * m.rows..][..m.rows]) } else { (&m.keys[t * m.rows..][..m.rows], m.inverse_volatility) };
         for l in 0..L {
             let legal = t >= self.first[l];
             w[l] = match MODE {
@@ -320,7 +321,14 @@ pub fn sharpe_of(n: u64, sum: i64, squares: u64, shift: u32) -> f64 {
     if variance == 0 { UNDEFINED } else { sum as f64 * ((n - 1) as f64 / (n as f64 * variance as f64)).sqrt() }
 }
 
-fn lanes<R: Real, const L: usize, const MODE: u32>(p: &BacktestParams, sets: &Sets<R, L>, m: &Market<'_, R>, edges: &[u32], scale: i32, mut at_edge: impl FnMut(usize, &Run<R, L>)) -> Run<R, L> {
+fn lanes<R: Real, const L: usize, const MODE: u32>(
+    p: &BacktestParams,
+    sets: &Sets<R, L>,
+    m: &Market<'_, R>,
+    edges: &[u32],
+    scale: i32,
+    mut at_edge: impl FnMut(usize, &Run<R, L>),
+) -> Run<R, L> {
     let mut run = Run::new();
     let cost = R::of(f64::from(p.cost)) + R::of(f64::from(p.cost_low));
     let mut j = 0;
@@ -341,7 +349,14 @@ fn lanes<R: Real, const L: usize, const MODE: u32>(p: &BacktestParams, sets: &Se
     run
 }
 
-fn any_mode<R: Real, const L: usize>(p: &BacktestParams, sets: &Sets<R, L>, m: &Market<'_, R>, edges: &[u32], scale: i32, at_edge: impl FnMut(usize, &Run<R, L>)) -> Run<R, L> {
+fn any_mode<R: Real, const L: usize>(
+    p: &BacktestParams,
+    sets: &Sets<R, L>,
+    m: &Market<'_, R>,
+    edges: &[u32],
+    scale: i32,
+    at_edge: impl FnMut(usize, &Run<R, L>),
+) -> Run<R, L> {
     match p.mode {
         CROSS => lanes::<R, L, CROSS>(p, sets, m, edges, scale, at_edge),
         BAND => lanes::<R, L, BAND>(p, sets, m, edges, scale, at_edge),

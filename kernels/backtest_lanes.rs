@@ -463,7 +463,10 @@ mod tests {
         plan.extend(vec![SCALE_BIAS as u32; a]);
         let f = |x: &[f32]| device.upload("x", x).unwrap();
         let u = |x: &[u32]| device.upload_u32("x", x).unwrap();
-        let (stats, prefix) = (device.zeros("s", (a * tiles * STATS * TILE) as u64).unwrap(), device.zeros_u32("p", (a * tiles * TILE * 4 * p.edges as usize).max(1) as u64).unwrap());
+        let (stats, prefix) = (
+            device.zeros("s", (a * tiles * STATS * TILE) as u64).unwrap(),
+            device.zeros_u32("p", (a * tiles * TILE * 4 * p.edges as usize).max(1) as u64).unwrap(),
+        );
         let buffers = [f(&price), f(&returns), u(&keys), f(&inverse_volatility), u(&sets), u(&plan), stats.clone(), prefix.clone()];
         let args: Vec<View> = buffers.iter().map(View::from).collect();
         let mut pass = device.pass("test");

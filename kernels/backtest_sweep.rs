@@ -12,9 +12,7 @@
 //! * donchian_breakout (entry, exit): enter above the highest close of the previous `entry` bars, leave below the lowest of `exit`.
 //! * ts_momentum (lookback, vol_window, target_vol, max_leverage): sign(p/p[−lookback] − 1)·min(target_vol/(√252·sd), max_leverage), sd of log returns with n−1.
 
-use crate::backtest::{
-    BACKTEST_STITCH, BACKTEST_SWEEP, BAND, BLOCK, BacktestParams, CROSS, MOMENTUM, SCALE_BIAS, SET_WORDS, STATS, TILE,
-};
+use crate::backtest::{BACKTEST_STITCH, BACKTEST_SWEEP, BAND, BLOCK, BacktestParams, CROSS, MOMENTUM, SCALE_BIAS, SET_WORDS, STATS, TILE};
 use crate::conformance::{Case, Outputs, defined};
 use crate::device::{Buffer, Device, LaunchTime, Pass, Read, View};
 use crate::fixed::{KEY_ZERO, exponent, ratio_key_of};
@@ -194,13 +192,7 @@ impl Chunk {
         let (set, asset) = (set - self.sets.start, asset - self.assets.start);
         let at = (asset * self.tiles + set / TILE) * STATS * TILE + set % TILE;
         let value = |k: usize| self.stats[at + k * TILE];
-        SetStats {
-            sharpe: defined(value(0)) * self.year,
-            total_return: value(1),
-            max_drawdown: value(2),
-            turnover: value(3),
-            trades: value(4) as u64,
-        }
+        SetStats { sharpe: defined(value(0)) * self.year, total_return: value(1), max_drawdown: value(2), turnover: value(3), trades: value(4) as u64 }
     }
 
     /// Annualised train and test Sharpe ratio of a set on an asset in a window; NaN if undefined. Needs `Sweep::scores`.
@@ -558,7 +550,7 @@ impl<'a> Job<'a> {
     fn new(sweep: &'a Sweep<'a>, device: &'a Device) -> Result<Job<'a>> {
         let shape = |arg: &str, expected: String, got: String| Error::Shape { op: OP, arg: arg.into(), expected, got };
         let n = sweep.assets;
-        if n == 0 || sweep.close.is_empty() || sweep.close.len() % n != 0 {
+        if n == 0 || sweep.close.is_empty() || !sweep.close.len().is_multiple_of(n) {
             return Err(shape("close", "[T,N] with T, N ≥ 1".into(), format!("{} values for N = {n}", sweep.close.len())));
         }
         let t = sweep.close.len() / n;
@@ -697,8 +689,7 @@ impl<'a> Job<'a> {
             }
             Table::Ema(spans) => {
                 let half = |x: u64| [x as u32, (x >> 32) as u32];
-                let alphas: Vec<u32> =
-                    spans.iter().flat_map(|&(n, g)| [half(span_alpha(n)), half(if g == 0 { 0 } else { span_alpha(g) })]).flatten().collect();
+                let alphas: Vec<u32> = spans.iter().flat_map(|&(n, g)| [half(span_alpha(n)), half(if g == 0 { 0 } else { span_alpha(g) })]).flatten().collect();
                 let alphas = device.upload_u32("alphas", &alphas)?;
                 pass.launch(&indicators::INDICATOR_EMA, &params, &[p, e, view(&alphas), k])?;
             }
@@ -875,7 +866,8 @@ impl<'a> Job<'a> {
             let (slots, first) = if pooled { (1, 0) } else { (n, assets.start) };
             slot.best.resize(slots * w, 0);
             slot.stitched.resize(n * k, 0.0);
-            (slot.turnover.resize(n * w, 0.0), slot.trades.resize(n * w, 0));
+            slot.turnover.resize(n * w, 0.0);
+            slot.trades.resize(n * w, 0);
             for (i, pair) in done.u32(best)?.chunks_exact(2).enumerate() {
                 slot.best[first * w + i] = pair[1];
             }
@@ -959,7 +951,8 @@ pub(crate) fn verify(device: &Device, case: &Case) -> Result<Outputs> {
     let assets = case.shape("close")?.get(1).copied().unwrap_or(1);
     let names = case.inputs_under("param.");
     let parameters = names.iter().map(|name| Ok((*name, case.f32(&format!("param.{name}"))?))).collect::<Result<Vec<_>>>()?;
-    let windows: Vec<[u32; 4]> = if case.has("windows") { case.u32("windows")?.chunks_exact(4).map(|w| [w[0], w[1], w[2], w[3]]).collect() } else { Vec::new() };
+    let windows: Vec<[u32; 4]> =
+        if case.has("windows") { case.u32("windows")?.chunks_exact(4).map(|w| [w[0], w[1], w[2], w[3]]).collect() } else { Vec::new() };
     let sweep = Sweep {
         close: case.f32("close")?,
         assets,

@@ -190,7 +190,8 @@ pub fn files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for path in paths {
         if path.is_dir() {
-            let mut inside = std::fs::read_dir(path).map_err(|e| io(path, e))?.map(|e| e.map(|e| e.path())).collect::<Result<Vec<_>, _>>().map_err(|e| io(path, e))?;
+            let mut inside =
+                std::fs::read_dir(path).map_err(|e| io(path, e))?.map(|e| e.map(|e| e.path())).collect::<Result<Vec<_>, _>>().map_err(|e| io(path, e))?;
             inside.retain(|p| p.is_dir() || p.extension().is_some_and(|e| e == "safetensors"));
             inside.sort();
             found.extend(files(&inside)?);

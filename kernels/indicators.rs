@@ -273,7 +273,13 @@ impl<F: Fn(u32) -> u32> WithSimd for MeanKeys<'_, F> {
                 let value = KEY_ZERO.wrapping_add((magnitude ^ negative.wrapping_neg()).wrapping_add(negative));
                 let sure = rest.wrapping_sub(4) < 0x7ff_fff8 && exponent < 62;
                 // Zero is exact and has its own key; 0 marks what must be looked at again.
-                *key = if distance == 0 { KEY_ZERO } else if sure { value } else { 0 };
+                *key = if distance == 0 {
+                    KEY_ZERO
+                } else if sure {
+                    value
+                } else {
+                    0
+                };
                 doubtful |= u32::from(*key == 0);
             }
             if doubtful != 0 {
@@ -483,7 +489,13 @@ mod tests {
             .map(|i| {
                 let w = crate::philox::philox4x32([i, 0, 0, 0], [1, 2])[0];
                 // Stretches of ticks, of constants and of arbitrary numbers.
-                if i % 100 < 40 { 20.0 + (w % 400) as f32 / 100.0 } else if i % 100 < 60 { 21.5 } else { 20.0 + w as f32 / 1e9 }
+                if i % 100 < 40 {
+                    20.0 + (w % 400) as f32 / 100.0
+                } else if i % 100 < 60 {
+                    21.5
+                } else {
+                    20.0 + w as f32 / 1e9
+                }
             })
             .collect();
         let periods: Vec<u32> = (1..600).collect();
@@ -491,7 +503,12 @@ mod tests {
         let bits = sum_bits(599);
         let max = crate::fixed::exponent(25.0);
         let fixed: Vec<u64> = prices.iter().map(|&p| fixed_price(p, max, bits)).collect();
-        let sums: Vec<u64> = std::iter::once(0).chain(fixed.iter().scan(0u64, |s, &x| { *s = s.wrapping_add(x); Some(*s) })).collect();
+        let sums: Vec<u64> = std::iter::once(0)
+            .chain(fixed.iter().scan(0u64, |s, &x| {
+                *s = s.wrapping_add(x);
+                Some(*s)
+            }))
+            .collect();
         for j in [598, 599, 641, 655, 699] {
             let ready = periods.partition_point(|&n| n as usize <= j + 1);
             let exact = |n: u32| mean_key(fixed[j + 1 - n as usize..=j].iter().map(|&x| u128::from(x)).sum(), n, fixed[j]);

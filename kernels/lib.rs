@@ -47,21 +47,11 @@ pub struct Op {
 /// Every op, in the order that data flows.
 pub static OPS: [Op; 4] = [
     Op { name: "philox", about: "counter-based random numbers", kernels: &[&philox::PHILOX], differentiable: false, verify: philox::verify },
-    Op {
-        name: "performance",
-        about: "statistics of return series",
-        kernels: &[&performance::PERFORMANCE],
-        differentiable: false,
-        verify: performance::verify,
-    },
+    Op { name: "performance", about: "statistics of return series", kernels: &[&performance::PERFORMANCE], differentiable: false, verify: performance::verify },
     Op {
         name: "walk_forward_sharpe",
         about: "Sharpe ratio of every series in every window",
-        kernels: &[
-            &walk_forward_sharpe::SEGMENT_MOMENTS,
-            &walk_forward_sharpe::WALK_FORWARD_SHARPE,
-            &walk_forward_sharpe::WALK_FORWARD_SHARPE_BACKWARD,
-        ],
+        kernels: &[&walk_forward_sharpe::SEGMENT_MOMENTS, &walk_forward_sharpe::WALK_FORWARD_SHARPE, &walk_forward_sharpe::WALK_FORWARD_SHARPE_BACKWARD],
         differentiable: true,
         verify: walk_forward_sharpe::verify,
     },

@@ -90,20 +90,8 @@ fn series<R: Real>(x: &[R], tail: usize, out: &mut [R]) {
     let value = *value;
     let below = worse.iter().filter(|&&v| v < value);
     let (count, sum) = below.fold((0usize, 0f64), |(c, s), v| (c + 1, s + v.f64()));
-    let values = [
-        first + offset,
-        m2,
-        m3,
-        m4,
-        downside,
-        R::of(hits as f64),
-        mantissa,
-        R::of(f64::from(exponent)),
-        drawdown,
-        R::of(sum),
-        R::of(count as f64),
-        value,
-    ];
+    let values =
+        [first + offset, m2, m3, m4, downside, R::of(hits as f64), mantissa, R::of(f64::from(exponent)), drawdown, R::of(sum), R::of(count as f64), value];
     out.copy_from_slice(&values);
 }
 
@@ -304,7 +292,9 @@ mod tests {
 
     #[test]
     fn normal_cdf_matches_tables() {
-        for (x, want) in [(0.0, 0.5), (1.0, 0.841_344_746_068_542_9), (-1.959_963_984_540_054, 0.025), (3.5, 0.999_767_370_920_964_5), (-8.0, 6.220_960_574_271_785e-16)] {
+        for (x, want) in
+            [(0.0, 0.5), (1.0, 0.841_344_746_068_542_9), (-1.959_963_984_540_054, 0.025), (3.5, 0.999_767_370_920_964_5), (-8.0, 6.220_960_574_271_785e-16)]
+        {
             assert!((normal_cdf(x) - want).abs() < 1e-15_f64.max(1e-12 * want), "{x}: {}", normal_cdf(x));
         }
     }

@@ -122,7 +122,12 @@ struct Segments {
 impl Segments {
     fn of(windows: &[[u32; 2]], t: u32) -> Result<Segments> {
         if let Some((w, window)) = windows.iter().enumerate().find(|(_, w)| w[0] > w[1] || w[1] > t) {
-            return Err(Error::Shape { op: "walk_forward_sharpe", arg: format!("windows[{w}]"), expected: format!("inside 0..{t}"), got: format!("{window:?}") });
+            return Err(Error::Shape {
+                op: "walk_forward_sharpe",
+                arg: format!("windows[{w}]"),
+                expected: format!("inside 0..{t}"),
+                got: format!("{window:?}"),
+            });
         }
         let mut edges: Vec<u32> = windows.iter().flatten().copied().collect();
         edges.sort_unstable();
@@ -279,7 +284,8 @@ pub fn walk_forward_sharpe(pass: &mut Pass, returns: &Buffer, n: u64, t: u64, wi
     if w > 0 {
         device.check_rounds("walk_forward_sharpe", (2 * t.div_ceil(u64::from(WG)) + 64).max(g), "rounds")?;
         for run in device.plan("walk_forward_sharpe", n, t.max(2 * g).max(2 * w), g.max(w.div_ceil(u64::from(WG))), 6 * t + 40 * w)? {
-            let params = WalkForwardParams { n: (run.end - run.start) as u32, t: t as u32, w: w as u32, g: g as u32, periods: periods.0, periods_low: periods.1 };
+            let params =
+                WalkForwardParams { n: (run.end - run.start) as u32, t: t as u32, w: w as u32, g: g as u32, periods: periods.0, periods_low: periods.1 };
             let x = pass.input(returns, run.start * t..run.end * t)?;
             let out = pass.output(&scratch, 2 * g * run.start..2 * g * run.end)?;
             if g > 0 {
@@ -294,7 +300,6 @@ pub fn walk_forward_sharpe(pass: &mut Pass, returns: &Buffer, n: u64, t: u64, wi
     }
     Ok(WalkForwardSharpe { sharpe, moments, words, segments, n, t, w, periods })
 }
-
 
 /// Records grad_returns [N,T] from grad_sharpe [N,W]; overwrites nothing but its result.
 pub fn walk_forward_sharpe_backward(pass: &mut Pass, forward: &WalkForwardSharpe, returns: &Buffer, grad_sharpe: &Buffer) -> Result<Buffer> {
@@ -311,7 +316,14 @@ pub fn walk_forward_sharpe_backward(pass: &mut Pass, forward: &WalkForwardSharpe
     }
     let [edges, spans, segment_of, covers] = &forward.words;
     for run in device.plan("walk_forward_sharpe_backward", n, t.max(2 * w), t.div_ceil(u64::from(WG)), 40 * t)? {
-        let params = WalkForwardParams { n: (run.end - run.start) as u32, t: t as u32, w: w as u32, g: g as u32, periods: forward.periods.0, periods_low: forward.periods.1 };
+        let params = WalkForwardParams {
+            n: (run.end - run.start) as u32,
+            t: t as u32,
+            w: w as u32,
+            g: g as u32,
+            periods: forward.periods.0,
+            periods_low: forward.periods.1,
+        };
         let x = pass.input(returns, run.start * t..run.end * t)?;
         let m = pass.input(&forward.moments, 2 * w * run.start..2 * w * run.end)?;
         let s = pass.input(grad_sharpe, w * run.start..w * run.end)?;

@@ -177,9 +177,7 @@ impl WgpuBackend {
             ty: wgpu::BindingType::Buffer { ty, has_dynamic_offset: false, min_binding_size: None },
             count: None,
         };
-        let storage = |(i, arg): (usize, &crate::kernel::Arg)| {
-            entry(1 + i as u32, wgpu::BufferBindingType::Storage { read_only: arg.access == Access::Read })
-        };
+        let storage = |(i, arg): (usize, &crate::kernel::Arg)| entry(1 + i as u32, wgpu::BufferBindingType::Storage { read_only: arg.access == Access::Read });
         let entries: Vec<_> = [entry(0, wgpu::BufferBindingType::Uniform)].into_iter().chain(kernel.args.iter().enumerate().map(storage)).collect();
         self.scoped(&format!("making the pipeline of {}", kernel.name), || {
             let layout = self.device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: Some(kernel.name), entries: &entries });
@@ -354,9 +352,7 @@ impl Backend for WgpuBackend {
             }
             None => Vec::new(),
         };
-        let profile = recorded.profile.then(|| {
-            launches.enumerate().map(|(i, l)| LaunchTime::of(l, seconds.get(i).copied().unwrap_or(f64::NAN))).collect()
-        });
+        let profile = recorded.profile.then(|| launches.enumerate().map(|(i, l)| LaunchTime::of(l, seconds.get(i).copied().unwrap_or(f64::NAN))).collect());
         Ok((values, profile.unwrap_or_default()))
     }
 
@@ -373,4 +369,3 @@ impl Drop for WgpuBackend {
         let _ = self.device.poll(wgpu::PollType::Poll);
     }
 }
-

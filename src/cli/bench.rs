@@ -122,11 +122,8 @@ fn pairs(n: usize) -> (Vec<f32>, Vec<f32>) {
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
-    let chosen: Vec<&Workload> = if args.workloads.is_empty() {
-        WORKLOADS.iter().collect()
-    } else {
-        args.workloads.iter().map(|name| named(name)).collect::<Result<_>>()?
-    };
+    let chosen: Vec<&Workload> =
+        if args.workloads.is_empty() { WORKLOADS.iter().collect() } else { args.workloads.iter().map(|name| named(name)).collect::<Result<_>>()? };
     if let Some(threads) = args.threads {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
         pool.map_err(|e| Error::Parameter { op: "bench", name: "--threads".into(), value: threads.to_string(), help: e.to_string() })?;

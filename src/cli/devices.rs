@@ -17,12 +17,12 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     for Probe { spec, found } in probe() {
         match (&found, args.json) {
-            (Ok((info, limits)), true) => say(
-                &json!({ "device": spec, "found": true, "adapter": info.adapter, "driver": info.driver, "software": info.software,
+            (Ok((info, limits)), true) => {
+                say(&json!({ "device": spec, "found": true, "adapter": info.adapter, "driver": info.driver, "software": info.software,
                     "binding_bytes": limits.binding_bytes, "buffer_bytes": limits.buffer_bytes,
                     "groups_per_dimension": limits.groups_per_dimension, "memory_bytes": limits.memory_bytes })
-                .to_string(),
-            ),
+                .to_string())
+            }
             (Err(error), true) => say(&json!({ "device": spec, "found": false, "reason": error.to_string() }).to_string()),
             (Ok((info, limits)), false) => {
                 let software = if info.software { ", software" } else { "" };

@@ -45,12 +45,10 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         let has = columns(kernel).map(|(name, there)| if there { name } else { "-" });
         if args.json {
             let arg = |a: &crate::kernels::kernel::Arg| json!({ "name": a.name, "type": a.elem.wgsl(), "written": a.access == crate::kernels::kernel::Access::Write });
-            say(
-                &json!({ "op": op_of(kernel), "kernel": kernel.name, "about": kernel.about, "cpu": kernel.cpu.is_some(), "wgsl": kernel.wgsl.is_some(),
+            say(&json!({ "op": op_of(kernel), "kernel": kernel.name, "about": kernel.about, "cpu": kernel.cpu.is_some(), "wgsl": kernel.wgsl.is_some(),
                     "cuda": kernel.cuda.is_some(), "workgroup": kernel.workgroup, "args": kernel.args.iter().map(arg).collect::<Vec<_>>(),
                     "params": kernel.params.name, "unit": kernel.cost.unit, "bytes": kernel.cost.bytes, "flops": kernel.cost.flops })
-                .to_string(),
-            );
+            .to_string());
         } else if args.markdown {
             let tick = columns(kernel).map(|(_, there)| if there { "✓" } else { "" }).join(" | ");
             say(&format!("| {} | `{}` | {} | {tick} | {cost} |", op_of(kernel), kernel.name, kernel.about));

@@ -90,7 +90,9 @@ impl Results {
             let last = chunk.sets.end.min(first + per_group);
             let rows: Vec<(usize, usize)> = (first..last).flat_map(|s| chunk.assets.clone().map(move |a| (s, a))).collect();
             let stats: Vec<_> = rows.iter().map(|&(s, a)| chunk.stats(s, a)).collect();
-            let real = |f: &dyn Fn(usize) -> f64| -> ArrayRef { Arc::new((0..rows.len()).map(|i| Some(f(i) as f32).filter(|x| !x.is_nan())).collect::<Float32Array>()) };
+            let real = |f: &dyn Fn(usize) -> f64| -> ArrayRef {
+                Arc::new((0..rows.len()).map(|i| Some(f(i) as f32).filter(|x| !x.is_nan())).collect::<Float32Array>())
+            };
             let mut columns: Vec<ArrayRef> = vec![
                 Arc::new(Float32Array::from(vec![cost_bps as f32; rows.len()])),
                 Arc::new(rows.iter().map(|&(s, _)| s as u32).collect::<Vec<_>>().into_iter().map(Some).collect::<UInt32Array>()),

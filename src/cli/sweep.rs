@@ -125,7 +125,11 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         provenance["seconds"] = json!(seconds);
         results.finish(&report, &prices, &provenance)?;
     }
-    if args.common.json { printed.json(&provenance_of(&printed)) } else { printed.text() }
+    if args.common.json {
+        printed.json(&provenance_of(&printed))
+    } else {
+        printed.text()
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -207,9 +211,7 @@ fn synthetic(args: &Args) -> Result<Prices> {
         return Err(Error::Parameter { op: "sweep", name: (*name).into(), value: "given".into(), help });
     }
     let key = [args.common.seed as u32, (args.common.seed >> 32) as u32];
-    let market = regime_switching_market(args.bars, args.assets, |path, block| {
-        normals(philox4x32([path as u32, (path >> 32) as u32, block, 1 << 16], key))
-    })?;
+    let market = regime_switching_market(args.bars, args.assets, |path, block| normals(philox4x32([path as u32, (path >> 32) as u32, block, 1 << 16], key)))?;
     Ok(Prices {
         symbols: market.symbols,
         times: market.dates,
@@ -394,7 +396,11 @@ impl Printed<'_> {
     fn out_of_sample(&self) {
         let report = self.report;
         let many = report.assets > 1;
-        let bars = if report.windows.is_empty() { "all counted bars".to_string() } else { format!("{} stitched bars of {} windows", report.stitched_bars.len(), report.windows.len()) };
+        let bars = if report.windows.is_empty() {
+            "all counted bars".to_string()
+        } else {
+            format!("{} stitched bars of {} windows", report.stitched_bars.len(), report.windows.len())
+        };
         if let Some(scheme) = &self.config.walk_forward {
             say(&format!("\nout of sample, {scheme}: {bars}{}", if many { ", equal-weight portfolio" } else { "" }));
         } else {

@@ -227,7 +227,13 @@ impl SweepReport {
 /// `visit` sees every chunk of statistics once, as soon as it is there (progress, files).
 /// # Errors
 /// As [`Sweep::run`]; `Parameter` if the history is too short for a walk-forward window.
-pub fn sweep(device: &Device, close: ArrayView2<'_, f32>, config: &SweepConfig, limit: u64, visit: &mut dyn FnMut(&Chunk) -> Result<()>) -> Result<SweepReport> {
+pub fn sweep(
+    device: &Device,
+    close: ArrayView2<'_, f32>,
+    config: &SweepConfig,
+    limit: u64,
+    visit: &mut dyn FnMut(&Chunk) -> Result<()>,
+) -> Result<SweepReport> {
     let (bars, assets) = close.dim();
     let sets = config.grid.sets(limit)?;
     let returns = bars.saturating_sub(1) as u32;
@@ -316,8 +322,7 @@ impl Comparison<'_> {
     fn buy_and_hold(&mut self, close: &[f32], bars: &[u32]) -> Result<OutOfSample> {
         let n = self.assets;
         let at = |j: usize, a: usize| f64::from(close[j * n + a]);
-        let series: Vec<f32> =
-            (0..n).flat_map(|a| bars.iter().map(move |&j| (j as usize, a))).map(|(j, a)| (at(j + 1, a) / at(j, a) - 1.0) as f32).collect();
+        let series: Vec<f32> = (0..n).flat_map(|a| bars.iter().map(move |&j| (j as usize, a))).map(|(j, a)| (at(j + 1, a) / at(j, a) - 1.0) as f32).collect();
         let assets = self.performance(&series, n)?;
         self.of(&series, assets)
     }
