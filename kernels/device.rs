@@ -331,7 +331,11 @@ fn unknown_device(spec: &str) -> Error {
         let common = a.iter().filter(|c| b.contains(c)).count();
         (a.len() + b.len()).saturating_sub(2 * common)
     };
-    let suggestion = DEVICE_NAMES.iter().min_by_key(distance).map(|s| s.to_string());
+    let suggestion = match spec.to_lowercase().as_str() {
+        "gpu" | "vulkan" | "metal" | "dx12" | "webgpu" => Some("wgpu".to_string()),
+        "nvidia" => Some("cuda".to_string()),
+        _ => DEVICE_NAMES.iter().min_by_key(distance).filter(|name| distance(name) <= 3).map(|s| s.to_string()),
+    };
     Error::UnknownDevice { given: spec.into(), suggestion }
 }
 
@@ -487,6 +491,7 @@ impl From<&View> for View {
 pub(crate) struct Launch {
     pub(crate) kernel: &'static Kernel,
     pub(crate) params: Vec<u32>,
+    #[cfg_attr(not(any(feature = "wgpu", feature = "cuda", feature = "cuda-host")), allow(dead_code, reason = "the CPU column brings its own threads"))]
     pub(crate) grid: [u32; 3],
     pub(crate) args: Vec<View>,
 }

@@ -346,7 +346,7 @@ fn wrong_arguments_are_named() {
         let mut pass = device.pass("wrong");
         for result in [
             pass.copy(&x, &y),
-            pass.copy(&x.view(0..4), &x.view(4..8)),
+            pass.copy(x.view(0..4), x.view(4..8)),
             pass.copy(&x, &device.zeros_u32("words", 8).unwrap()),
             pass.copy(&x, &other.zeros("x", 8).unwrap()),
             pass.read(x.view(0..9)).map(|_| ()),

@@ -421,6 +421,10 @@ fn short_histories_are_refused_where_windows_were_asked_for() {
         &[&file, "--grid", "fast=5,slow=20", "--walk-forward", "train=252,test=63"],
         &["needs 334 returns (warm-up 19 + train 252 + test 63)", "the history has 119 returns, 120 bars", "use 215 more bars"],
     );
+    // So are windows of the grid, asked for or not.
+    let parts = ["warms up over 199 bars", "202 bars", "the history has 120 bars", "set shorter windows"];
+    refused(&[&file, "--grid", "fast=5,slow=20:200:20", "--walk-forward", "none"], &parts);
+    refused(&[&file], &["warms up over 399 bars", "the history has 120 bars"]);
     // The default scheme gives way, and says so.
     let ran = run(&["sweep", &file, "--grid", "fast=5,slow=20"]);
     assert_eq!((ran.code, ran.stderr.lines().count()), (0, 1), "{}", ran.stderr);
@@ -445,8 +449,13 @@ fn unknown_names_come_with_the_nearest_known_one() {
     let bench = run(&["bench", "sweep_smaa"]);
     assert_eq!((bench.code, bench.stderr.lines().count()), (2, 1), "{}", bench.stderr);
     assert!(bench.stderr.contains("unknown workload 'sweep_smaa'; did you mean 'sweep_sma'?"), "{}", bench.stderr);
-    assert_eq!(run(&["sewep"]).code, 2);
-    assert_eq!(run(&["sweep", "--no-such-flag"]).code, 2);
+    refused(&["--device", "vulkan"], &["unknown device 'vulkan'; did you mean 'wgpu'?"]);
+    refused(&["--missing", "flil"], &["--missing", "flil", "fill:N"]);
+    refused(&["--form", "2010"], &["unexpected argument '--form'", "--from", "--help"]);
+    refused(&["--bars", "many"], &["invalid value 'many' for '--bars <BARS>'", "--help"]);
+    let typo = run(&["sewep"]);
+    assert_eq!((typo.code, typo.stderr.lines().count()), (2, 1), "{}", typo.stderr);
+    assert!(typo.stderr.contains("'sweep'"), "{}", typo.stderr);
 }
 
 #[test]
@@ -467,6 +476,7 @@ fn impossible_grids_are_refused_at_once() {
 fn unwritable_folders_are_refused_before_the_work() {
     let folder = Folder::new();
     let file = folder.text("a_file", "content");
+    refused(&["--grid", "fast=5,slow=20", "--out", &file], &["this is a file; name a folder with --out"]);
     for out in [file.clone(), format!("{file}/below")] {
         refused(&["--grid", "fast=5,slow=20", "--out", &out], &[&out, "cannot be written"]);
     }

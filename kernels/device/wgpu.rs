@@ -64,7 +64,11 @@ pub(super) fn open(index: Option<usize>, options: &OpenOptions) -> Result<(Devic
     let adapters = adapters();
     let count = adapters.len();
     let adapter = adapters.into_iter().nth(index.unwrap_or(0)).ok_or_else(|| {
-        no_device(if count == 0 { "no Vulkan, Metal or DX12 adapter was found".into() } else { format!("there are only {count} adapters (wgpu:0 …)") })
+        no_device(match count {
+            0 => "no Vulkan, Metal or DX12 adapter was found".into(),
+            1 => "there is one adapter, wgpu:0".into(),
+            _ => format!("there are {count} adapters, wgpu:0 to wgpu:{}", count - 1),
+        })
     })?;
     let (adapter_info, adapter_limits) = (adapter.get_info(), adapter.limits());
     let timestamps = adapter.features().contains(Features::TIMESTAMP_QUERY);

@@ -81,11 +81,11 @@ fn assert_has(text: &str, parts: &[&str]) {
 }
 
 static BLOCK_SUM: Kernel = kernel(
-    "block_sum",
+    "sum_of_block",
     &[reads("x"), writes("y")],
     64,
     cu!(
-        "extern \"C\" __global__ void __launch_bounds__(WG) block_sum(const float* x, float* y, TestParams params) {"
+        "extern \"C\" __global__ void __launch_bounds__(WG) sum_of_block(const float* x, float* y, TestParams params) {"
         "    __shared__ float sh_sum[WG];"
         "    const uint32_t tid = threadIdx.x, row = group_index() * WG + tid;"
         "    sh_sum[tid] = row < params.n ? x[row] : 0.0f;"
@@ -100,11 +100,11 @@ static BLOCK_SUM: Kernel = kernel(
 );
 
 static BLOCK_SUM_RACE: Kernel = kernel(
-    "block_sum_race",
+    "sum_of_block_race",
     &[reads("x"), writes("y")],
     64,
     cu!(
-        "extern \"C\" __global__ void block_sum_race(const float* x, float* y, TestParams params) {"
+        "extern \"C\" __global__ void sum_of_block_race(const float* x, float* y, TestParams params) {"
         "    __shared__ float sh_sum[WG];"
         "    const uint32_t tid = threadIdx.x, row = group_index() * WG + tid;"
         "    sh_sum[tid] = row < params.n ? x[row] : 0.0f;"

@@ -64,6 +64,9 @@ pub(super) struct Results {
 impl Results {
     /// Makes the folder and opens the files.
     pub(super) fn create(dir: &Path, sets: &[&str], provenance: &Value) -> Result<Results> {
+        if dir.is_file() {
+            return Err(io(dir, &"this is a file; name a folder with --out"));
+        }
         std::fs::create_dir_all(dir).map_err(|e| io(dir, &e))?;
         let mut fields = vec![Field::new("cost_bps", DataType::Float32, false), Field::new("set", DataType::UInt32, false)];
         fields.extend(sets.iter().map(|name| Field::new(*name, DataType::Float32, false)));
@@ -130,6 +133,10 @@ impl Results {
         let series = out_of_sample(&dir, report, prices)?;
         let (run, file) = Whole::create(&dir, "run.json")?;
         serde_json::to_writer_pretty(file, provenance).map_err(|e| io(&run.path, &e))?;
+        if choices.is_none() {
+            // Choices of an earlier run would contradict this one; where there are none, there is nothing to remove.
+            let _ = std::fs::remove_file(dir.join("walk_forward.csv"));
+        }
         for whole in [Some(whole), Some(whole_csv), choices, Some(series), Some(run)].into_iter().flatten() {
             whole.keep()?;
         }

@@ -9,7 +9,7 @@ use crate::kernels::philox::{normals, philox4x32};
 use crate::kernels::{Device, DeviceKind};
 use crate::sim::grid::Grid;
 use crate::sim::market::regime_switching_market;
-use crate::sim::sweep::{OutOfSample, RankBy, Select, SweepConfig, SweepReport, sweep};
+use crate::sim::sweep::{OutOfSample, RankBy, Select, SweepConfig, SweepReport, first_return, sweep};
 use crate::sim::walk_forward::WalkForward;
 use crate::{Error, Result};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -93,12 +93,13 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let rank_by = RankBy::named(&args.rank_by)?;
     let select = select(&args.select)?;
     let scheme = walk_forward(args.walk_forward.as_deref())?;
+    let missing = args.missing.parse::<Missing>()?;
     if let Some(p) = args.periods_per_year.filter(|p| !(p.is_finite() && *p > 0.0)) {
         let help = "give the number of bars per year, 252 for daily equities".into();
         return Err(Error::Parameter { op: "sweep", name: "--periods-per-year".into(), value: p.to_string(), help });
     }
     let device = args.common.open()?;
-    let prices = if args.files.is_empty() { synthetic(args)? } else { read(args)? };
+    let prices = if args.files.is_empty() { synthetic(args)? } else { read(args, missing)? };
     refuse_absurd(&grid, &device, &prices, args.cost_bps.len())?;
     let periods_per_year = args.periods_per_year.map_or_else(|| prices.periods_per_year(), Ok)?;
     let walk_forward = fitting(scheme, &grid, &prices, args)?;
@@ -166,9 +167,9 @@ fn walk_forward(text: Option<&str>) -> Result<(Option<WalkForward>, bool)> {
 
 /// The default scheme gives way to a short history; one that was asked for does not.
 fn fitting((scheme, asked): (Option<WalkForward>, bool), grid: &Grid, prices: &Prices, args: &Args) -> Result<Option<WalkForward>> {
-    let returns = prices.n_bars().saturating_sub(1) as u32;
+    let (first, returns) = (first_return(grid, prices.n_bars())?, prices.n_bars().saturating_sub(1) as u32);
     match scheme {
-        Some(scheme) => match scheme.windows(grid.warm_up().min(returns), returns) {
+        Some(scheme) => match scheme.windows(first, returns) {
             Ok(_) => Ok(Some(scheme)),
             Err(error) if asked => Err(error),
             Err(_) => {
@@ -186,14 +187,14 @@ fn fitting((scheme, asked): (Option<WalkForward>, bool), grid: &Grid, prices: &P
     }
 }
 
-fn read(args: &Args) -> Result<Prices> {
+fn read(args: &Args, missing: Missing) -> Result<Prices> {
     let options = ReadOptions {
         time_column: args.time_column.clone(),
         price: args.price.clone(),
         symbols: args.symbols.clone(),
         from: args.from.clone(),
         to: args.to.clone(),
-        missing: args.missing.parse::<Missing>()?,
+        missing,
     };
     read_prices(&args.files, &options)
 }

@@ -222,11 +222,27 @@ impl SweepReport {
     }
 }
 
+/// First counted return: the longest warm-up of the grid.
+/// # Errors
+/// `Parameter` if it leaves fewer than the two returns that a Sharpe ratio needs.
+pub fn first_return(grid: &Grid, bars: usize) -> Result<u32> {
+    let first = grid.warm_up();
+    let least = u64::from(first) + 3;
+    if bars as u64 >= least {
+        return Ok(first);
+    }
+    let help = format!(
+        "its longest window warms up over {first} bars and two returns after that are the least, {least} bars; \
+         the history has {bars} bars: set shorter windows, or use more bars"
+    );
+    Err(Error::Parameter { op: "sweep", name: "grid".into(), value: grid.to_string(), help })
+}
+
 /// Sweeps a panel of closes [T,N].
 ///
 /// `visit` sees every chunk of statistics once, as soon as it is there (progress, files).
 /// # Errors
-/// As [`Sweep::run`]; `Parameter` if the history is too short for a walk-forward window.
+/// As [`Sweep::run`]; `Parameter` if the history is too short for the grid's windows or a walk-forward window.
 pub fn sweep(
     device: &Device,
     close: ArrayView2<'_, f32>,
@@ -237,7 +253,7 @@ pub fn sweep(
     let (bars, assets) = close.dim();
     let sets = config.grid.sets(limit)?;
     let returns = bars.saturating_sub(1) as u32;
-    let start = config.grid.warm_up().min(returns);
+    let start = first_return(&config.grid, bars)?;
     let windows = match &config.walk_forward {
         Some(scheme) => scheme.windows(start, returns)?,
         None => Vec::new(),
