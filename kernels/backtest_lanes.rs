@@ -18,27 +18,33 @@ use rayon::prelude::*;
 const JOB_TILES: usize = 16;
 /// Widest vector that a gather fills.
 const WIDEST: usize = 16;
+/// Vectors side by side in the hot loop.
+const PAIR: usize = 2;
+const IOTA: [u32; WIDEST] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
 
 /// Where a vector's keys lie in a bar's row.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 enum Rows {
     /// One after the other from here.
     From(usize),
     /// All the same.
     Same(usize),
+    /// Two runs of either kind: the second begins at this lane.
+    Split(usize),
     /// Anywhere.
     Any,
 }
 
 impl Rows {
     fn of(rows: &[u32]) -> Rows {
-        let first = rows[0];
-        if rows.iter().all(|&r| r == first) {
-            Rows::Same(first as usize)
-        } else if rows.iter().enumerate().all(|(l, &r)| r == first + l as u32) {
-            Rows::From(first as usize)
-        } else {
-            Rows::Any
+        let breaks = rows.windows(2).filter(|r| r[1] != r[0]).count();
+        let jumps: Vec<usize> = (1..rows.len()).filter(|&l| rows[l] != rows[l - 1] + 1).collect();
+        match (breaks, jumps.as_slice()) {
+            (0, _) => Rows::Same(rows[0] as usize),
+            (_, []) => Rows::From(rows[0] as usize),
+            (1, _) => Rows::Split(rows.windows(2).position(|r| r[1] != r[0]).map_or(0, |l| l + 1)),
+            (_, [lane]) => Rows::Split(*lane),
+            _ => Rows::Any,
         }
     }
 }
@@ -131,6 +137,8 @@ struct Block<'a> {
     p: &'a BacktestParams,
     m: &'a Market<'a>,
     sets: &'a Sets,
+    /// Rows a and b of each vector.
+    plan: &'a [Rows],
     state: &'a mut State,
     scale: i32,
     from: usize,
@@ -157,13 +165,20 @@ fn keys_of<S: Simd>(simd: S, row: &[u32], rows: Rows, any: &[u32]) -> S::u32s {
     match rows {
         Rows::From(first) => load_u32::<S>(row, first),
         Rows::Same(at) => simd.splat_u32s(row[at]),
-        Rows::Any => {
+        Rows::Split(_) | Rows::Any => {
             let mut lanes = [0u32; WIDEST];
             for (lane, &r) in lanes.iter_mut().zip(any) {
                 *lane = row[r as usize];
             }
             load_u32::<S>(&lanes, 0)
         }
+    }
+}
+
+#[inline(always)]
+fn gather(row: &[u32], any: &[u32], out: &mut [u32]) {
+    for (key, &r) in out.iter_mut().zip(any) {
+        *key = row[r as usize];
     }
 }
 
@@ -186,13 +201,147 @@ impl Block<'_> {
     #[inline(always)]
     fn vectors<S: Simd, const MODE: u32, const GENERAL: bool>(&mut self, simd: S) {
         let lanes = S::F32_LANES;
-        for at in (0..self.sets.a.len()).step_by(lanes) {
-            let (a, b) = (Rows::of(&self.sets.a[at..at + lanes]), Rows::of(&self.sets.b[at..at + lanes]));
-            let latest = self.sets.first[at..at + lanes].iter().copied().max().unwrap_or(0) as usize;
-            if self.from >= latest + self.p.lag as usize && self.from >= self.p.start as usize {
-                self.vector::<S, MODE, GENERAL, true>(simd, at, a, b);
+        let mut packed = [[0u32; BLOCK * WIDEST]; 2 * PAIR];
+        for at in (0..self.sets.a.len()).step_by(PAIR * lanes) {
+            let group = at..at + PAIR * lanes;
+            let latest = self.sets.first[group.clone()].iter().copied().max().unwrap_or(0) as usize;
+            let warm = self.from >= latest + self.p.lag as usize && self.from >= self.p.start as usize;
+            let rows: [(Rows, Rows); PAIR] = std::array::from_fn(|v| (self.plan[2 * (at / lanes + v)], self.plan[2 * (at / lanes + v) + 1]));
+            if warm && !GENERAL {
+                if rows.iter().all(|(_, b)| matches!(b, Rows::Same(_))) {
+                    self.pair::<S, MODE, true>(simd, at, rows, &mut packed);
+                } else {
+                    self.pair::<S, MODE, false>(simd, at, rows, &mut packed);
+                }
             } else {
-                self.vector::<S, MODE, GENERAL, false>(simd, at, a, b);
+                for (v, (a, b)) in rows.into_iter().enumerate() {
+                    if warm {
+                        self.vector::<S, MODE, GENERAL, true>(simd, at + v * lanes, a, b);
+                    } else {
+                        self.vector::<S, MODE, GENERAL, false>(simd, at + v * lanes, a, b);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The keys of one vector over the block as a slice and a stride: the table itself where its rows are neighbours, else `packed`.
+    #[inline(always)]
+    fn keys<'p, S: Simd>(&self, simd: S, rows: Rows, any: &[u32], packed: &'p mut [u32; BLOCK * WIDEST]) -> (&'p [u32], usize)
+    where
+        Self: 'p,
+    {
+        let (stride, lanes) = (self.m.rows, S::U32_LANES);
+        let first = (self.from - self.p.lag as usize) * stride;
+        let table: &'p [u32] = self.m.keys;
+        match rows {
+            Rows::From(row) => return (&table[first + row..], stride),
+            Rows::Same(row) => {
+                for (k, out) in packed.chunks_exact_mut(lanes).take(self.to - self.from).enumerate() {
+                    out.fill(table[first + k * stride + row]);
+                }
+            }
+            Rows::Split(lane) => {
+                let second = simd.greater_than_or_equal_u32s(load_u32::<S>(&IOTA, 0), simd.splat_u32s(lane as u32));
+                let (left, right) = (any[0] as usize, any[lane] as usize);
+                let same = any[lane - 1] as usize == left && any[lanes - 1] as usize == right;
+                for (k, out) in packed.chunks_exact_mut(lanes).take(self.to - self.from).enumerate() {
+                    let at = first + k * stride;
+                    let (from_left, from_right) = (at + left, at + right);
+                    if same {
+                        let keys = simd.select_u32s(second, simd.splat_u32s(table[from_right]), simd.splat_u32s(table[from_left]));
+                        S::as_mut_simd_u32s(out).0[0] = keys;
+                    } else if from_right >= lane && from_left.max(from_right) + lanes <= table.len() {
+                        let keys = simd.select_u32s(second, load_u32::<S>(table, from_right - lane), load_u32::<S>(table, from_left));
+                        S::as_mut_simd_u32s(out).0[0] = keys;
+                    } else {
+                        gather(&table[at..at + stride], any, out);
+                    }
+                }
+            }
+            Rows::Any => {
+                for (k, out) in packed.chunks_exact_mut(lanes).take(self.to - self.from).enumerate() {
+                    gather(&table[first + k * stride..first + (k + 1) * stride], any, out);
+                }
+            }
+        }
+        (&packed[..], lanes)
+    }
+
+    /// The hot loop: PAIR vectors of positions 0 and 1, side by side so that their chains of dependent instructions overlap.
+    /// SAME: each vector's second row is one for all lanes.
+    #[inline(always)]
+    fn pair<S: Simd, const MODE: u32, const SAME: bool>(
+        &mut self,
+        simd: S,
+        at: usize,
+        rows: [(Rows, Rows); PAIR],
+        packed: &mut [[u32; BLOCK * WIDEST]; 2 * PAIR],
+    ) {
+        let (lanes, n) = (S::F32_LANES, self.to - self.from);
+        let (zero, one) = (simd.splat_f32s(0.0), simd.splat_f32s(1.0));
+        let cost = simd.splat_f32s(self.p.cost + self.p.cost_low);
+        let mask = simd.splat_u32s(self.p.mask);
+        let lane = |v: usize| at + v * lanes..at + (v + 1) * lanes;
+        let [p0, p1, p2, p3] = packed;
+        let (sets, table, stride) = (self.sets, self.m.keys, self.m.rows);
+        let first = (self.from - self.p.lag as usize) * stride;
+        let a = [self.keys(simd, rows[0].0, &sets.a[lane(0)], p0), self.keys(simd, rows[1].0, &sets.a[lane(1)], p1)];
+        let b = if SAME {
+            rows.map(|(_, b)| (&table[first + if let Rows::Same(row) = b { row } else { 0 }..], stride))
+        } else {
+            [self.keys(simd, rows[0].1, &sets.b[lane(0)], p2), self.keys(simd, rows[1].1, &sets.b[lane(1)], p3)]
+        };
+        let returns = &self.m.returns[self.from..self.to];
+        let state = &mut *self.state;
+        let load = |x: &[f32]| -> [S::f32s; PAIR] { std::array::from_fn(|v| load_f32::<S>(x, at + v * lanes)) };
+        let threshold_a: [S::u32s; PAIR] = std::array::from_fn(|v| load_u32::<S>(&sets.threshold_a, at + v * lanes));
+        let threshold_b: [S::u32s; PAIR] = std::array::from_fn(|v| load_u32::<S>(&sets.threshold_b, at + v * lanes));
+        // Before `start` a set may be in without holding anything.
+        let mut inside: [S::m32s; PAIR] = load(&state.signal).map(|w| simd.greater_than_f32s(w, zero));
+        let mut held: [S::m32s; PAIR] = load(&state.weight).map(|w| simd.greater_than_f32s(w, zero));
+        let (mut level, mut lowest) = (load(&state.level), load(&state.lowest));
+        let (mut sum, mut square, mut growth, mut turnover) = ([zero; PAIR], [zero; PAIR], [one; PAIR], [zero; PAIR]);
+        for k in 0..n {
+            let r = simd.splat_f32s(returns[k]);
+            for v in 0..PAIR {
+                // decide
+                let key_a = load_u32::<S>(a[v].0, k * a[v].1);
+                let key_b = if SAME { simd.splat_u32s(b[v].0[k * b[v].1]) } else { load_u32::<S>(b[v].0, k * b[v].1) };
+                let on = if MODE == CROSS {
+                    simd.greater_than_u32s(key_a, key_b)
+                } else {
+                    let enters = simd.greater_than_u32s(simd.xor_u32s(key_a, mask), threshold_a[v]);
+                    let stays = simd.less_than_or_equal_u32s(key_b, threshold_b[v]);
+                    simd.xor_m32s(enters, simd.and_m32s(inside[v], simd.xor_m32s(enters, stays)))
+                };
+                // pay and earn
+                let changed = simd.xor_m32s(on, held[v]);
+                (inside[v], held[v]) = (on, on);
+                turnover[v] = simd.add_f32s(turnover[v], simd.select_f32s(changed, one, zero));
+                let net = simd.sub_f32s(simd.select_f32s(on, r, zero), simd.select_f32s(changed, cost, zero));
+                sum[v] = simd.add_f32s(sum[v], net);
+                square[v] = simd.add_f32s(square[v], simd.mul_f32s(net, net));
+                let factor = simd.add_f32s(one, net);
+                growth[v] = simd.mul_f32s(growth[v], factor);
+                level[v] = simd.min_f32s(simd.mul_f32s(level[v], factor), one);
+                lowest[v] = simd.min_f32s(lowest[v], level[v]);
+            }
+        }
+        for v in 0..PAIR {
+            let weight = simd.select_f32s(held[v], one, zero);
+            for (target, value) in [
+                (&mut state.signal, weight),
+                (&mut state.weight, weight),
+                (&mut state.level, level[v]),
+                (&mut state.lowest, lowest[v]),
+                (&mut state.sum, sum[v]),
+                (&mut state.square, square[v]),
+                (&mut state.growth, growth[v]),
+                (&mut state.turnover, turnover[v]),
+                (&mut state.trades, turnover[v]),
+            ] {
+                store::<S>(target, at + v * lanes, value);
             }
         }
     }
@@ -320,6 +469,20 @@ impl Block<'_> {
     }
 }
 
+/// Finds the rows of every vector, as wide as the processor's.
+struct Planner<'a> {
+    sets: &'a Sets,
+}
+
+impl WithSimd for Planner<'_> {
+    type Output = Vec<Rows>;
+
+    fn with_simd<S: Simd>(self, _: S) -> Vec<Rows> {
+        let vectors = self.sets.a.chunks_exact(S::U32_LANES).zip(self.sets.b.chunks_exact(S::U32_LANES));
+        vectors.flat_map(|(a, b)| [Rows::of(a), Rows::of(b)]).collect()
+    }
+}
+
 /// sign(p_t − p_{t−lookback})·min(target·inverse_volatility, leverage); lanes before their lookback give anything.
 #[inline(always)]
 fn momentum<S: Simd>(simd: S, m: &Market<'_>, sets: &Sets, at: usize, t: usize) -> S::f32s {
@@ -393,12 +556,13 @@ fn simulate(arch: Arch, p: &BacktestParams, market: &Market<'_>, words: &[u32], 
     let n = job.stats.len() / STATS;
     let sets = Sets::of(&words[job.tile * TILE * SET_WORDS..][..n * SET_WORDS]);
     let mut state = State::new(n);
+    let plan = arch.dispatch(Planner { sets: &sets });
     let mut j = 0;
     for e in 0..=edges.len() {
         let end = edges.get(e).map_or(market.returns.len(), |&edge| edge as usize);
         while j < end {
             let to = end.min(j + BLOCK);
-            arch.dispatch(Block { p, m: market, sets: &sets, state: &mut state, scale, from: j, to });
+            arch.dispatch(Block { p, m: market, sets: &sets, plan: &plan, state: &mut state, scale, from: j, to });
             j = to;
         }
         if e < edges.len() {
@@ -480,7 +644,7 @@ mod tests {
     fn lanes_give_the_bits_of_the_plain_column() {
         let contiguous: Vec<u32> = (0..20).collect();
         for mode in [CROSS, BAND, MOMENTUM] {
-            for (lag, start, edges, rows) in [(0, 0, 6, &contiguous[..]), (1, 33, 6, &[3][..]), (1, 70, 0, &[5, 2, 9][..])] {
+            for (lag, start, edges, rows) in [(0, 0, 6, &contiguous[..]), (1, 64, 6, &[3][..]), (1, 70, 0, &[5, 2, 9][..])] {
                 let p = BacktestParams {
                     a: 2,
                     t: 300,

@@ -14,7 +14,7 @@
 
 use crate::backtest::{BACKTEST_STITCH, BACKTEST_SWEEP, BAND, BLOCK, BacktestParams, CROSS, MOMENTUM, SCALE_BIAS, SET_WORDS, STATS, TILE};
 use crate::conformance::{Case, Outputs, defined};
-use crate::device::{Buffer, Device, LaunchTime, Pass, Read, View};
+use crate::device::{Buffer, Device, DeviceKind, LaunchTime, Pass, Read, View};
 use crate::fixed::{KEY_ZERO, exponent, ratio_key_of};
 use crate::indicators::{self, IndicatorParams, PRICE_BITS, bollinger_bits, log_bits, span_alpha, sum_bits, wilder_alpha};
 use crate::kernel::Kernel;
@@ -182,8 +182,23 @@ pub struct Chunk {
     tiles: usize,
     windows: usize,
     year: f64,
-    stats: Vec<f64>,
+    stats: Values,
     scores: Vec<f64>,
+}
+
+/// Downloaded statistics, as wide as the device's reals.
+enum Values {
+    F32(Vec<f32>),
+    F64(Vec<f64>),
+}
+
+impl Values {
+    fn get(&self, i: usize) -> f64 {
+        match self {
+            Values::F32(x) => f64::from(x[i]),
+            Values::F64(x) => x[i],
+        }
+    }
 }
 
 impl Chunk {
@@ -191,7 +206,7 @@ impl Chunk {
     pub fn stats(&self, set: usize, asset: usize) -> SetStats {
         let (set, asset) = (set - self.sets.start, asset - self.assets.start);
         let at = (asset * self.tiles + set / TILE) * STATS * TILE + set % TILE;
-        let value = |k: usize| self.stats[at + k * TILE];
+        let value = |k: usize| self.stats.get(at + k * TILE);
         SetStats { sharpe: defined(value(0)) * self.year, total_return: value(1), max_drawdown: value(2), turnover: value(3), trades: value(4) as u64 }
     }
 
@@ -295,6 +310,19 @@ impl Column<'_> {
     }
 }
 
+/// Row numbers for distinct periods, in ascending order: `rows[period]`.
+fn rows_of_periods(periods: impl Iterator<Item = u32> + Clone) -> (Vec<u32>, Vec<u32>) {
+    let mut rows = vec![0u32; periods.clone().max().map_or(0, |longest| longest as usize + 1)];
+    for period in periods {
+        rows[period as usize] = 1;
+    }
+    let distinct: Vec<u32> = (0..rows.len() as u32).filter(|&p| rows[p as usize] == 1).collect();
+    for (i, &period) in distinct.iter().enumerate() {
+        rows[period as usize] = i as u32;
+    }
+    (distinct, rows)
+}
+
 /// Row numbers for distinct keys, in ascending order.
 fn rows_of<K: Ord + Copy>(keys: impl Iterator<Item = K>) -> (Vec<K>, BTreeMap<K, u32>) {
     let mut rows: BTreeMap<K, u32> = keys.map(|k| (k, 0)).collect();
@@ -328,13 +356,13 @@ impl Machine {
                 for s in sets.clone() {
                     spans.push((fast.whole(s, 1)?, slow.whole(s, 1)?));
                 }
-                let (periods, rows) = rows_of(spans.iter().flat_map(|&(f, s)| [f, s]));
+                let (periods, rows) = rows_of_periods(spans.iter().flat_map(|&(f, s)| [f, s]));
                 for (s, &(f, l)) in spans.iter().enumerate() {
                     let short = match &short {
                         Some(c) => c.real(s, |x| x == 0.0 || x == 1.0, "give 0 (long only) or 1 (long and short)")? as u32,
                         None => 0,
                     };
-                    put(s, [rows[&f], rows[&l], 0, 0, f.max(l) - 1, short, 0, 0]);
+                    put(s, [rows[f as usize], rows[l as usize], 0, 0, f.max(l) - 1, short, 0, 0]);
                 }
                 if strategy == Strategy::SmaCross { Table::Sma(periods) } else { Table::Ema(periods.into_iter().map(|p| (p, 0)).collect()) }
             }
@@ -780,7 +808,7 @@ impl<'a> Job<'a> {
             tiles,
             windows: self.sweep.windows.len(),
             year: self.sweep.periods_per_year.sqrt(),
-            stats: Vec::new(),
+            stats: Values::F32(Vec::new()),
             scores: Vec::new(),
         };
         self.pending.chunks.push((chunk, read, scores));
@@ -854,7 +882,7 @@ impl<'a> Job<'a> {
         let mut done = pass.submit()?;
         self.outcome.profile.extend_from_slice(done.profile());
         for (chunk, stats, scores) in chunks {
-            let stats = done.f64(stats)?;
+            let stats = if self.device.info().kind == DeviceKind::Reference { Values::F64(done.f64(stats)?) } else { Values::F32(done.f32(stats)?) };
             let scores = scores.map_or(Ok(Vec::new()), |read| done.f64(read))?;
             visit(&Chunk { stats, scores, ..chunk })?;
         }
