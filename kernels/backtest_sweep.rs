@@ -456,6 +456,8 @@ struct Job<'a> {
     scales: Vec<Vec<u32>>,
     outcome: Outcome,
     pending: Pending,
+    /// Prefixes of the launch that is on; every launch uses the same buffer.
+    scratch: Option<Buffer>,
 }
 
 /// A pass being recorded, and what to do with its downloads.
@@ -532,7 +534,7 @@ impl<'a> Sweep<'a> {
         for (cost, choice) in pooled.iter().enumerate() {
             for sets in &plan.sets {
                 let tiles = sets.len().div_ceil(TILE);
-                let all = job.device.zeros_u32("prefix", (self.assets * tiles * job.edges.len() * 4 * TILE) as u64)?;
+                let all = job.scratch((self.assets * tiles * job.edges.len() * 4 * TILE) as u64)?;
                 for (i, assets) in plan.assets.iter().enumerate() {
                     let tables = match held.take() {
                         Some(tables) if tables.assets == *assets => tables,
@@ -640,6 +642,7 @@ impl<'a> Job<'a> {
             scales,
             outcome: Outcome { stitched_bars, ..Outcome::default() },
             pending,
+            scratch: None,
         })
     }
 
@@ -657,8 +660,12 @@ impl<'a> Job<'a> {
         // Sequential loops: bars and their blocks in the simulation; sets, and assets where pooled, in the selection.
         let edges = self.edges.len() as u64;
         self.device.check_rounds(OP, t + t / BLOCK as u64 + 2 * edges + 8, "bars")?;
-        // Assets first: as many as fit beside one tile of sets (all of them, if their prefixes are needed together).
-        let assets = self.device.plan(OP, n as u64, per_asset.max(tile_elements), asset_groups, work.max(600 * per_asset))?;
+        // Assets first: as many as fit beside all sets, or else beside one tile of them (all assets, if their prefixes are needed together).
+        let mut assets = self.device.plan(OP, n as u64, per_asset.max(tile_elements), asset_groups, work.max(600 * per_asset))?;
+        let beside_all = (SCRATCH_BYTES / (4 * tile_elements * tiles)).max(1);
+        if !self.sweep.pooled && assets.first().is_some_and(|r| r.end - r.start > beside_all) {
+            assets = (0..n as u64).step_by(beside_all as usize).map(|a| a..(a + beside_all).min(n as u64)).collect();
+        }
         let chunk = assets.first().map_or(1, |r| r.end - r.start);
         let together = if self.sweep.pooled { n as u64 } else { chunk };
         let tile_groups = chunk * if self.sweep.scores { windows.div_ceil(2).max(1) } else { 1 };
@@ -676,6 +683,17 @@ impl<'a> Job<'a> {
             assets: assets.into_iter().map(|r| r.start as usize..r.end as usize).collect(),
             sets: (0..count.div_ceil(run)).map(|i| i * run..((i + 1) * run).min(count)).collect(),
         })
+    }
+
+    /// `words` words of the scratch buffer.
+    fn scratch(&mut self, words: u64) -> Result<View> {
+        let buffer = match self.scratch.take() {
+            Some(buffer) if buffer.len() >= words => buffer,
+            _ => self.device.zeros_u32("prefix", words)?,
+        };
+        let view = buffer.view(0..words);
+        self.scratch = Some(buffer);
+        Ok(view)
     }
 
     /// Prices, returns and indicators of an asset chunk.
@@ -709,6 +727,7 @@ impl<'a> Job<'a> {
         let volatility_table = matches!(self.machine.table, Table::Volatility(_));
         let keys = device.zeros_u32("keys", if volatility_table { 4 } else { words })?;
         let inverse_volatility = device.zeros("inverse_volatility", if volatility_table { words } else { 4 })?;
+        self.pending.bytes += 4 * words;
         let [p, e, k] = [view(&price), view(&exponents), view(&keys)];
         match &self.machine.table {
             Table::Sma(periods) => {
@@ -763,7 +782,7 @@ impl<'a> Job<'a> {
     }
 
     /// Simulates a run of sets on an asset chunk, and selects per asset if a choice is given. `all` is the prefix buffer of all assets.
-    fn simulate(&mut self, tables: &Tables, cost: usize, sets: Range<usize>, choice: Option<&Choice>, all: Option<&Buffer>) -> Result<()> {
+    fn simulate(&mut self, tables: &Tables, cost: usize, sets: Range<usize>, choice: Option<&Choice>, all: Option<&View>) -> Result<()> {
         let (device, a, tiles) = (self.device, tables.assets.len(), sets.len().div_ceil(TILE));
         let set_words = device.upload_u32("sets", &self.machine.words[sets.start * SET_WORDS..(sets.start + tiles * TILE) * SET_WORDS])?;
         let plan: Vec<u32> = self.edges.iter().chain(&self.scales[cost][tables.assets.clone()]).copied().collect();
@@ -771,8 +790,8 @@ impl<'a> Job<'a> {
         let stats = device.zeros("stats", (a * tiles * STATS * TILE) as u64)?;
         let per_asset = (tiles * self.edges.len() * 4 * TILE) as u64;
         let prefix = match all {
-            Some(all) => all.view(tables.assets.start as u64 * per_asset..tables.assets.end as u64 * per_asset),
-            None => View::from(&device.zeros_u32("prefix", (a as u64 * per_asset).max(4))?),
+            Some(all) => all.buffer.view(tables.assets.start as u64 * per_asset..tables.assets.end as u64 * per_asset),
+            None => self.scratch((a as u64 * per_asset).max(4))?,
         };
         let params = BacktestParams { tiles: tiles as u32, ..self.backtest_params(tables, cost) };
         let view = View::from;
@@ -829,11 +848,11 @@ impl<'a> Job<'a> {
     }
 
     /// Selects over `pooled` assets at once from the prefixes of `a` assets.
-    fn select(&mut self, prefix: &Buffer, a: usize, pooled: usize, sets: &Range<usize>, choice: &Choice) -> Result<()> {
+    fn select(&mut self, prefix: &View, a: usize, pooled: usize, sets: &Range<usize>, choice: &Choice) -> Result<()> {
         let tiles = sets.len().div_ceil(TILE);
         let words = self.device.upload_u32("sets", &self.machine.words[sets.start * SET_WORDS..(sets.start + tiles * TILE) * SET_WORDS])?;
         let params = self.select_params(a, pooled, sets);
-        let args = [View::from(prefix), View::from(&self.train), View::from(&words), View::from(&choice.best), View::from(&choice.chosen)];
+        let args = [prefix.clone(), View::from(&self.train), View::from(&words), View::from(&choice.best), View::from(&choice.chosen)];
         self.pending.pass.launch(&WALK_FORWARD_SELECT, &params, &args)
     }
 
