@@ -11,6 +11,7 @@ use crate::device::{Device, View};
 use crate::kernel::{Cost, Cpu, CpuLaunch, Kernel, layout, params_of, writes};
 use crate::real::Real;
 use crate::{Error, Result};
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 use std::time::Instant;
 
@@ -47,7 +48,7 @@ pub static CEILING_MULTIPLY_ADD: Kernel = Kernel {
     groups: |words| u64::from(params(words).n),
     wgsl: wgsl!("ceilings"),
     cuda: cuda!("ceilings"),
-    cpu: Some(Cpu { f32: ceiling_multiply_add_cpu::<f32>, f64: ceiling_multiply_add_cpu::<f64> }),
+    cpu: Some(Cpu { f32: ceiling_multiply_add_lanes, f64: ceiling_multiply_add_cpu::<f64> }),
     cost: Cost {
         unit: "round",
         units: |words| u64::from(params(words).n) * u64::from(params(words).rounds) * u64::from(WG),
@@ -60,22 +61,50 @@ fn ceiling_multiply_add_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()>
     let p: CeilingParams = launch.params()?;
     let (a, b) = (R::of(f64::from(p.a)), R::of(f64::from(p.b)));
     launch.real_mut()?.par_chunks_exact_mut(WG as usize).take(p.n as usize).for_each(|out| {
-        // The threads of a workgroup are lanes: four vectors of CHAINS hide the latency.
-        for lanes in out.chunks_exact_mut(CHAINS) {
-            let mut x: [[R; CHAINS]; CHAINS] = std::array::from_fn(|i| std::array::from_fn(|l| R::of((i + l) as f64)));
+        for (tid, o) in out.iter_mut().enumerate() {
+            let mut x: [R; CHAINS] = std::array::from_fn(|i| R::of((tid + i) as f64));
             for _ in 0..p.rounds {
-                for chain in &mut x {
-                    for v in chain.iter_mut() {
-                        *v = *v * a + b;
-                    }
+                for v in &mut x {
+                    *v = *v * a + b;
                 }
             }
-            for (l, o) in lanes.iter_mut().enumerate() {
-                *o = x.iter().map(|chain| chain[l]).sum();
-            }
+            *o = x.into_iter().sum();
         }
     });
     Ok(())
+}
+
+/// The same work in the processor's widest vectors, whose lanes are the chains of neighbouring threads.
+fn ceiling_multiply_add_lanes(mut launch: CpuLaunch<'_, f32>) -> Result<()> {
+    let p: CeilingParams = launch.params()?;
+    let arch = Arch::new();
+    launch.real_mut()?.par_chunks_exact_mut(WG as usize).take(p.n as usize).for_each(|out| arch.dispatch(Chains { out, p }));
+    Ok(())
+}
+
+/// One workgroup.
+struct Chains<'a> {
+    out: &'a mut [f32],
+    p: CeilingParams,
+}
+
+impl WithSimd for Chains<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let (a, b) = (simd.splat_f32s(self.p.a), simd.splat_f32s(self.p.b));
+        let tid: [f32; WG as usize] = std::array::from_fn(|i| i as f32);
+        for (tid, out) in S::as_simd_f32s(&tid).0.iter().zip(S::as_mut_simd_f32s(self.out).0) {
+            let mut x: [S::f32s; CHAINS] = std::array::from_fn(|i| simd.add_f32s(*tid, simd.splat_f32s(i as f32)));
+            for _ in 0..self.p.rounds {
+                for v in &mut x {
+                    *v = simd.add_f32s(simd.mul_f32s(*v, a), b);
+                }
+            }
+            *out = x.into_iter().reduce(|s, v| simd.add_f32s(s, v)).unwrap_or(a);
+        }
+    }
 }
 
 /// Arithmetic instructions per second that the device reaches when nothing else limits it.
