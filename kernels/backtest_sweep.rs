@@ -659,7 +659,8 @@ impl<'a> Job<'a> {
         let asset_groups = (t * self.machine.table.rows() as u64).div_ceil(u64::from(indicators::INDICATOR_SMA.workgroup)).max(windows);
         // Sequential loops: bars and their blocks in the simulation; sets, and assets where pooled, in the selection.
         let edges = self.edges.len() as u64;
-        self.device.check_rounds(OP, t + t / BLOCK as u64 + 2 * edges + 8, "bars")?;
+        // A block counts for up to ten: compilers turn its branches into loops (llvmpipe was right at 53,790 bars, wrong at 61,977).
+        self.device.check_rounds(OP, t + 10 * (t / BLOCK as u64 + edges) + 8, "rounds")?;
         // Assets first: as many as fit beside all sets, or else beside one tile of them (all assets, if their prefixes are needed together).
         let mut assets = self.device.plan(OP, n as u64, per_asset.max(tile_elements), asset_groups, work.max(600 * per_asset))?;
         let beside_all = (SCRATCH_BYTES / (4 * tile_elements * tiles)).max(1);

@@ -216,7 +216,7 @@ fn too_large_names_need_and_limit() {
         let case = Case { windows: Vec::new(), ..Case::random(&mut rng, Strategy::SmaCross, 300, 1, 2) };
         let long = |bars: usize| Case { close: case.close.iter().cycle().take(bars).copied().collect(), ..case.clone() };
         let half = open_with(spec, &OpenOptions { binding_bytes: Some(MIB / 2), ..Default::default() }).unwrap();
-        assert_eq!(large(error(long(60_000).run(&half))).1, MIB / 2);
+        assert_eq!(large(error(long(50_000).run(&half))).1, MIB / 2);
         // more rounds than a thread's loops may take (llvmpipe)
         if device.limits().loop_rounds < 70_000 {
             let (needed, limit) = large(error(long(70_000).run(&open_with(spec, &OpenOptions::default()).unwrap())));
