@@ -1,7 +1,8 @@
 // Back-tests of many parameter sets, and the replay of chosen ones. Maths, shapes and source: kernels/backtest.rs.
 //   backtest_sweep    grid  A·tiles                block TILE = WG          thread = set, sequential over bars
 //   backtest_stitch   grid  ⌈A·windows / WG⌉       block WG                 thread = (asset, window)
-// Net returns and their sums must have the bits of the CPU column, because they select: products are __fmul_rn, never contracted.
+// Net returns and their sums must have the bits of the CPU column, because they select: products are __fmul_rn or fmaf, so that there is
+// nothing left to contract.
 // backtest_sweep is bounded for 8 blocks an SM: 55 to 64 registers, no spill (unbounded, NVRTC 12.4 took 48 and spilled 4 bytes on sm_80).
 
 struct BacktestParams {
@@ -19,15 +20,18 @@ struct BacktestParams {
     float cost_low;
     uint32_t per_asset;
     uint32_t stitched;
+    uint32_t volatility_rows;
+    uint32_t general;
 };
 
-#define SET_WORDS 8
+#define SET_WORDS 16
 #define STATS 5
 #define BLOCK 64
 #define SCALE_BIAS 512
 #define CROSS 0
 #define BAND 1
 #define MOMENTUM 2
+#define OFF 0xffffffffu
 
 struct ParameterSet {
     uint32_t a;
@@ -35,19 +39,39 @@ struct ParameterSet {
     uint32_t threshold_a;
     uint32_t threshold_b;
     uint32_t first;
-    float short_position;
+    float up;
+    float down;
     float target;
     float leverage;
+    uint32_t volatility_row;
+    float stop_loss;
+    float take_profit;
+    float trailing_stop;
+    uint32_t max_holding;
 };
 
 __device__ __forceinline__ ParameterSet load_set(const uint32_t* __restrict__ sets, uint32_t index) {
     const uint32_t* __restrict__ word = sets + index * SET_WORDS;
-    return {word[0], word[1], word[2], word[3], word[4], word[5] == 1 ? -1.0f : 0.0f, __uint_as_float(word[6]), __uint_as_float(word[7])};
+    return {word[0],
+            word[1],
+            word[2],
+            word[3],
+            word[4],
+            word[5] == 2 ? 0.0f : 1.0f,
+            word[5] == 0 ? 0.0f : -1.0f,
+            __uint_as_float(word[6]),
+            __uint_as_float(word[7]),
+            word[8],
+            __uint_as_float(word[9]),
+            __uint_as_float(word[10]),
+            __uint_as_float(word[11]),
+            word[12]};
 }
 
 // One asset as the machines see it.
 struct Market {
-    const float* __restrict__ price;
+    const float* __restrict__ close;
+    const float* __restrict__ fill;
     const float* __restrict__ returns;
     const uint32_t* __restrict__ keys;
     const float* __restrict__ inverse_volatility;
@@ -55,38 +79,81 @@ struct Market {
 
 __device__ __forceinline__ Market market_of(const float* price, const float* returns, const uint32_t* keys, const float* inverse_volatility,
                                             const BacktestParams& params, uint32_t a) {
-    const uint32_t table = a * params.t * params.rows;
-    return {price + a * params.t, returns + a * (params.t - 1), keys + table, inverse_volatility + table};
+    return {price + a * params.t, price + (params.a + a) * params.t, returns + a * (params.t - 1), keys + a * params.t * params.rows,
+            inverse_volatility + a * params.t * params.volatility_rows};
 }
 
-// The position decided at bar t, from the one before. Callers that know the mode at compile time get its machine alone.
-__device__ __forceinline__ float decide(uint32_t mode, const BacktestParams& params, const ParameterSet& s, const Market& m, uint32_t t, float before) {
-    const bool legal = t >= s.first;
-    const uint32_t row = t * params.rows;
-    if (mode == CROSS) {
-        const float position = __ldg(m.keys + row + s.a) > __ldg(m.keys + row + s.b) ? 1.0f : s.short_position;
-        return legal ? position : 0.0f;
-    }
-    if (mode == BAND) {
-        const bool enters = legal && (__ldg(m.keys + row + s.a) ^ params.mask) > s.threshold_a;
-        const bool stays = __ldg(m.keys + row + s.b) <= s.threshold_b;
-        return (before == 0.0f ? enters : stays) ? 1.0f : 0.0f;
-    }
-    if (!legal) {
+// A position: the machine's direction, the one held after stops, the one that was stopped, the fill of the entry, the best close since,
+// bars held, and the weight.
+struct Position {
+    float signal;
+    float held;
+    float blocked;
+    float entry;
+    float best;
+    uint32_t age;
+    float weight;
+};
+
+// The machine's direction at bar t, from the one before. Callers that know the mode at compile time get its machine alone.
+__device__ __forceinline__ float direction(uint32_t mode, const BacktestParams& params, const ParameterSet& s, const Market& m, uint32_t t, float before) {
+    if (t < s.first) {
         return 0.0f;
     }
-    const float now = __ldg(m.price + t), then = __ldg(m.price + t - s.b);
-    const float v = __ldg(m.inverse_volatility + row + s.a);
-    const float size = fminf(s.target * v, s.leverage);
-    return now > then ? size : now < then ? -size : 0.0f;
+    const uint32_t row = t * params.rows;
+    if (mode == CROSS) {
+        return __ldg(m.keys + row + s.a) > __ldg(m.keys + row + s.b) ? s.up : s.down;
+    }
+    if (mode == BAND) {
+        const bool enters = (__ldg(m.keys + row + s.a) ^ params.mask) > s.threshold_a;
+        const bool leaves = __ldg(m.keys + row + s.b) > s.threshold_b;
+        return enters && before <= 0.0f ? s.up : leaves ? s.down : before;
+    }
+    const float now = __ldg(m.close + t), then = __ldg(m.close + t - s.b);
+    return now > then ? s.up : now < then ? s.down : 0.0f;
+}
+
+// The price level at a signed distance from another, for a position of this side.
+__device__ __forceinline__ float side_level(float held, float from, float distance) {
+    return held * __fmul_rn(from, 1.0f + held * distance);
+}
+
+// The direction after stops.
+__device__ __forceinline__ void stop(Position& x, const ParameterSet& s, float close, float fill) {
+    x.age++;
+    x.best = x.held > 0.0f ? fmaxf(x.best, close) : fminf(x.best, close);
+    const float side = x.held * close;
+    const bool stopped = side <= side_level(x.held, x.entry, -s.stop_loss) || side >= side_level(x.held, x.entry, s.take_profit) ||
+                         side <= side_level(x.held, x.best, -s.trailing_stop) || x.age >= s.max_holding;
+    x.blocked = stopped && x.held != 0.0f ? x.held : x.blocked;
+    x.blocked = x.signal != x.blocked ? 0.0f : x.blocked;
+    const float wanted = x.blocked == 0.0f ? x.signal : 0.0f;
+    if (wanted != x.held && wanted != 0.0f) {
+        x.entry = x.best = fill;
+        x.age = 0;
+    }
+    x.held = wanted;
+}
+
+// The position that is held over bar j, from the one before.
+__device__ __forceinline__ void decide(uint32_t mode, Position& x, const BacktestParams& params, const ParameterSet& s, const Market& m, uint32_t j) {
+    if (j < params.lag) {
+        return;
+    }
+    const uint32_t t = j - params.lag;
+    x.signal = direction(mode, params, s, m, t, x.signal);
+    if (j >= params.start) {
+        stop(x, s, __ldg(m.close + t), __ldg(m.fill + j));
+        const float v = s.volatility_row == OFF ? 0.0f : __ldg(m.inverse_volatility + t * params.volatility_rows + s.volatility_row);
+        x.weight = x.held * (s.volatility_row == OFF ? 1.0f : fminf(s.target * v, s.leverage));
+    }
 }
 
 // ---- sweep --------------------------------------------------------------------------------------------------------
 
 // Running state of one simulation: what lasts, then the plain sums of a block.
 struct Run {
-    float position;
-    float weight;
+    Position position;
     float level;
     float lowest;
     uint32_t trades;
@@ -96,24 +163,31 @@ struct Run {
     float turnover;
 };
 
-// Bars j to stop: decide, pay, earn.
-template <uint32_t MODE>
+__device__ __forceinline__ void earn(Run& run, float net, float traded) {
+    run.turnover += traded;
+    run.trades += traded > 0.0f ? 1 : 0;
+    run.sum += net;
+    run.square = fmaf(net, net, run.square);
+    run.growth = fmaf(run.growth, net, run.growth);
+    run.level = fminf(fmaf(run.level, net, run.level), 1.0f);
+    run.lowest = fminf(run.lowest, run.level);
+}
+
+// Bars j to stop. GENERAL: sides, sizes and stops; without them a set is long or flat.
+template <uint32_t MODE, bool GENERAL>
 __device__ __forceinline__ void simulate(Run& run, const BacktestParams& params, const ParameterSet& s, const Market& m, uint32_t j, uint32_t stop) {
+    Position& x = run.position;
     for (; j < stop; j++) {
-        if (j >= params.lag) {
-            run.position = decide(MODE, params, s, m, j - params.lag, run.position);
+        const float before = x.weight;
+        if (GENERAL) {
+            decide(MODE, x, params, s, m, j);
+        } else if (j >= params.lag) {
+            x.signal = direction(MODE, params, s, m, j - params.lag, x.signal);
+            x.weight = j >= params.start ? x.signal : 0.0f;
         }
         if (j >= params.start) {
-            const float traded = fabsf(run.position - run.weight);
-            const float net = __fmul_rn(run.position, __ldg(m.returns + j)) - __fmul_rn(params.cost, traded);
-            run.weight = run.position;
-            run.turnover += traded;
-            run.trades += traded > 0.0f ? 1 : 0;
-            run.sum += net;
-            run.square += __fmul_rn(net, net);
-            run.growth *= 1.0f + net;
-            run.level = fminf(run.level * (1.0f + net), 1.0f);
-            run.lowest = fminf(run.lowest, run.level);
+            const float traded = fabsf(x.weight - before);
+            earn(run, fmaf(x.weight, __ldg(m.returns + j), -__fmul_rn(params.cost, traded)), traded);
         }
     }
 }
@@ -133,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(WG, 8)
     const int scale = (int)plan[params.edges + a] - SCALE_BIAS;
     const int shift = (int)params.shift;
 
-    Run run = {0.0f, 0.0f, 1.0f, 1.0f, 0, 0.0f, 0.0f, 1.0f, 0.0f};
+    Run run = {{0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0, 0.0f}, 1.0f, 1.0f, 0, 0.0f, 0.0f, 1.0f, 0.0f};
     float turnover = 0.0f, mantissa = 1.0f;
     int exponent = 0;
     int64_t sums = 0;
@@ -146,12 +220,12 @@ extern "C" __global__ void __launch_bounds__(WG, 8)
             const uint32_t stop = min(end, j + BLOCK);
             run.sum = run.square = run.turnover = 0.0f;
             run.growth = 1.0f;
-            if (params.mode == CROSS) {
-                simulate<CROSS>(run, params, s, m, j, stop);
-            } else if (params.mode == BAND) {
-                simulate<BAND>(run, params, s, m, j, stop);
-            } else {
-                simulate<MOMENTUM>(run, params, s, m, j, stop);
+            switch (2 * params.mode + params.general) {
+            case 2 * CROSS: simulate<CROSS, false>(run, params, s, m, j, stop); break;
+            case 2 * CROSS + 1: simulate<CROSS, true>(run, params, s, m, j, stop); break;
+            case 2 * BAND: simulate<BAND, false>(run, params, s, m, j, stop); break;
+            case 2 * BAND + 1: simulate<BAND, true>(run, params, s, m, j, stop); break;
+            default: simulate<MOMENTUM, true>(run, params, s, m, j, stop);
             }
             j = stop;
             // into the exact sums
@@ -195,24 +269,19 @@ extern "C" __global__ void __launch_bounds__(WG)
     const Market m = market_of(price, returns, keys, inverse_volatility, params, a);
     const uint32_t from_bar = windows[3 * window], to_bar = windows[3 * window + 1];
     float* __restrict__ out = net + a * params.stitched + windows[3 * window + 2];
-    float position = 0.0f, weight = 0.0f, turnover = 0.0f;
+    float* __restrict__ weights = out + params.a * params.stitched;
+    Position x = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0, 0.0f};
+    float turnover = 0.0f;
     uint32_t trades = 0;
     for (uint32_t j = 0; j < to_bar; j++) {
-        if (j >= params.lag) {
-            position = decide(params.mode, params, s, m, j - params.lag, position);
-        }
-        float earned = 0.0f;
-        if (j >= params.start) {
-            const float traded = fabsf(position - weight);
-            earned = __fmul_rn(position, __ldg(m.returns + j)) - __fmul_rn(params.cost, traded);
-            weight = position;
-            if (j >= from_bar) {
-                turnover += traded;
-                trades += traded > 0.0f ? 1 : 0;
-            }
-        }
+        const float before = x.weight;
+        decide(params.mode, x, params, s, m, j);
         if (j >= from_bar) {
-            out[j - from_bar] = earned;
+            const float traded = fabsf(x.weight - before);
+            turnover += traded;
+            trades += traded > 0.0f ? 1 : 0;
+            out[j - from_bar] = fmaf(x.weight, __ldg(m.returns + j), -__fmul_rn(params.cost, traded));
+            weights[j - from_bar] = x.weight;
         }
     }
     activity[2 * slot] = turnover;

@@ -37,7 +37,8 @@ extern "C" __global__ void __launch_bounds__(WG)
     for (uint32_t j = first; j < last; j++) {
         const float p = x[j];
         if (j + 1 < params.t) {
-            returns[a * (params.t - 1) + j] = (x[j + 1] - p) / p;
+            const float* __restrict__ fill = price + (params.a + a) * params.t + j;
+            returns[a * (params.t - 1) + j] = (fill[1] - fill[0]) / fill[0];
         }
         const uint64_t f = fixed_price(p, max_exponent, params.bits);
         sum = add128(sum, make128(f));

@@ -14,7 +14,7 @@ struct SelectParams {
 };
 
 #define TILE 64
-#define SET_WORDS 8
+#define SET_WORDS 16
 #define NONE 0xffffffffu
 
 struct Sums {

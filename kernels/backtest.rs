@@ -1,27 +1,40 @@
 //! Back-tests of many parameter sets: simulation fused with its statistics, and the replay of chosen sets.
 //!
-//! Bar j earns r_j = p_{j+1}/p_j − 1. With w_j the weight held over it, decided at bar j (`lag` 0) or one bar before (`lag` 1):
-//! net_j = w_j·r_j − cost·|w_j − w_{j−1}|, w before bar `start` is 0, no closing trade. Weights come from one of three machines:
-//! * cross:    w = 1 if key_a > key_b, else −1 if the set may go short, else 0;
-//! * band:     from 0 to 1 when (key_a ⊕ mask) > threshold_a, from 1 to 0 when key_b > threshold_b;
-//! * momentum: sign(p_t − p_{t−lookback})·min(target·inverse_volatility_row, leverage);
+//! Bar j earns r_j = f_{j+1}/f_j − 1 between the prices f at which trades are filled. With w_j the weight held over it, decided at bar j
+//! (`lag` 0) or one bar before (`lag` 1): net_j = w_j·r_j − cost·|w_j − w_{j−1}|, w before bar `start` is 0, no closing trade.
 //!
-//! all of them 0 before the set's first legal bar. Integer keys decide, so positions and trade counts are the same on every device.
+//! The direction comes from one of three machines, all of them 0 before the set's first legal bar:
+//! * cross:    1 if key_a > key_b, else −1;
+//! * band:     E = (key_a ⊕ mask) > threshold_a enters, X = key_b > threshold_b leaves;
+//! * momentum: sign(p_t − p_{t−lookback}).
 //!
-//! Shapes   price [A,T]; returns [A,T−1]; keys, inverse_volatility [A,T,rows]; sets [tiles·TILE, 8] (row a, row b or lookback, threshold a,
-//!          threshold b, first bar, short, target, leverage); plan = edges [E] then scales [A]; stats [A,tiles,5,TILE] (sharpe per
-//!          bar, total return, max drawdown, turnover, trades); prefix [A,tiles,E,4,TILE]: sum and sum of squares of net returns before
-//!          each edge as 64-bit fixed-point, in units of 2^(scale−shift) and 2^(2·scale−shift).
+//! The side says which directions are held: long (1, 0), both (1, −1) or short (0, −1). A band starts at 0, goes up on E unless it is up, and
+//! down on X; E counts before X unless it is up. Then come the stops, all on closes known at the decision, with e the fill of the entry,
+//! b the best close since then (e at first) and n the bars held, for a long position (mirrored for a short one):
+//! * stop-loss p ≤ e·(1 − stop_loss), take-profit p ≥ e·(1 + take_profit), trailing stop p ≤ b·(1 − trailing_stop), n ≥ max_holding;
+//! * a position that was stopped is taken up again only after the machine has left its direction.
+//!
+//! The weight is direction·min(target·inverse_volatility, leverage) where the set is sized, else the direction.
+//! Integer keys and single products of f32 decide, so positions and trade counts are the same on every device.
+//!
+//! Shapes   price [2,A,T]: closes, then fills; returns [A,T−1]; keys [A,T,rows]; inverse_volatility [A,T,volatility_rows];
+//!          sets [tiles·TILE, 16] (row a, row b or lookback, threshold a, threshold b, first bar, side, target, leverage, volatility row or
+//!          NONE, stop_loss, take_profit, trailing_stop, max_holding; 1e30 and 2³²−1 where a stop is off); plan = edges [E] then scales [A];
+//!          stats [A,tiles,5,TILE] (sharpe per bar, total return, max drawdown, turnover, trades); prefix [A,tiles,E,4,TILE]: sum and sum of
+//!          squares of net returns before each edge as 64-bit fixed-point, in units of 2^(scale−shift) and 2^(2·scale−shift);
+//!          `backtest_stitch`: net [2,A,stitched], net returns then weights; activity [A,windows,2], turnover and trades.
 //! Launch   `backtest_sweep`: workgroup = (asset, tile of TILE sets), thread = set, sequential over bars: nothing of size sets × time.
 //!          `backtest_stitch`: thread = (asset, window) replays the chosen set and writes its net returns over the stitched bars.
 //! Scratch  prefix; memory is inputs + sets × metrics, whatever T.
-//! Floor    10-13 instructions per set and bar: two key loads, compare, select, two sums, growth, drawdown.
+//! Floor    11 instructions per set and bar where neither stops nor sizes are asked for: compare, change, earn, pay, four sums of which two are
+//!          fused multiply-adds, drawdown (fused multiply-add, two minima); two key loads. About 30 with stops and sizes.
 //! Numerics plain f32 inside blocks of 64 bars that restart at every edge, 64-bit integers across them: a window is an exact
-//!          difference, equal positions give equal bits. Drawdown by level = min(level·(1+net), 1), rounding restarts at each peak.
+//!          difference, equal positions give equal bits. Products that are summed are fused multiply-adds on every device, so that no
+//!          compiler has anything left to contract. Drawdown by level = min(level·(1+net), 1), rounding restarts at each peak.
 //! Ladder   sweep_sma, 1M pairs × 2,520 bars. CPU, 2 threads, AVX-512: plain lanes 0.29 G pair-bars/s; explicit vectors over blocks of 64 bars
 //!          2.3 (busy machine) to 3.4; two vectors side by side and packed keys 4.8 to 5.3. WGSL on llvmpipe: branches in the bar loop 0.06
 //!          on a busy machine, without them 0.14 there and 0.22 on a quiet one. CUDA: not measured yet.
-//! Source   definitions as in the conformance files.
+//! Source   definitions as in the conformance files; stops as in most back-testers, on closes.
 //! Files    shaders/backtest.wgsl · cuda/backtest.cu · reference: the `_cpu` functions, lane-wise: `backtest_lanes.rs`
 
 use crate::Result;
@@ -63,6 +76,10 @@ params! {
         per_asset: u32,
         /// `backtest_stitch`: bars of the stitched series.
         stitched: u32,
+        /// Rows of the volatility table.
+        volatility_rows: u32,
+        /// Whether any set is sized, goes short or has stops: 1, else 0.
+        general: u32,
     }
 }
 
@@ -71,7 +88,17 @@ pub const TILE: usize = 64;
 /// Statistics per set and asset.
 pub const STATS: usize = 5;
 /// Words per set.
-pub const SET_WORDS: usize = 8;
+pub const SET_WORDS: usize = 16;
+/// Word of a volatility row or a holding time that is not there.
+pub const OFF: u32 = u32::MAX;
+/// Fraction of a stop that is off: no price is that far.
+pub const NO_STOP: f32 = 1e30;
+/// Side of a set: long or flat.
+pub const LONG: u32 = 0;
+/// Side of a set: long or short.
+pub const BOTH: u32 = 1;
+/// Side of a set: short or flat.
+pub const SHORT: u32 = 2;
 /// Mode of the cross machine.
 pub const CROSS: u32 = 0;
 /// Mode of the band machine.
@@ -148,173 +175,226 @@ pub static BACKTEST_STITCH: Kernel = Kernel {
 
 /// One asset as the machines see it.
 struct Market<'a, R> {
-    price: &'a [R],
+    close: &'a [R],
+    fill: &'a [R],
     returns: &'a [R],
     keys: &'a [u32],
     inverse_volatility: &'a [R],
     rows: usize,
+    volatility_rows: usize,
 }
 
 impl<'a, R> Market<'a, R> {
     fn of(p: &BacktestParams, a: usize, price: &'a [R], returns: &'a [R], keys: &'a [u32], inverse_volatility: &'a [R]) -> Market<'a, R> {
-        let (t, rows) = (p.t as usize, p.rows as usize);
-        let table = |len: usize| if len == p.a as usize * t * rows { a * t * rows..(a + 1) * t * rows } else { 0..0 };
+        let (t, assets, rows, volatility_rows) = (p.t as usize, p.a as usize, p.rows as usize, p.volatility_rows as usize);
+        let table = |len: usize, rows: usize| if len >= assets * t * rows { a * t * rows..(a + 1) * t * rows } else { 0..0 };
         Market {
-            price: &price[a * t..(a + 1) * t],
+            close: &price[a * t..(a + 1) * t],
+            fill: &price[(assets + a) * t..(assets + a + 1) * t],
             returns: &returns[a * (t - 1)..(a + 1) * (t - 1)],
-            keys: &keys[table(keys.len())],
-            inverse_volatility: &inverse_volatility[table(inverse_volatility.len())],
+            keys: &keys[table(keys.len(), rows)],
+            inverse_volatility: &inverse_volatility[table(inverse_volatility.len(), volatility_rows)],
             rows,
+            volatility_rows,
         }
     }
 }
 
-/// Lanes of the plain column.
-const LANES: usize = 16;
-
-/// L parameter sets side by side, one array per word.
-struct Sets<R, const L: usize> {
-    a: [usize; L],
-    b: [usize; L],
-    threshold_a: [u32; L],
-    threshold_b: [u32; L],
-    first: [usize; L],
-    short: [R; L],
-    target: [R; L],
-    leverage: [R; L],
+/// One parameter set.
+struct Set<R> {
+    a: usize,
+    b: usize,
+    threshold_a: u32,
+    threshold_b: u32,
+    first: usize,
+    side: u32,
+    target: R,
+    leverage: R,
+    volatility_row: u32,
+    stop_loss: f32,
+    take_profit: f32,
+    trailing_stop: f32,
+    max_holding: u32,
 }
 
-impl<R: Real, const L: usize> Sets<R, L> {
-    fn of(words: &[u32]) -> Sets<R, L> {
-        let word = |i: usize| std::array::from_fn(|l| words.get(l * SET_WORDS + i).copied().unwrap_or(0));
-        let real = |i: usize| word(i).map(|w| R::of(f64::from(f32::from_bits(w))));
-        let short = word(5).map(|s| if s == 1 { -R::ONE } else { R::ZERO });
-        Sets {
-            a: word(0).map(|x| x as usize),
-            b: word(1).map(|x| x as usize),
-            threshold_a: word(2),
-            threshold_b: word(3),
-            first: word(4).map(|x| x as usize),
-            short,
-            target: real(6),
-            leverage: real(7),
+impl<R: Real> Set<R> {
+    fn of(words: &[u32]) -> Set<R> {
+        let real = |i: usize| f32::from_bits(words[i]);
+        Set {
+            a: words[0] as usize,
+            b: words[1] as usize,
+            threshold_a: words[2],
+            threshold_b: words[3],
+            first: words[4] as usize,
+            side: words[5],
+            target: R::of(f64::from(real(6))),
+            leverage: R::of(f64::from(real(7))),
+            volatility_row: words[8],
+            stop_loss: real(9),
+            take_profit: real(10),
+            trailing_stop: real(11),
+            max_holding: words[12],
         }
     }
 
-    /// Moves the positions `w` to those decided at bar t.
+    /// The machine's direction at bar t, from the one before.
     #[inline(always)]
-    fn decide<const MODE: u32>(&self, mask: u32, m: &Market<'_, R>, t: usize, w: &mut [R; L]) {
-        let (keys, inverse_volatility) =
-            if MODE == MOMENTUM { (m.keys, &m.inverse_volatility[t * m.rows..][..m.rows]) } else { (&m.keys[t * m.rows..][..m.rows], m.inverse_volatility) };
-        for l in 0..L {
-            let legal = t >= self.first[l];
-            w[l] = match MODE {
-                CROSS => {
-                    let position = if keys[self.a[l]] > keys[self.b[l]] { R::ONE } else { self.short[l] };
-                    if legal { position } else { R::ZERO }
-                }
-                BAND => {
-                    let enters = legal && (keys[self.a[l]] ^ mask) > self.threshold_a[l];
-                    let stays = keys[self.b[l]] <= self.threshold_b[l];
-                    let holds = if w[l] == R::ZERO { enters } else { stays };
-                    if holds { R::ONE } else { R::ZERO }
-                }
-                _ if legal => {
-                    let (now, then) = (m.price[t], m.price[t - self.b[l]]);
-                    let size = (self.target[l] * inverse_volatility[self.a[l]]).min(self.leverage[l]);
-                    if now > then {
-                        size
-                    } else if now < then {
-                        -size
-                    } else {
-                        R::ZERO
-                    }
-                }
-                _ => R::ZERO,
+    fn direction<const MODE: u32>(&self, mask: u32, m: &Market<'_, R>, t: usize, before: i32) -> i32 {
+        if t < self.first {
+            return 0;
+        }
+        if MODE == BAND {
+            let keys = &m.keys[t * m.rows..][..m.rows];
+            let (enters, leaves) = ((keys[self.a] ^ mask) > self.threshold_a, keys[self.b] > self.threshold_b);
+            return match (before > 0, enters, leaves) {
+                (false, true, _) => i32::from(self.side != SHORT),
+                (_, _, true) => -i32::from(self.side != LONG),
+                _ => before,
             };
         }
+        let sign = if MODE == CROSS {
+            let keys = &m.keys[t * m.rows..][..m.rows];
+            if keys[self.a] > keys[self.b] { 1 } else { -1 }
+        } else {
+            let (now, then) = (m.close[t], m.close[t - self.b]);
+            i32::from(now > then) - i32::from(now < then)
+        };
+        match self.side {
+            LONG => sign.max(0),
+            SHORT => sign.min(0),
+            _ => sign,
+        }
+    }
+
+    /// Whether the position of `run`, not 0, is stopped by the close p.
+    fn stopped(&self, run: &Run<R>, p: f32) -> bool {
+        let h = run.held as f32;
+        let level = |from: f32, distance: f32| h * (from * (1.0 + h * distance));
+        h * p <= level(run.entry, -self.stop_loss)
+            || h * p >= level(run.entry, self.take_profit)
+            || h * p <= level(run.best, -self.trailing_stop)
+            || run.age >= self.max_holding
     }
 }
 
-/// Running state of their simulations.
-struct Run<R, const L: usize> {
-    signal: [R; L],
-    weight: [R; L],
-    sum: [R; L],
-    square: [R; L],
-    growth: [R; L],
-    level: [R; L],
-    lowest: [R; L],
-    turnover: [R; L],
-    trades: [u32; L],
-    sums: [i64; L],
-    squares: [u64; L],
-    mantissa: [f64; L],
-    exponent: [i32; L],
-    total_turnover: [R; L],
+/// One simulation: what lasts, and the plain sums of a block.
+struct Run<R> {
+    /// The machine's direction.
+    signal: i32,
+    /// The direction held, after stops.
+    held: i32,
+    /// The direction that was stopped, 0 if none.
+    blocked: i32,
+    entry: f32,
+    best: f32,
+    age: u32,
+    weight: R,
+    sum: R,
+    square: R,
+    growth: R,
+    level: R,
+    lowest: R,
+    turnover: R,
+    trades: u32,
+    sums: i64,
+    squares: u64,
+    mantissa: f64,
+    exponent: i32,
+    total_turnover: R,
 }
 
-impl<R: Real, const L: usize> Run<R, L> {
-    fn new() -> Run<R, L> {
+impl<R: Real> Run<R> {
+    fn new() -> Run<R> {
         Run {
-            signal: [R::ZERO; L],
-            weight: [R::ZERO; L],
-            sum: [R::ZERO; L],
-            square: [R::ZERO; L],
-            growth: [R::ONE; L],
-            level: [R::ONE; L],
-            lowest: [R::ONE; L],
-            turnover: [R::ZERO; L],
-            trades: [0; L],
-            sums: [0; L],
-            squares: [0; L],
-            mantissa: [1.0; L],
-            exponent: [0; L],
-            total_turnover: [R::ZERO; L],
+            signal: 0,
+            held: 0,
+            blocked: 0,
+            entry: 0.0,
+            best: 0.0,
+            age: 0,
+            weight: R::ZERO,
+            sum: R::ZERO,
+            square: R::ZERO,
+            growth: R::ONE,
+            level: R::ONE,
+            lowest: R::ONE,
+            turnover: R::ZERO,
+            trades: 0,
+            sums: 0,
+            squares: 0,
+            mantissa: 1.0,
+            exponent: 0,
+            total_turnover: R::ZERO,
         }
+    }
+
+    /// The weight over bar j, decided at bar t.
+    #[inline(always)]
+    fn decide(&mut self, set: &Set<R>, m: &Market<'_, R>, j: usize, t: usize) -> R {
+        let close = m.close[t].f32();
+        if self.held != 0 {
+            self.age += 1;
+            self.best = if self.held > 0 { self.best.max(close) } else { self.best.min(close) };
+            if set.stopped(self, close) {
+                self.blocked = self.held;
+            }
+        }
+        if self.signal != self.blocked {
+            self.blocked = 0;
+        }
+        let held = if self.blocked == 0 { self.signal } else { 0 };
+        if held != self.held && held != 0 {
+            (self.entry, self.best, self.age) = (m.fill[j].f32(), m.fill[j].f32(), 0);
+        }
+        self.held = held;
+        let size = if set.volatility_row == OFF {
+            R::ONE
+        } else {
+            (set.target * m.inverse_volatility[t * m.volatility_rows + set.volatility_row as usize]).min(set.leverage)
+        };
+        if held == 0 { R::ZERO } else { R::of(f64::from(held)) * size }
     }
 
     /// Bar j: decide, pay, earn.
     #[inline(always)]
-    fn bar<const MODE: u32>(&mut self, p: &BacktestParams, cost: R, sets: &Sets<R, L>, m: &Market<'_, R>, j: usize) {
+    fn bar<const MODE: u32>(&mut self, p: &BacktestParams, cost: R, set: &Set<R>, m: &Market<'_, R>, j: usize) {
+        let mut weight = R::ZERO;
         if j >= p.lag as usize {
-            sets.decide::<MODE>(p.mask, m, j - p.lag as usize, &mut self.signal);
+            let t = j - p.lag as usize;
+            self.signal = set.direction::<MODE>(p.mask, m, t, self.signal);
+            if j >= p.start as usize {
+                weight = self.decide(set, m, j, t);
+            }
         }
         if j < p.start as usize {
             return;
         }
-        let r = m.returns[j];
-        for l in 0..L {
-            let traded = (self.signal[l] - self.weight[l]).abs();
-            let net = self.signal[l] * r - cost * traded;
-            self.weight[l] = self.signal[l];
-            self.turnover[l] += traded;
-            self.trades[l] += u32::from(traded > R::ZERO);
-            self.sum[l] += net;
-            self.square[l] += net * net;
-            let factor = R::ONE + net;
-            self.growth[l] *= factor;
-            let level = self.level[l] * factor;
-            self.level[l] = if level < R::ONE { level } else { R::ONE };
-            self.lowest[l] = if self.level[l] < self.lowest[l] { self.level[l] } else { self.lowest[l] };
-        }
+        let traded = (weight - self.weight).abs();
+        let net = weight.mul_add(m.returns[j], -(cost * traded));
+        self.weight = weight;
+        self.turnover += traded;
+        self.trades += u32::from(traded > R::ZERO);
+        self.sum += net;
+        self.square = net.mul_add(net, self.square);
+        self.growth = self.growth.mul_add(net, self.growth);
+        let level = self.level.mul_add(net, self.level);
+        self.level = if level < R::ONE { level } else { R::ONE };
+        self.lowest = if self.level < self.lowest { self.level } else { self.lowest };
     }
 
     /// Moves a block's plain sums into the exact ones.
     fn flush(&mut self, shift: i32, scale: i32) {
-        for l in 0..L {
-            self.sums[l] += to_fixed(self.sum[l].f64(), shift - scale);
-            self.squares[l] += to_fixed(self.square[l].f64(), shift - 2 * scale) as u64;
-            self.mantissa[l] *= self.growth[l].f64();
-            let size = self.mantissa[l].abs();
-            if !(1e-100..1e100).contains(&size) && size > 0.0 {
-                let power = size.log2().floor() as i32;
-                self.mantissa[l] *= 2f64.powi(-power);
-                self.exponent[l] += power;
-            }
-            self.total_turnover[l] += self.turnover[l];
-            (self.sum[l], self.square[l], self.growth[l], self.turnover[l]) = (R::ZERO, R::ZERO, R::ONE, R::ZERO);
+        self.sums += to_fixed(self.sum.f64(), shift - scale);
+        self.squares += to_fixed(self.square.f64(), shift - 2 * scale) as u64;
+        self.mantissa *= self.growth.f64();
+        let size = self.mantissa.abs();
+        if !(1e-100..1e100).contains(&size) && size > 0.0 {
+            let power = size.log2().floor() as i32;
+            self.mantissa *= 2f64.powi(-power);
+            self.exponent += power;
         }
+        self.total_turnover += self.turnover;
+        (self.sum, self.square, self.growth, self.turnover) = (R::ZERO, R::ZERO, R::ONE, R::ZERO);
     }
 }
 
@@ -324,14 +404,14 @@ pub fn sharpe_of(n: u64, sum: i64, squares: u64, shift: u32) -> f64 {
     if variance == 0 { UNDEFINED } else { sum as f64 * ((n - 1) as f64 / (n as f64 * variance as f64)).sqrt() }
 }
 
-fn lanes<R: Real, const L: usize, const MODE: u32>(
+fn simulate<R: Real, const MODE: u32>(
     p: &BacktestParams,
-    sets: &Sets<R, L>,
+    set: &Set<R>,
     m: &Market<'_, R>,
     edges: &[u32],
     scale: i32,
-    mut at_edge: impl FnMut(usize, &Run<R, L>),
-) -> Run<R, L> {
+    at_edge: &mut dyn FnMut(usize, &Run<R>),
+) -> Run<R> {
     let mut run = Run::new();
     let cost = R::of(f64::from(p.cost)) + R::of(f64::from(p.cost_low));
     let mut j = 0;
@@ -340,7 +420,7 @@ fn lanes<R: Real, const L: usize, const MODE: u32>(
         while j < end {
             let stop = end.min(j + BLOCK);
             for j in j..stop {
-                run.bar::<MODE>(p, cost, sets, m, j);
+                run.bar::<MODE>(p, cost, set, m, j);
             }
             run.flush(p.shift as i32, scale);
             j = stop;
@@ -350,21 +430,6 @@ fn lanes<R: Real, const L: usize, const MODE: u32>(
         }
     }
     run
-}
-
-fn any_mode<R: Real, const L: usize>(
-    p: &BacktestParams,
-    sets: &Sets<R, L>,
-    m: &Market<'_, R>,
-    edges: &[u32],
-    scale: i32,
-    at_edge: impl FnMut(usize, &Run<R, L>),
-) -> Run<R, L> {
-    match p.mode {
-        CROSS => lanes::<R, L, CROSS>(p, sets, m, edges, scale, at_edge),
-        BAND => lanes::<R, L, BAND>(p, sets, m, edges, scale, at_edge),
-        _ => lanes::<R, L, MOMENTUM>(p, sets, m, edges, scale, at_edge),
-    }
 }
 
 pub(crate) fn backtest_sweep_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
@@ -382,29 +447,29 @@ pub(crate) fn backtest_sweep_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Resul
     work.take(p.a as usize * tiles).for_each(|(i, (stats, prefix))| {
         let (a, tile) = (i / tiles, i % tiles);
         let market = Market::of(&p, a, price, returns, keys, inverse_volatility);
-        for base in (0..TILE).step_by(LANES) {
-            let set: Sets<R, LANES> = Sets::of(&sets[(tile * TILE + base) * SET_WORDS..][..LANES * SET_WORDS]);
-            let run = any_mode(&p, &set, &market, edges, scales[a] as i32 - SCALE_BIAS, |e, run| {
-                for l in 0..LANES {
-                    let (sum, square) = (run.sums[l] as u64, run.squares[l]);
-                    for (k, word) in [sum as u32, (sum >> 32) as u32, square as u32, (square >> 32) as u32].into_iter().enumerate() {
-                        prefix[(e * 4 + k) * TILE + base + l] = word;
-                    }
+        let simulate = match p.mode {
+            CROSS => simulate::<R, CROSS>,
+            BAND => simulate::<R, BAND>,
+            _ => simulate::<R, MOMENTUM>,
+        };
+        for (l, words) in sets[tile * TILE * SET_WORDS..][..TILE * SET_WORDS].chunks_exact(SET_WORDS).enumerate() {
+            let run = simulate(&p, &Set::of(words), &market, edges, scales[a] as i32 - SCALE_BIAS, &mut |e, run| {
+                let (sum, square) = (run.sums as u64, run.squares);
+                for (k, word) in [sum as u32, (sum >> 32) as u32, square as u32, (square >> 32) as u32].into_iter().enumerate() {
+                    prefix[(e * 4 + k) * TILE + l] = word;
                 }
             });
             let counted = (market.returns.len() as u64).saturating_sub(u64::from(p.start));
-            for l in 0..LANES {
-                let growth = run.mantissa[l] * 2f64.powi(run.exponent[l]);
-                let values = [
-                    R::of(sharpe_of(counted, run.sums[l], run.squares[l], p.shift)),
-                    R::of(growth - 1.0),
-                    R::ONE - run.lowest[l],
-                    run.total_turnover[l],
-                    R::of(f64::from(run.trades[l])),
-                ];
-                for (k, value) in values.into_iter().enumerate() {
-                    stats[k * TILE + base + l] = value;
-                }
+            let growth = run.mantissa * 2f64.powi(run.exponent);
+            let values = [
+                R::of(sharpe_of(counted, run.sums, run.squares, p.shift)),
+                R::of(growth - 1.0),
+                R::ONE - run.lowest,
+                run.total_turnover,
+                R::of(f64::from(run.trades)),
+            ];
+            for (k, value) in values.into_iter().enumerate() {
+                stats[k * TILE + l] = value;
             }
         }
     });
@@ -418,19 +483,21 @@ fn backtest_stitch_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
     let (net, activity) = (launch.real_mut()?, launch.real_mut()?);
     let (count, stitched) = (p.tiles as usize, p.stitched as usize);
     let cost = R::of(f64::from(p.cost)) + R::of(f64::from(p.cost_low));
-    let rows = net.par_chunks_exact_mut(stitched).zip(activity.par_chunks_exact_mut(2 * count));
-    rows.enumerate().take(p.a as usize).for_each(|(a, (net, activity))| {
+    let (net, weights) = net.split_at_mut(p.a as usize * stitched);
+    let rows = net.par_chunks_exact_mut(stitched).zip(weights.par_chunks_exact_mut(stitched)).zip(activity.par_chunks_exact_mut(2 * count));
+    rows.enumerate().take(p.a as usize).for_each(|(a, ((net, weights), activity))| {
         let market = Market::of(&p, a, price, returns, keys, inverse_volatility);
         for (w, window) in windows.chunks_exact(3).take(count).enumerate() {
             let slot = a * p.per_asset as usize * count + w;
-            let set = Sets::of(&sets[slot * SET_WORDS..][..SET_WORDS]);
+            let set = Set::of(&sets[slot * SET_WORDS..][..SET_WORDS]);
             let replay = match p.mode {
                 CROSS => replay::<R, CROSS>,
                 BAND => replay::<R, BAND>,
                 _ => replay::<R, MOMENTUM>,
             };
             let (from, to, offset) = (window[0] as usize, window[1] as usize, window[2] as usize);
-            let (turnover, trades) = replay(&p, cost, &set, &market, from..to, &mut net[offset..offset + to - from]);
+            let part = offset..offset + to - from;
+            let (turnover, trades) = replay(&p, cost, &set, &market, from..to, &mut net[part.clone()], &mut weights[part]);
             activity[2 * w] = turnover;
             activity[2 * w + 1] = R::of(f64::from(trades));
         }
@@ -438,18 +505,27 @@ fn backtest_stitch_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
     Ok(())
 }
 
-/// Net returns of lane 0 over `bars`, simulated from bar 0; turnover and trades inside `bars`.
-fn replay<R: Real, const MODE: u32>(p: &BacktestParams, cost: R, set: &Sets<R, 1>, m: &Market<'_, R>, bars: std::ops::Range<usize>, net: &mut [R]) -> (R, u32) {
+/// Net returns and weights over `bars`, simulated from bar 0; turnover and trades inside `bars`.
+fn replay<R: Real, const MODE: u32>(
+    p: &BacktestParams,
+    cost: R,
+    set: &Set<R>,
+    m: &Market<'_, R>,
+    bars: std::ops::Range<usize>,
+    net: &mut [R],
+    weights: &mut [R],
+) -> (R, u32) {
     let mut run = Run::new();
     for j in 0..bars.end {
         if j == bars.start {
-            (run.turnover, run.trades) = ([R::ZERO], [0]);
+            (run.turnover, run.trades) = (R::ZERO, 0);
         }
-        run.sum = [R::ZERO];
+        run.sum = R::ZERO;
         run.bar::<MODE>(p, cost, set, m, j);
         if j >= bars.start {
-            net[j - bars.start] = run.sum[0];
+            net[j - bars.start] = run.sum;
+            weights[j - bars.start] = run.weight;
         }
     }
-    (run.turnover[0], run.trades[0])
+    (run.turnover, run.trades)
 }

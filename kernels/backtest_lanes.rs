@@ -2,28 +2,37 @@
 //! (AVX-512, AVX2, NEON, scalar), the same bits on all of them and as the plain column in `backtest.rs`.
 //!
 //! Layout   a job is one asset and a run of tiles. Time goes in blocks of 64 bars: all vectors of the job pass over one block while
-//!          its keys (64 × rows words) lie in the second-level cache, with their state in registers.
-//! Keys     neighbouring sets mostly read neighbouring rows or the same row: one load or one broadcast a bar; anything else is
-//!          gathered.
-//! Machines positions 0 and 1 need no arithmetic: net = select(held, r) − select(changed, cost). Shorts and weights take the general
-//!          path, w·r − cost·|Δw|.
+//!          its keys (64 × rows words) lie in the second-level cache.
+//! Plan     neighbouring sets mostly read neighbouring rows, or the same row: such vectors load or broadcast one row a bar straight from the
+//!          table; rows in any other order are packed once per block. Vectors that read alike run side by side, four of them with
+//!          32 registers, so that their chains of dependent instructions overlap.
+//! Machines directions 0 and 1 need no arithmetic: net = select(held, r) − select(changed, cost), 11 instructions a bar with mask registers.
+//!          Shorts, sizes and stops take the general path.
+//! Warm-up  bars before a vector's first legal one are not visited; those in which some lanes are legal and others are not are masked.
 
-use crate::backtest::{BAND, BLOCK, BacktestParams, CROSS, MOMENTUM, SCALE_BIAS, SET_WORDS, STATS, TILE, sharpe_of};
+use crate::backtest::{BAND, BLOCK, BacktestParams, CROSS, LONG, MOMENTUM, OFF, SCALE_BIAS, SET_WORDS, SHORT, STATS, TILE, sharpe_of};
 use crate::kernel::CpuLaunch;
 use crate::{Error, Result};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Most tiles of a job.
 const JOB_TILES: usize = 16;
-/// Widest vector that a gather fills.
+/// The same where windows make blocks short: their state then stays in the first-level cache.
+const WINDOWED_JOB_TILES: usize = 4;
+/// Widest vector.
 const WIDEST: usize = 16;
-/// Vectors side by side in the hot loop.
-const PAIR: usize = 2;
+/// Most vectors side by side.
+const MOST: usize = 4;
 const IOTA: [u32; WIDEST] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
+/// Keys of one vector over a block.
+type Packed = [u32; BLOCK * WIDEST];
 
-/// Where a vector's keys lie in a bar's row.
-#[derive(Clone, Copy, PartialEq)]
+// ---- plan ---------------------------------------------------------------------------------------------------------------
+
+/// Where a vector's values lie in a bar's row of a table.
+#[derive(Clone, Copy, PartialEq, Debug)]
 enum Rows {
     /// One after the other from here.
     From(usize),
@@ -38,111 +47,242 @@ enum Rows {
 impl Rows {
     fn of(rows: &[u32]) -> Rows {
         let breaks = rows.windows(2).filter(|r| r[1] != r[0]).count();
-        let jumps: Vec<usize> = (1..rows.len()).filter(|&l| rows[l] != rows[l - 1] + 1).collect();
-        match (breaks, jumps.as_slice()) {
-            (0, _) => Rows::Same(rows[0] as usize),
-            (_, []) => Rows::From(rows[0] as usize),
-            (1, _) => Rows::Split(rows.windows(2).position(|r| r[1] != r[0]).map_or(0, |l| l + 1)),
-            (_, [lane]) => Rows::Split(*lane),
+        let mut jumps = (1..rows.len()).filter(|&l| rows[l] != rows[l - 1] + 1);
+        match (breaks, jumps.next(), jumps.next()) {
+            (0, _, _) => Rows::Same(rows[0] as usize),
+            (_, None, _) => Rows::From(rows[0] as usize),
+            (1, _, _) => Rows::Split(rows.windows(2).position(|r| r[1] != r[0]).map_or(0, |l| l + 1)),
+            (_, Some(lane), None) => Rows::Split(lane),
             _ => Rows::Any,
         }
     }
 }
 
+/// How the hot loop reads its two keys.
+const LANES_LANES: u32 = 0;
+const LANES_SAME: u32 = 1;
+const SAME_SAME: u32 = 2;
+
+/// Up to MOST vectors that run side by side.
+#[derive(Clone)]
+struct Group {
+    reads: u32,
+    /// First set of each vector.
+    at: [usize; MOST],
+    /// Where its state lies: a spare place for the vectors that only fill up the group.
+    state: [usize; MOST],
+    a: [Rows; MOST],
+    b: [Rows; MOST],
+    /// First legal bars: of the earliest and of the latest lane.
+    first: (usize, usize),
+}
+
+/// Groups the vectors of a job by how they read, as wide as the processor's.
+struct Planner<'a> {
+    sets: &'a Sets,
+    general: bool,
+}
+
+impl WithSimd for Planner<'_> {
+    type Output = Vec<Group>;
+
+    fn with_simd<S: Simd>(self, _: S) -> Vec<Group> {
+        let (lanes, side_by_side) = (S::F32_LANES, if self.general { 1 } else { side_by_side::<S>() });
+        let sets = self.sets;
+        let mut kinds: [Vec<(usize, Rows, Rows)>; 3] = Default::default();
+        for at in (0..sets.len).step_by(lanes) {
+            let (a, b) = (Rows::of(&sets.a[at..at + lanes]), Rows::of(&sets.b[at..at + lanes]));
+            let reads = match (a, b) {
+                (Rows::Same(_), Rows::Same(_)) => SAME_SAME,
+                (_, Rows::Same(_)) => LANES_SAME,
+                _ => LANES_LANES,
+            };
+            kinds[reads as usize].push((at, a, b));
+        }
+        let mut groups = Vec::new();
+        for (reads, vectors) in kinds.iter().enumerate() {
+            for some in vectors.chunks(side_by_side) {
+                let vector = |v: usize| some[v.min(some.len() - 1)];
+                let first = some.iter().flat_map(|(at, ..)| &sets.first[*at..at + lanes]);
+                groups.push(Group {
+                    reads: reads as u32,
+                    at: std::array::from_fn(|v| vector(v).0),
+                    state: std::array::from_fn(|v| if v < some.len() { vector(v).0 } else { sets.len }),
+                    a: std::array::from_fn(|v| vector(v).1),
+                    b: std::array::from_fn(|v| vector(v).2),
+                    first: (first.clone().min().map_or(0, |&f| f as usize), first.max().map_or(0, |&f| f as usize)),
+                });
+            }
+        }
+        groups
+    }
+}
+
+/// Vectors side by side that the registers hold.
+fn side_by_side<S: Simd>() -> usize {
+    if S::F32_LANES == WIDEST { MOST } else { 2 }
+}
+
+// ---- sets and state -----------------------------------------------------------------------------------------------------
+
 /// The sets of a job, word by word.
 struct Sets {
+    len: usize,
     a: Vec<u32>,
     b: Vec<u32>,
     threshold_a: Vec<u32>,
     threshold_b: Vec<u32>,
     first: Vec<u32>,
-    short: Vec<f32>,
+    /// Directions of the upper and of the lower side: 1 or 0, −1 or 0.
+    up: Vec<f32>,
+    down: Vec<f32>,
     target: Vec<f32>,
     leverage: Vec<f32>,
-    any_short: bool,
+    volatility_row: Vec<u32>,
+    stop_loss: Vec<f32>,
+    take_profit: Vec<f32>,
+    trailing_stop: Vec<f32>,
+    max_holding: Vec<u32>,
+    /// Distinct lookbacks of the momentum machine; `b` is then an index into them.
+    lookbacks: Vec<u32>,
+    sized: bool,
+    stops: bool,
 }
 
 impl Sets {
-    fn of(words: &[u32]) -> Sets {
-        let word = |i: usize| words.iter().skip(i).step_by(SET_WORDS).copied();
-        let real = |i: usize| word(i).map(f32::from_bits).collect();
-        let short: Vec<f32> = word(5).map(|s| if s == 1 { -1.0 } else { 0.0 }).collect();
+    fn of(words: &[u32], mode: u32) -> Sets {
+        let word = |i: usize| -> Vec<u32> { words.iter().skip(i).step_by(SET_WORDS).copied().collect() };
+        let real = |i: usize| -> Vec<f32> { word(i).into_iter().map(f32::from_bits).collect() };
+        let side = word(5);
+        let (mut b, mut lookbacks) = (word(1), Vec::new());
+        if mode == MOMENTUM {
+            lookbacks.clone_from(&b);
+            lookbacks.sort_unstable();
+            lookbacks.dedup();
+            for row in &mut b {
+                *row = lookbacks.binary_search(row).unwrap_or(0) as u32;
+            }
+        }
+        let (volatility_row, max_holding) = (word(8), word(12));
+        let (stop_loss, take_profit, trailing_stop) = (real(9), real(10), real(11));
+        let far = |x: &f32| *x >= crate::backtest::NO_STOP;
         Sets {
-            a: word(0).collect(),
-            b: word(1).collect(),
-            threshold_a: word(2).collect(),
-            threshold_b: word(3).collect(),
-            first: word(4).collect(),
-            any_short: short.iter().any(|&s| s != 0.0),
-            short,
+            len: words.len() / SET_WORDS,
+            a: word(0),
+            b,
+            threshold_a: word(2),
+            threshold_b: word(3),
+            first: word(4),
+            up: side.iter().map(|&s| if s == SHORT { 0.0 } else { 1.0 }).collect(),
+            down: side.iter().map(|&s| if s == LONG { 0.0 } else { -1.0 }).collect(),
             target: real(6),
             leverage: real(7),
+            sized: volatility_row.iter().any(|&r| r != OFF),
+            stops: max_holding.iter().any(|&n| n != OFF) || ![&stop_loss, &take_profit, &trailing_stop].iter().all(|x| x.iter().all(far)),
+            volatility_row,
+            stop_loss,
+            take_profit,
+            trailing_stop,
+            max_holding,
+            lookbacks,
         }
+    }
+
+    /// Whether directions are 0 and 1 and weights are directions.
+    fn plain(&self, mode: u32) -> bool {
+        mode != MOMENTUM && !self.sized && !self.stops && self.down.iter().all(|&d| d == 0.0)
     }
 }
 
-/// State of all sets of a job between blocks, and the plain sums of the last one.
+/// State of all sets of a job between blocks, with room for one vector more.
 struct State {
     signal: Vec<f32>,
+    held: Vec<f32>,
+    blocked: Vec<f32>,
+    entry: Vec<f32>,
+    best: Vec<f32>,
+    age: Vec<u32>,
     weight: Vec<f32>,
     level: Vec<f32>,
     lowest: Vec<f32>,
-    sum: Vec<f32>,
-    square: Vec<f32>,
-    growth: Vec<f32>,
-    turnover: Vec<f32>,
-    trades: Vec<f32>,
     sums: Vec<i64>,
     squares: Vec<u64>,
     mantissa: Vec<f64>,
     exponent: Vec<i32>,
-    total_turnover: Vec<f32>,
-    total_trades: Vec<f32>,
+    turnover: Vec<f32>,
+    trades: Vec<f32>,
 }
 
 impl State {
-    fn new(n: usize) -> State {
-        let (zero, one) = (vec![0f32; n], vec![1f32; n]);
+    fn new(n: usize, general: bool) -> State {
+        let n = n + WIDEST;
+        let zero = vec![0f32; n];
+        let stops = vec![0f32; if general { n } else { 0 }];
         State {
             signal: zero.clone(),
+            held: stops.clone(),
+            blocked: stops.clone(),
+            entry: stops.clone(),
+            best: stops.clone(),
+            age: vec![0; stops.len()],
             weight: zero.clone(),
-            level: one.clone(),
-            lowest: one.clone(),
-            sum: zero.clone(),
-            square: zero.clone(),
-            growth: one,
-            turnover: zero.clone(),
-            trades: zero.clone(),
+            level: vec![1.0; n],
+            lowest: vec![1.0; n],
             sums: vec![0; n],
             squares: vec![0; n],
             mantissa: vec![1.0; n],
             exponent: vec![0; n],
-            total_turnover: zero.clone(),
-            total_trades: zero,
+            turnover: zero.clone(),
+            trades: zero,
+        }
+    }
+
+    /// Moves the plain sums of a vector's block into the exact ones.
+    #[inline(always)]
+    fn flush<S: Simd>(&mut self, at: usize, (unit, unit_square): (f64, f64), sum: S::f32s, square: S::f32s, growth: S::f32s) {
+        let lanes = S::F32_LANES;
+        let (mut x, mut xx, mut factor) = ([0f32; WIDEST], [0f32; WIDEST], [0f32; WIDEST]);
+        store::<S>(&mut x, 0, sum);
+        store::<S>(&mut xx, 0, square);
+        store::<S>(&mut factor, 0, growth);
+        for (total, &x) in self.sums[at..at + lanes].iter_mut().zip(&x) {
+            *total += (f64::from(x) * unit) as i64;
+        }
+        for (total, &x) in self.squares[at..at + lanes].iter_mut().zip(&xx) {
+            *total += (f64::from(x) * unit_square) as i64 as u64;
+        }
+        let mut far = false;
+        for (total, &x) in self.mantissa[at..at + lanes].iter_mut().zip(&factor) {
+            *total *= f64::from(x);
+            far |= !(1e-100..1e100).contains(&total.abs());
+        }
+        if far {
+            self.rescale(at..at + lanes);
+        }
+    }
+
+    /// Keeps products within f64.
+    #[cold]
+    fn rescale(&mut self, lanes: Range<usize>) {
+        for (mantissa, exponent) in self.mantissa[lanes.clone()].iter_mut().zip(&mut self.exponent[lanes]) {
+            if !(1e-100..1e100).contains(&mantissa.abs()) && *mantissa != 0.0 {
+                let power = mantissa.abs().log2().floor() as i32;
+                *mantissa *= 2f64.powi(-power);
+                *exponent += power;
+            }
         }
     }
 }
 
 /// One asset.
 struct Market<'a> {
-    price: &'a [f32],
+    close: &'a [f32],
+    fill: &'a [f32],
     returns: &'a [f32],
     keys: &'a [u32],
-    inverse_volatility: &'a [f32],
+    inverse_volatility: &'a [u32],
     rows: usize,
-}
-
-/// All vectors of a job over the bars `from..to` of one block.
-struct Block<'a> {
-    p: &'a BacktestParams,
-    m: &'a Market<'a>,
-    sets: &'a Sets,
-    /// Rows a and b of each vector.
-    plan: &'a [Rows],
-    state: &'a mut State,
-    scale: i32,
-    from: usize,
-    to: usize,
+    volatility_rows: usize,
 }
 
 #[inline(always)]
@@ -161,17 +301,64 @@ fn store<S: Simd>(x: &mut [f32], at: usize, v: S::f32s) {
 }
 
 #[inline(always)]
-fn keys_of<S: Simd>(simd: S, row: &[u32], rows: Rows, any: &[u32]) -> S::u32s {
-    match rows {
-        Rows::From(first) => load_u32::<S>(row, first),
-        Rows::Same(at) => simd.splat_u32s(row[at]),
-        Rows::Split(_) | Rows::Any => {
-            let mut lanes = [0u32; WIDEST];
-            for (lane, &r) in lanes.iter_mut().zip(any) {
-                *lane = row[r as usize];
+fn store_u32<S: Simd>(x: &mut [u32], at: usize, v: S::u32s) {
+    S::as_mut_simd_u32s(&mut x[at..at + S::U32_LANES]).0[0] = v;
+}
+
+/// A table of words [bars,stride] from a bar on.
+#[derive(Clone, Copy)]
+struct Table<'a> {
+    words: &'a [u32],
+    stride: usize,
+}
+
+impl<'a> Table<'a> {
+    /// The values of one vector over n bars as a slice and a stride: the table itself where its rows are neighbours, else `packed`.
+    #[inline(always)]
+    fn lanes<'p, S: Simd>(self, simd: S, rows: Rows, any: &[u32], n: usize, packed: &'p mut Packed) -> (&'p [u32], usize)
+    where
+        'a: 'p,
+    {
+        let lanes = S::U32_LANES;
+        let (table, stride) = (self.words, self.stride);
+        let bars = packed.chunks_exact_mut(lanes).take(n).enumerate();
+        match rows {
+            Rows::From(row) => return (&table[row..], stride),
+            Rows::Same(row) => {
+                for (k, out) in bars {
+                    out.fill(table[k * stride + row]);
+                }
             }
-            load_u32::<S>(&lanes, 0)
+            Rows::Split(lane) => {
+                let second = simd.greater_than_or_equal_u32s(load_u32::<S>(&IOTA, 0), simd.splat_u32s(lane as u32));
+                let (left, right) = (any[0] as usize, any[lane] as usize);
+                let same = any[lane - 1] as usize == left && any[lanes - 1] as usize == right;
+                for (k, out) in bars {
+                    let (from_left, from_right) = (k * stride + left, k * stride + right);
+                    if same {
+                        let keys = simd.select_u32s(second, simd.splat_u32s(table[from_right]), simd.splat_u32s(table[from_left]));
+                        store_u32::<S>(out, 0, keys);
+                    } else if from_right >= lane && from_left.max(from_right) + lanes <= table.len() {
+                        let keys = simd.select_u32s(second, load_u32::<S>(table, from_right - lane), load_u32::<S>(table, from_left));
+                        store_u32::<S>(out, 0, keys);
+                    } else {
+                        gather(&table[k * stride..(k + 1) * stride], any, out);
+                    }
+                }
+            }
+            Rows::Any => {
+                for (k, out) in bars {
+                    gather(&table[k * stride..(k + 1) * stride], any, out);
+                }
+            }
         }
+        (&packed[..], lanes)
+    }
+
+    /// The one row of all lanes.
+    #[inline(always)]
+    fn row(self, rows: Rows) -> (&'a [u32], usize) {
+        (&self.words[if let Rows::Same(row) = rows { row } else { 0 }..], self.stride)
     }
 }
 
@@ -182,324 +369,384 @@ fn gather(row: &[u32], any: &[u32], out: &mut [u32]) {
     }
 }
 
+// ---- one block ------------------------------------------------------------------------------------------------------------
+
+/// All groups of a job over the bars `from..to` of one block.
+struct Block<'a> {
+    p: &'a BacktestParams,
+    m: &'a Market<'a>,
+    sets: &'a Sets,
+    groups: &'a [Group],
+    state: &'a mut State,
+    /// Values that the exact sums count.
+    units: (f64, f64),
+    from: usize,
+    to: usize,
+    plain: bool,
+}
+
 impl WithSimd for Block<'_> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
-        match (self.p.mode, self.sets.any_short) {
-            (CROSS, false) => self.vectors::<S, CROSS, false>(simd),
-            (CROSS, true) => self.vectors::<S, CROSS, true>(simd),
-            (BAND, _) => self.vectors::<S, BAND, false>(simd),
-            _ => self.vectors::<S, MOMENTUM, true>(simd),
+        if !self.plain {
+            return general::block(&mut self, simd);
         }
-        self.flush();
+        match (self.p.mode, S::F32_LANES == WIDEST) {
+            (CROSS, true) => self.plain::<S, CROSS, MOST>(simd),
+            (CROSS, false) => self.plain::<S, CROSS, 2>(simd),
+            (_, true) => self.plain::<S, BAND, MOST>(simd),
+            (_, false) => self.plain::<S, BAND, 2>(simd),
+        }
     }
+}
+
+/// Registers of the hot loop.
+struct Registers<S: Simd, const G: usize> {
+    inside: [S::m32s; G],
+    held: [S::m32s; G],
+    level: [S::f32s; G],
+    lowest: [S::f32s; G],
+    sum: [S::f32s; G],
+    square: [S::f32s; G],
+    growth: [S::f32s; G],
+    turnover: [S::f32s; G],
+}
+
+/// What the hot loop reads and does not change: the keys from the block's first bar on.
+struct Reads<'a, S: Simd, const G: usize> {
+    a: [(&'a [u32], usize); G],
+    b: [(&'a [u32], usize); G],
+    threshold_a: [S::u32s; G],
+    threshold_b: [S::u32s; G],
+    first: [S::u32s; G],
+    cost: S::f32s,
+    mask: S::u32s,
 }
 
 impl Block<'_> {
+    /// The bar's return counts from here, and a vector's bars from its first legal one.
+    fn begin(&self, group: &Group) -> usize {
+        let legal = group.first.0 + self.p.lag as usize;
+        let counted = if self.p.mode == BAND { 0 } else { self.p.start as usize };
+        legal.max(counted).max(self.from)
+    }
+
     #[inline(always)]
-    fn vectors<S: Simd, const MODE: u32, const GENERAL: bool>(&mut self, simd: S) {
-        let lanes = S::F32_LANES;
-        let mut packed = [[0u32; BLOCK * WIDEST]; 2 * PAIR];
-        for at in (0..self.sets.a.len()).step_by(PAIR * lanes) {
-            let group = at..at + PAIR * lanes;
-            let latest = self.sets.first[group.clone()].iter().copied().max().unwrap_or(0) as usize;
-            let warm = self.from >= latest + self.p.lag as usize && self.from >= self.p.start as usize;
-            let rows: [(Rows, Rows); PAIR] = std::array::from_fn(|v| (self.plan[2 * (at / lanes + v)], self.plan[2 * (at / lanes + v) + 1]));
-            if warm && !GENERAL {
-                if rows.iter().all(|(_, b)| matches!(b, Rows::Same(_))) {
-                    self.pair::<S, MODE, true>(simd, at, rows, &mut packed);
-                } else {
-                    self.pair::<S, MODE, false>(simd, at, rows, &mut packed);
-                }
-            } else {
-                for (v, (a, b)) in rows.into_iter().enumerate() {
-                    if warm {
-                        self.vector::<S, MODE, GENERAL, true>(simd, at + v * lanes, a, b);
-                    } else {
-                        self.vector::<S, MODE, GENERAL, false>(simd, at + v * lanes, a, b);
-                    }
+    fn plain<S: Simd, const MODE: u32, const G: usize>(&mut self, simd: S) {
+        let mut packed = [[0u32; BLOCK * WIDEST]; 2 * MOST];
+        for group in self.groups {
+            if self.begin(group) < self.to {
+                match group.reads {
+                    LANES_LANES => self.group::<S, MODE, LANES_LANES, G>(simd, group, &mut packed),
+                    LANES_SAME => self.group::<S, MODE, LANES_SAME, G>(simd, group, &mut packed),
+                    _ => self.group::<S, MODE, SAME_SAME, G>(simd, group, &mut packed),
                 }
             }
         }
     }
 
-    /// The keys of one vector over the block as a slice and a stride: the table itself where its rows are neighbours, else `packed`.
     #[inline(always)]
-    fn keys<'p, S: Simd>(&self, simd: S, rows: Rows, any: &[u32], packed: &'p mut [u32; BLOCK * WIDEST]) -> (&'p [u32], usize)
-    where
-        Self: 'p,
-    {
-        let (stride, lanes) = (self.m.rows, S::U32_LANES);
-        let first = (self.from - self.p.lag as usize) * stride;
-        let table: &'p [u32] = self.m.keys;
-        match rows {
-            Rows::From(row) => return (&table[first + row..], stride),
-            Rows::Same(row) => {
-                for (k, out) in packed.chunks_exact_mut(lanes).take(self.to - self.from).enumerate() {
-                    out.fill(table[first + k * stride + row]);
-                }
-            }
-            Rows::Split(lane) => {
-                let second = simd.greater_than_or_equal_u32s(load_u32::<S>(&IOTA, 0), simd.splat_u32s(lane as u32));
-                let (left, right) = (any[0] as usize, any[lane] as usize);
-                let same = any[lane - 1] as usize == left && any[lanes - 1] as usize == right;
-                for (k, out) in packed.chunks_exact_mut(lanes).take(self.to - self.from).enumerate() {
-                    let at = first + k * stride;
-                    let (from_left, from_right) = (at + left, at + right);
-                    if same {
-                        let keys = simd.select_u32s(second, simd.splat_u32s(table[from_right]), simd.splat_u32s(table[from_left]));
-                        S::as_mut_simd_u32s(out).0[0] = keys;
-                    } else if from_right >= lane && from_left.max(from_right) + lanes <= table.len() {
-                        let keys = simd.select_u32s(second, load_u32::<S>(table, from_right - lane), load_u32::<S>(table, from_left));
-                        S::as_mut_simd_u32s(out).0[0] = keys;
-                    } else {
-                        gather(&table[at..at + stride], any, out);
-                    }
-                }
-            }
-            Rows::Any => {
-                for (k, out) in packed.chunks_exact_mut(lanes).take(self.to - self.from).enumerate() {
-                    gather(&table[first + k * stride..first + (k + 1) * stride], any, out);
-                }
-            }
-        }
-        (&packed[..], lanes)
-    }
-
-    /// The hot loop: PAIR vectors of positions 0 and 1, side by side so that their chains of dependent instructions overlap.
-    /// SAME: each vector's second row is one for all lanes.
-    #[inline(always)]
-    fn pair<S: Simd, const MODE: u32, const SAME: bool>(
-        &mut self,
-        simd: S,
-        at: usize,
-        rows: [(Rows, Rows); PAIR],
-        packed: &mut [[u32; BLOCK * WIDEST]; 2 * PAIR],
-    ) {
-        let (lanes, n) = (S::F32_LANES, self.to - self.from);
-        let (zero, one) = (simd.splat_f32s(0.0), simd.splat_f32s(1.0));
-        let cost = simd.splat_f32s(self.p.cost + self.p.cost_low);
-        let mask = simd.splat_u32s(self.p.mask);
-        let lane = |v: usize| at + v * lanes..at + (v + 1) * lanes;
-        let [p0, p1, p2, p3] = packed;
-        let (sets, table, stride) = (self.sets, self.m.keys, self.m.rows);
-        let first = (self.from - self.p.lag as usize) * stride;
-        let a = [self.keys(simd, rows[0].0, &sets.a[lane(0)], p0), self.keys(simd, rows[1].0, &sets.a[lane(1)], p1)];
-        let b = if SAME {
-            rows.map(|(_, b)| (&table[first + if let Rows::Same(row) = b { row } else { 0 }..], stride))
-        } else {
-            [self.keys(simd, rows[0].1, &sets.b[lane(0)], p2), self.keys(simd, rows[1].1, &sets.b[lane(1)], p3)]
+    fn group<S: Simd, const MODE: u32, const READS: u32, const G: usize>(&mut self, simd: S, group: &Group, packed: &mut [Packed; 2 * MOST]) {
+        let (p, sets, lanes) = (self.p, self.sets, S::F32_LANES);
+        let lag = p.lag as usize;
+        let n = self.to - self.from;
+        // Bars before the lag are not visited; their keys are not there.
+        let table = Table { words: &self.m.keys[self.from.saturating_sub(lag) * self.m.rows..], stride: self.m.rows };
+        let late = lag.saturating_sub(self.from);
+        let (pa, pb) = packed.split_at_mut(MOST);
+        let (mut pa, mut pb) = (pa.iter_mut(), pb.iter_mut());
+        let empty: (&[u32], usize) = (&[], 0);
+        let mut reads: Reads<'_, S, G> = Reads {
+            a: [empty; G],
+            b: [empty; G],
+            threshold_a: std::array::from_fn(|v| load_u32::<S>(&sets.threshold_a, group.at[v])),
+            threshold_b: std::array::from_fn(|v| load_u32::<S>(&sets.threshold_b, group.at[v])),
+            first: std::array::from_fn(|v| load_u32::<S>(&sets.first, group.at[v])),
+            cost: simd.splat_f32s(p.cost + p.cost_low),
+            mask: simd.splat_u32s(p.mask),
         };
-        let returns = &self.m.returns[self.from..self.to];
+        for v in 0..G {
+            let at = group.at[v]..group.at[v] + lanes;
+            if let (Some(pa), Some(pb)) = (pa.next(), pb.next()) {
+                reads.a[v] = if READS == SAME_SAME { table.row(group.a[v]) } else { table.lanes(simd, group.a[v], &sets.a[at.clone()], n - late, pa) };
+                reads.b[v] = if READS == LANES_LANES { table.lanes(simd, group.b[v], &sets.b[at], n - late, pb) } else { table.row(group.b[v]) };
+            }
+        }
+        let state = &*self.state;
+        let load = |x: &[f32]| -> [S::f32s; G] { std::array::from_fn(|v| load_f32::<S>(x, group.state[v])) };
+        let (zero, one) = (simd.splat_f32s(0.0), simd.splat_f32s(1.0));
+        let mut registers: Registers<S, G> = Registers {
+            inside: load(&state.signal).map(|w| simd.greater_than_f32s(w, zero)),
+            held: load(&state.weight).map(|w| simd.greater_than_f32s(w, zero)),
+            level: load(&state.level),
+            lowest: load(&state.lowest),
+            sum: [zero; G],
+            square: [zero; G],
+            growth: [one; G],
+            turnover: [zero; G],
+        };
+        // Bars that do not count, bars that are legal for some lanes, and all others.
+        let begin = self.begin(group);
+        let counted = begin.max(p.start as usize).min(self.to);
+        let legal = counted.max(group.first.1 + lag).min(self.to);
+        let base = self.from + late;
+        if MODE == BAND {
+            self.bars::<S, MODE, READS, true, false, G>(simd, &reads, &mut registers, begin - base..counted - base);
+        }
+        self.bars::<S, MODE, READS, true, true, G>(simd, &reads, &mut registers, counted - base..legal - base);
+        self.bars::<S, MODE, READS, false, true, G>(simd, &reads, &mut registers, legal - base..self.to - base);
+
         let state = &mut *self.state;
-        let load = |x: &[f32]| -> [S::f32s; PAIR] { std::array::from_fn(|v| load_f32::<S>(x, at + v * lanes)) };
-        let threshold_a: [S::u32s; PAIR] = std::array::from_fn(|v| load_u32::<S>(&sets.threshold_a, at + v * lanes));
-        let threshold_b: [S::u32s; PAIR] = std::array::from_fn(|v| load_u32::<S>(&sets.threshold_b, at + v * lanes));
-        // Before `start` a set may be in without holding anything.
-        let mut inside: [S::m32s; PAIR] = load(&state.signal).map(|w| simd.greater_than_f32s(w, zero));
-        let mut held: [S::m32s; PAIR] = load(&state.weight).map(|w| simd.greater_than_f32s(w, zero));
-        let (mut level, mut lowest) = (load(&state.level), load(&state.lowest));
-        let (mut sum, mut square, mut growth, mut turnover) = ([zero; PAIR], [zero; PAIR], [one; PAIR], [zero; PAIR]);
-        for k in 0..n {
-            let r = simd.splat_f32s(returns[k]);
-            for v in 0..PAIR {
+        for v in 0..G {
+            let at = group.state[v];
+            store::<S>(&mut state.signal, at, simd.select_f32s(registers.inside[v], one, zero));
+            store::<S>(&mut state.weight, at, simd.select_f32s(registers.held[v], one, zero));
+            store::<S>(&mut state.level, at, registers.level[v]);
+            store::<S>(&mut state.lowest, at, registers.lowest[v]);
+            let turnover = simd.add_f32s(load_f32::<S>(&state.turnover, at), registers.turnover[v]);
+            store::<S>(&mut state.turnover, at, turnover);
+            state.flush::<S>(at, self.units, registers.sum[v], registers.square[v], registers.growth[v]);
+        }
+    }
+
+    /// The hot loop over bars counted from the first whose keys are read. LEGAL: some lanes still warm up; EARN: the bars count.
+    #[inline(always)]
+    fn bars<S: Simd, const MODE: u32, const READS: u32, const LEGAL: bool, const EARN: bool, const G: usize>(
+        &self,
+        simd: S,
+        reads: &Reads<'_, S, G>,
+        registers: &mut Registers<S, G>,
+        bars: Range<usize>,
+    ) {
+        let (zero, one) = (simd.splat_f32s(0.0), simd.splat_f32s(1.0));
+        let (cost, mask) = (reads.cost, reads.mask);
+        let lag = self.p.lag as usize;
+        let base = self.from.max(lag);
+        let Registers { mut inside, mut held, mut level, mut lowest, mut sum, mut square, mut growth, mut turnover } = *registers;
+        for (k, &r) in bars.clone().zip(&self.m.returns[base + bars.start..base + bars.end]) {
+            let r = simd.splat_f32s(r);
+            for v in 0..G {
                 // decide
-                let key_a = load_u32::<S>(a[v].0, k * a[v].1);
-                let key_b = if SAME { simd.splat_u32s(b[v].0[k * b[v].1]) } else { load_u32::<S>(b[v].0, k * b[v].1) };
-                let on = if MODE == CROSS {
+                let (a, b) = (reads.a[v], reads.b[v]);
+                let key_a = if READS == SAME_SAME { simd.splat_u32s(a.0[k * a.1]) } else { load_u32::<S>(a.0, k * a.1) };
+                let key_b = if READS == LANES_LANES { load_u32::<S>(b.0, k * b.1) } else { simd.splat_u32s(b.0[k * b.1]) };
+                let mut on = if MODE == CROSS {
                     simd.greater_than_u32s(key_a, key_b)
                 } else {
-                    let enters = simd.greater_than_u32s(simd.xor_u32s(key_a, mask), threshold_a[v]);
-                    let stays = simd.less_than_or_equal_u32s(key_b, threshold_b[v]);
+                    let enters = simd.greater_than_u32s(simd.xor_u32s(key_a, mask), reads.threshold_a[v]);
+                    let stays = simd.less_than_or_equal_u32s(key_b, reads.threshold_b[v]);
+                    // inside ? stays : enters
                     simd.xor_m32s(enters, simd.and_m32s(inside[v], simd.xor_m32s(enters, stays)))
                 };
+                if LEGAL {
+                    on = simd.and_m32s(on, simd.less_than_or_equal_u32s(reads.first[v], simd.splat_u32s((base + k - lag) as u32)));
+                }
+                inside[v] = on;
+                if !EARN {
+                    continue;
+                }
                 // pay and earn
                 let changed = simd.xor_m32s(on, held[v]);
-                (inside[v], held[v]) = (on, on);
+                held[v] = on;
                 turnover[v] = simd.add_f32s(turnover[v], simd.select_f32s(changed, one, zero));
                 let net = simd.sub_f32s(simd.select_f32s(on, r, zero), simd.select_f32s(changed, cost, zero));
                 sum[v] = simd.add_f32s(sum[v], net);
-                square[v] = simd.add_f32s(square[v], simd.mul_f32s(net, net));
-                let factor = simd.add_f32s(one, net);
-                growth[v] = simd.mul_f32s(growth[v], factor);
-                level[v] = simd.min_f32s(simd.mul_f32s(level[v], factor), one);
+                square[v] = simd.mul_add_f32s(net, net, square[v]);
+                growth[v] = simd.mul_add_f32s(growth[v], net, growth[v]);
+                level[v] = simd.min_f32s(simd.mul_add_f32s(level[v], net, level[v]), one);
                 lowest[v] = simd.min_f32s(lowest[v], level[v]);
             }
         }
-        for v in 0..PAIR {
-            let weight = simd.select_f32s(held[v], one, zero);
-            for (target, value) in [
-                (&mut state.signal, weight),
-                (&mut state.weight, weight),
-                (&mut state.level, level[v]),
-                (&mut state.lowest, lowest[v]),
-                (&mut state.sum, sum[v]),
-                (&mut state.square, square[v]),
-                (&mut state.growth, growth[v]),
-                (&mut state.turnover, turnover[v]),
-                (&mut state.trades, turnover[v]),
-            ] {
-                store::<S>(target, at + v * lanes, value);
+        *registers = Registers { inside, held, level, lowest, sum, square, growth, turnover };
+    }
+}
+
+/// Shorts, sizes, stops and momentum: one vector at a time.
+mod general {
+    use super::*;
+
+    #[inline(always)]
+    pub(super) fn block<S: Simd>(block: &mut Block<'_>, simd: S) {
+        match (block.p.mode, block.sets.stops) {
+            (CROSS, false) => groups::<S, CROSS, false>(block, simd),
+            (CROSS, true) => groups::<S, CROSS, true>(block, simd),
+            (BAND, false) => groups::<S, BAND, false>(block, simd),
+            (BAND, true) => groups::<S, BAND, true>(block, simd),
+            (_, false) => groups::<S, MOMENTUM, false>(block, simd),
+            (_, true) => groups::<S, MOMENTUM, true>(block, simd),
+        }
+    }
+
+    /// Closes `lookback` bars before each decision from bar `base` on, a row per distinct lookback; anything where there are none.
+    fn closes_before(block: &Block<'_>, base: usize) -> Vec<u32> {
+        let rows = block.sets.lookbacks.len();
+        let mut table = vec![0; rows * (block.to - base)];
+        for (row, &lookback) in block.sets.lookbacks.iter().enumerate() {
+            for (k, out) in table.iter_mut().skip(row).step_by(rows).enumerate() {
+                let t = base + k - block.p.lag as usize;
+                *out = block.m.close[t.saturating_sub(lookback as usize)].to_bits();
+            }
+        }
+        table
+    }
+
+    #[inline(always)]
+    fn groups<S: Simd, const MODE: u32, const STOPS: bool>(block: &mut Block<'_>, simd: S) {
+        let mut packed = [[0u32; BLOCK * WIDEST]; 3];
+        let base = block.from.max(block.p.lag as usize);
+        let before = if MODE == MOMENTUM && base < block.to { closes_before(block, base) } else { Vec::new() };
+        for group in block.groups {
+            if block.begin(group) < block.to {
+                vector::<S, MODE, STOPS>(block, simd, group, &before, &mut packed);
             }
         }
     }
 
-    /// One vector over the block. WARM: every bar is legal for all lanes and counted.
     #[inline(always)]
-    fn vector<S: Simd, const MODE: u32, const GENERAL: bool, const WARM: bool>(&mut self, simd: S, at: usize, a: Rows, b: Rows) {
-        let (p, m, sets, state) = (self.p, self.m, self.sets, &mut *self.state);
-        let lanes = S::F32_LANES;
+    fn vector<S: Simd, const MODE: u32, const STOPS: bool>(
+        block: &mut Block<'_>,
+        simd: S,
+        group: &Group,
+        before: &[u32],
+        packed: &mut [Packed; 3],
+    ) {
+        let (p, m, sets, at, lanes) = (block.p, block.m, block.sets, group.at[0], S::F32_LANES);
+        let lag = p.lag as usize;
+        // The first bar whose decision is known.
+        let base = block.from.max(lag);
+        let n = block.to - base;
+        let any = at..at + lanes;
+        let [pa, pb, pc] = packed;
+        let keys = Table { words: &m.keys[if MODE == MOMENTUM { 0 } else { (base - lag) * m.rows }..], stride: m.rows };
+        let then = Table { words: before, stride: sets.lookbacks.len() };
+        let a = if MODE == MOMENTUM { (&[][..], 0) } else { keys.lanes(simd, group.a[0], &sets.a[any.clone()], n, pa) };
+        let b = if MODE == MOMENTUM { then } else { keys }.lanes(simd, group.b[0], &sets.b[any.clone()], n, pb);
+        let size_rows = &sets.volatility_row[any.clone()];
+        let sized = size_rows.iter().any(|&r| r != OFF);
+        // Lanes without a size read row 0 and are set to 1 below.
+        let rows: Vec<u32> = size_rows.iter().map(|&r| if r == OFF { 0 } else { r }).collect();
+        let volatility = Table { words: &m.inverse_volatility[if sized { (base - lag) * m.volatility_rows } else { 0 }..], stride: m.volatility_rows };
+        let volatility = if sized { volatility.lanes(simd, Rows::of(&rows), &rows, n, pc) } else { (&[][..], 0) };
+
         let (zero, one) = (simd.splat_f32s(0.0), simd.splat_f32s(1.0));
-        let cost = simd.splat_f32s(p.cost + p.cost_low);
-        let mask = simd.splat_u32s(p.mask);
+        let (cost, mask) = (simd.splat_f32s(p.cost + p.cost_low), simd.splat_u32s(p.mask));
         let (threshold_a, threshold_b) = (load_u32::<S>(&sets.threshold_a, at), load_u32::<S>(&sets.threshold_b, at));
-        let (first, short) = (load_u32::<S>(&sets.first, at), load_f32::<S>(&sets.short, at));
-        let (any_a, any_b) = (&sets.a[at..at + lanes], &sets.b[at..at + lanes]);
+        let (first, up, down) = (load_u32::<S>(&sets.first, at), load_f32::<S>(&sets.up, at), load_f32::<S>(&sets.down, at));
+        let (target, leverage) = (load_f32::<S>(&sets.target, at), load_f32::<S>(&sets.leverage, at));
+        let unsized_lanes = simd.greater_than_u32s(load_u32::<S>(size_rows, 0), simd.splat_u32s(OFF - 1));
+        let (stop_loss, take_profit) = (simd.neg_f32s(load_f32::<S>(&sets.stop_loss, at)), load_f32::<S>(&sets.take_profit, at));
+        let (trailing_stop, max_holding) = (simd.neg_f32s(load_f32::<S>(&sets.trailing_stop, at)), load_u32::<S>(&sets.max_holding, at));
+        let state = &mut *block.state;
         let mut signal = load_f32::<S>(&state.signal, at);
+        let mut held = load_f32::<S>(&state.held, at);
+        let mut blocked = load_f32::<S>(&state.blocked, at);
+        let (mut entry, mut best, mut age) = (load_f32::<S>(&state.entry, at), load_f32::<S>(&state.best, at), load_u32::<S>(&state.age, at));
         let mut weight = load_f32::<S>(&state.weight, at);
-        let mut held = simd.greater_than_f32s(weight, zero);
-        let mut level = load_f32::<S>(&state.level, at);
-        let mut lowest = load_f32::<S>(&state.lowest, at);
+        let (mut level, mut lowest) = (load_f32::<S>(&state.level, at), load_f32::<S>(&state.lowest, at));
         let (mut sum, mut square, mut growth, mut turnover, mut trades) = (zero, zero, one, zero, zero);
-        for j in self.from..self.to {
-            // decide
-            let mut on = simd.greater_than_f32s(signal, zero);
-            if WARM || j >= p.lag as usize {
-                let t = j - p.lag as usize;
-                match MODE {
-                    CROSS => {
-                        let row = &m.keys[t * m.rows..(t + 1) * m.rows];
-                        on = simd.greater_than_u32s(keys_of(simd, row, a, any_a), keys_of(simd, row, b, any_b));
-                        if GENERAL {
-                            signal = simd.select_f32s(on, one, short);
-                        }
-                    }
-                    BAND => {
-                        let row = &m.keys[t * m.rows..(t + 1) * m.rows];
-                        let enters = simd.greater_than_u32s(simd.xor_u32s(keys_of(simd, row, a, any_a), mask), threshold_a);
-                        let stays = simd.less_than_or_equal_u32s(keys_of(simd, row, b, any_b), threshold_b);
-                        // held ? stays : enters
-                        on = simd.xor_m32s(enters, simd.and_m32s(on, simd.xor_m32s(enters, stays)));
-                    }
-                    _ => signal = momentum(simd, m, sets, at, t),
+        let begin = group.first.0 + lag;
+        let begin = begin.max(if MODE == BAND { 0 } else { p.start as usize }).max(block.from);
+        for j in begin..block.to {
+            let (k, t) = (j - base, j - lag);
+            // direction
+            let next = match MODE {
+                CROSS => simd.select_f32s(simd.greater_than_u32s(load_u32::<S>(a.0, k * a.1), load_u32::<S>(b.0, k * b.1)), up, down),
+                BAND => {
+                    let enters = simd.greater_than_u32s(simd.xor_u32s(load_u32::<S>(a.0, k * a.1), mask), threshold_a);
+                    let leaves = simd.greater_than_u32s(load_u32::<S>(b.0, k * b.1), threshold_b);
+                    let otherwise = simd.select_f32s(leaves, down, signal);
+                    let not_up = simd.less_than_or_equal_f32s(signal, zero);
+                    simd.select_f32s(simd.and_m32s(not_up, enters), up, otherwise)
                 }
-                if !WARM {
-                    let legal = simd.less_than_or_equal_u32s(first, simd.splat_u32s(t as u32));
-                    on = simd.and_m32s(on, legal);
-                    signal = simd.select_f32s(legal, signal, zero);
+                _ => {
+                    let (now, then) = (simd.splat_f32s(m.close[t]), simd.transmute_f32s_u32s(load_u32::<S>(b.0, k * b.1)));
+                    let not_above = simd.select_f32s(simd.less_than_f32s(now, then), down, zero);
+                    simd.select_f32s(simd.greater_than_f32s(now, then), up, not_above)
                 }
-                if !GENERAL {
-                    signal = simd.select_f32s(on, one, zero);
-                }
-            }
-            if !WARM && j < p.start as usize {
+            };
+            let legal = simd.less_than_or_equal_u32s(first, simd.splat_u32s(t as u32));
+            signal = simd.select_f32s(legal, next, zero);
+            if j < p.start as usize {
                 continue;
             }
+            // stops
+            let direction = if STOPS {
+                let close = simd.splat_f32s(m.close[t]);
+                age = simd.add_u32s(age, simd.splat_u32s(1));
+                let is_up = simd.greater_than_f32s(held, zero);
+                best = simd.select_f32s(is_up, simd.max_f32s(best, close), simd.min_f32s(best, close));
+                let side = |x: S::f32s| simd.mul_f32s(held, x);
+                let edge = |from: S::f32s, distance: S::f32s| side(simd.mul_f32s(from, simd.add_f32s(one, side(distance))));
+                let price = side(close);
+                let stopped = simd.or_m32s(
+                    simd.or_m32s(simd.less_than_or_equal_f32s(price, edge(entry, stop_loss)), simd.greater_than_or_equal_f32s(price, edge(entry, take_profit))),
+                    simd.or_m32s(
+                        simd.less_than_or_equal_f32s(price, edge(best, trailing_stop)),
+                        simd.greater_than_or_equal_u32s(age, max_holding),
+                    ),
+                );
+                let in_market = simd.greater_than_f32s(simd.abs_f32s(held), zero);
+                blocked = simd.select_f32s(simd.and_m32s(in_market, stopped), held, blocked);
+                let left = simd.greater_than_f32s(simd.abs_f32s(simd.sub_f32s(signal, blocked)), zero);
+                blocked = simd.select_f32s(left, zero, blocked);
+                let free = simd.less_than_or_equal_f32s(simd.abs_f32s(blocked), zero);
+                let wanted = simd.select_f32s(free, signal, zero);
+                let differs = simd.greater_than_f32s(simd.abs_f32s(simd.sub_f32s(wanted, held)), zero);
+                let enters = simd.and_m32s(differs, simd.greater_than_f32s(simd.abs_f32s(wanted), zero));
+                let fill = simd.splat_f32s(m.fill[j]);
+                entry = simd.select_f32s(enters, fill, entry);
+                best = simd.select_f32s(enters, fill, best);
+                age = simd.select_u32s(enters, simd.splat_u32s(0), age);
+                held = wanted;
+                wanted
+            } else {
+                signal
+            };
+            // size
+            let now = if sized {
+                let inverse_volatility = simd.transmute_f32s_u32s(load_u32::<S>(volatility.0, k * volatility.1));
+                let size = simd.min_f32s(simd.mul_f32s(target, inverse_volatility), leverage);
+                simd.mul_f32s(direction, simd.select_f32s(unsized_lanes, one, size))
+            } else {
+                direction
+            };
             // pay and earn
             let r = simd.splat_f32s(m.returns[j]);
-            let net = if GENERAL {
-                let traded = simd.abs_f32s(simd.sub_f32s(signal, weight));
-                weight = signal;
-                turnover = simd.add_f32s(turnover, traded);
-                trades = simd.add_f32s(trades, simd.select_f32s(simd.greater_than_f32s(traded, zero), one, zero));
-                simd.sub_f32s(simd.mul_f32s(signal, r), simd.mul_f32s(cost, traded))
-            } else {
-                let changed = simd.xor_m32s(on, held);
-                held = on;
-                turnover = simd.add_f32s(turnover, simd.select_f32s(changed, one, zero));
-                simd.sub_f32s(simd.select_f32s(on, r, zero), simd.select_f32s(changed, cost, zero))
-            };
+            let traded = simd.abs_f32s(simd.sub_f32s(now, weight));
+            weight = now;
+            turnover = simd.add_f32s(turnover, traded);
+            trades = simd.add_f32s(trades, simd.select_f32s(simd.greater_than_f32s(traded, zero), one, zero));
+            let net = simd.mul_add_f32s(now, r, simd.neg_f32s(simd.mul_f32s(cost, traded)));
             sum = simd.add_f32s(sum, net);
-            square = simd.add_f32s(square, simd.mul_f32s(net, net));
-            let factor = simd.add_f32s(one, net);
-            growth = simd.mul_f32s(growth, factor);
-            level = simd.min_f32s(simd.mul_f32s(level, factor), one);
+            square = simd.mul_add_f32s(net, net, square);
+            growth = simd.mul_add_f32s(growth, net, growth);
+            level = simd.min_f32s(simd.mul_add_f32s(level, net, level), one);
             lowest = simd.min_f32s(lowest, level);
-        }
-        if !GENERAL {
-            weight = simd.select_f32s(held, one, zero);
-            trades = turnover;
         }
         for (target, value) in [
             (&mut state.signal, signal),
+            (&mut state.held, held),
+            (&mut state.blocked, blocked),
+            (&mut state.entry, entry),
+            (&mut state.best, best),
             (&mut state.weight, weight),
             (&mut state.level, level),
             (&mut state.lowest, lowest),
-            (&mut state.sum, sum),
-            (&mut state.square, square),
-            (&mut state.growth, growth),
-            (&mut state.turnover, turnover),
-            (&mut state.trades, trades),
         ] {
             store::<S>(target, at, value);
         }
-    }
-
-    /// Moves the block's plain sums into the exact ones.
-    #[inline(always)]
-    fn flush(&mut self) {
-        let s = &mut *self.state;
-        let unit = 2f64.powi(self.p.shift as i32 - self.scale);
-        let unit_square = 2f64.powi(self.p.shift as i32 - 2 * self.scale);
-        for (total, &x) in s.sums.iter_mut().zip(&s.sum) {
-            *total += (f64::from(x) * unit) as i64;
+        store_u32::<S>(&mut state.age, at, age);
+        for (target, value) in [(&mut state.turnover, turnover), (&mut state.trades, trades)] {
+            let total = simd.add_f32s(load_f32::<S>(target, at), value);
+            store::<S>(target, at, total);
         }
-        for (total, &x) in s.squares.iter_mut().zip(&s.square) {
-            *total += (f64::from(x) * unit_square) as i64 as u64;
-        }
-        for (total, &x) in s.mantissa.iter_mut().zip(&s.growth) {
-            *total *= f64::from(x);
-        }
-        for (total, &x) in s.total_turnover.iter_mut().zip(&s.turnover) {
-            *total += x;
-        }
-        for (total, &x) in s.total_trades.iter_mut().zip(&s.trades) {
-            *total += x;
-        }
-        // Rarely: keep the product within f64.
-        for (mantissa, exponent) in s.mantissa.iter_mut().zip(&mut s.exponent) {
-            if !(1e-100..1e100).contains(&mantissa.abs()) && *mantissa != 0.0 {
-                let power = mantissa.abs().log2().floor() as i32;
-                *mantissa *= 2f64.powi(-power);
-                *exponent += power;
-            }
-        }
+        state.flush::<S>(at, block.units, sum, square, growth);
     }
 }
 
-/// Finds the rows of every vector, as wide as the processor's.
-struct Planner<'a> {
-    sets: &'a Sets,
-}
-
-impl WithSimd for Planner<'_> {
-    type Output = Vec<Rows>;
-
-    fn with_simd<S: Simd>(self, _: S) -> Vec<Rows> {
-        let vectors = self.sets.a.chunks_exact(S::U32_LANES).zip(self.sets.b.chunks_exact(S::U32_LANES));
-        vectors.flat_map(|(a, b)| [Rows::of(a), Rows::of(b)]).collect()
-    }
-}
-
-/// sign(p_t − p_{t−lookback})·min(target·inverse_volatility, leverage); lanes before their lookback give anything.
-#[inline(always)]
-fn momentum<S: Simd>(simd: S, m: &Market<'_>, sets: &Sets, at: usize, t: usize) -> S::f32s {
-    let lanes = S::F32_LANES;
-    let row = &m.inverse_volatility[t * m.rows..(t + 1) * m.rows];
-    let (mut inverse_volatility, mut then) = ([0f32; WIDEST], [0f32; WIDEST]);
-    for l in 0..lanes {
-        inverse_volatility[l] = row[sets.a[at + l] as usize];
-        then[l] = m.price[t.saturating_sub(sets.b[at + l] as usize)];
-    }
-    let (now, then) = (simd.splat_f32s(m.price[t]), load_f32::<S>(&then, 0));
-    let scaled = simd.mul_f32s(load_f32::<S>(&sets.target, at), load_f32::<S>(&inverse_volatility, 0));
-    let size = simd.min_f32s(scaled, load_f32::<S>(&sets.leverage, at));
-    let zero = simd.splat_f32s(0.0);
-    let falling = simd.select_f32s(simd.less_than_f32s(now, then), simd.neg_f32s(size), zero);
-    simd.select_f32s(simd.greater_than_f32s(now, then), size, falling)
-}
+// ---- the launch -------------------------------------------------------------------------------------------------------------
 
 /// What a job writes.
 struct Job<'a> {
@@ -525,7 +772,8 @@ fn sweep_on(arch: Arch, mut launch: CpuLaunch<'_, f32>) -> Result<()> {
         return Err(Error::Internal("backtest_sweep: edges must ascend".into()));
     }
     let per_tile = edges.len() * 4 * TILE;
-    let run = (tiles * assets / (4 * rayon::current_num_threads())).clamp(1, JOB_TILES);
+    let most = if edges.is_empty() { JOB_TILES } else { WINDOWED_JOB_TILES };
+    let run = (tiles * assets / (4 * rayon::current_num_threads())).clamp(1, most);
     let mut jobs = Vec::new();
     let (mut stats, mut prefix) = (&mut stats[..assets * tiles * STATS * TILE], &mut prefix[..assets * tiles * per_tile]);
     for asset in 0..assets {
@@ -537,15 +785,19 @@ fn sweep_on(arch: Arch, mut launch: CpuLaunch<'_, f32>) -> Result<()> {
             jobs.push(Job { asset, tile, stats: s, prefix: q });
         }
     }
-    let table = |len: usize, a: usize| if len >= assets * t * rows { a * t * rows..(a + 1) * t * rows } else { 0..0 };
+    let volatility_rows = p.volatility_rows as usize;
+    let inverse_volatility: &[u32] = bytemuck::cast_slice(inverse_volatility);
+    let table = |len: usize, rows: usize, a: usize| if len >= assets * t * rows { a * t * rows..(a + 1) * t * rows } else { 0..0 };
     jobs.into_par_iter().for_each(|mut job| {
         let a = job.asset;
         let market = Market {
-            price: &price[a * t..(a + 1) * t],
+            close: &price[a * t..(a + 1) * t],
+            fill: &price[(assets + a) * t..(assets + a + 1) * t],
             returns: &returns[a * (t - 1)..(a + 1) * (t - 1)],
-            keys: &keys[table(keys.len(), a)],
-            inverse_volatility: &inverse_volatility[table(inverse_volatility.len(), a)],
+            keys: &keys[table(keys.len(), rows, a)],
+            inverse_volatility: &inverse_volatility[table(inverse_volatility.len(), volatility_rows, a)],
             rows,
+            volatility_rows,
         };
         simulate(arch, &p, &market, sets, edges, scales[a] as i32 - SCALE_BIAS, &mut job);
     });
@@ -554,15 +806,18 @@ fn sweep_on(arch: Arch, mut launch: CpuLaunch<'_, f32>) -> Result<()> {
 
 fn simulate(arch: Arch, p: &BacktestParams, market: &Market<'_>, words: &[u32], edges: &[u32], scale: i32, job: &mut Job<'_>) {
     let n = job.stats.len() / STATS;
-    let sets = Sets::of(&words[job.tile * TILE * SET_WORDS..][..n * SET_WORDS]);
-    let mut state = State::new(n);
-    let plan = arch.dispatch(Planner { sets: &sets });
+    let sets = Sets::of(&words[job.tile * TILE * SET_WORDS..][..n * SET_WORDS], p.mode);
+    let plain = sets.plain(p.mode);
+    let mut state = State::new(n, !plain);
+    let groups = arch.dispatch(Planner { sets: &sets, general: !plain });
+    let shift = p.shift as i32;
+    let units = (2f64.powi(shift - scale), 2f64.powi(shift - 2 * scale));
     let mut j = 0;
     for e in 0..=edges.len() {
         let end = edges.get(e).map_or(market.returns.len(), |&edge| edge as usize);
         while j < end {
             let to = end.min(j + BLOCK);
-            arch.dispatch(Block { p, m: market, sets: &sets, plan: &plan, state: &mut state, scale, from: j, to });
+            arch.dispatch(Block { p, m: market, sets: &sets, groups: &groups, state: &mut state, units, from: j, to, plain });
             j = to;
         }
         if e < edges.len() {
@@ -579,14 +834,15 @@ fn simulate(arch: Arch, p: &BacktestParams, market: &Market<'_>, words: &[u32], 
         }
     }
     let counted = (market.returns.len() as u64).saturating_sub(u64::from(p.start));
+    let trades = if plain { &state.turnover } else { &state.trades };
     for (tile, stats) in job.stats.chunks_exact_mut(STATS * TILE).enumerate() {
         for l in 0..TILE {
             let i = tile * TILE + l;
             stats[l] = sharpe_of(counted, state.sums[i], state.squares[i], p.shift) as f32;
             stats[TILE + l] = (state.mantissa[i] * 2f64.powi(state.exponent[i]) - 1.0) as f32;
             stats[2 * TILE + l] = 1.0 - state.lowest[i];
-            stats[3 * TILE + l] = state.total_turnover[i];
-            stats[4 * TILE + l] = state.total_trades[i];
+            stats[3 * TILE + l] = state.turnover[i];
+            stats[4 * TILE + l] = trades[i];
         }
     }
 }
@@ -607,19 +863,32 @@ mod tests {
         (0..n).map(|i| philox4x32([i as u32, seed, 0, 0], [7, 0])[0]).collect()
     }
 
-    fn run(kernel: &'static Kernel, p: &BacktestParams, rows: &[u32]) -> (Vec<u32>, Vec<u32>) {
+    /// Which sides, sizes and stops the random sets have.
+    #[derive(Clone, Copy)]
+    struct Overlays {
+        sides: u32,
+        sized: bool,
+        stops: bool,
+    }
+
+    fn run(kernel: &'static Kernel, p: &BacktestParams, rows: &[u32], o: Overlays) -> (Vec<u32>, Vec<u32>) {
         let device = Device::open("cpu").unwrap();
         let (a, t, tiles) = (p.a as usize, p.t as usize, p.tiles as usize);
         let unit = |w: u32| f64::from(w >> 8) as f32 / 16_777_216.0;
-        let price: Vec<f32> = random(1, a * t).iter().map(|&w| 100.0 + (w % 8) as f32).collect();
+        let price: Vec<f32> = random(1, 2 * a * t).iter().map(|&w| 100.0 + (w % 8) as f32).collect();
         let returns: Vec<f32> = random(2, a * (t - 1)).iter().map(|&w| 0.1 * (unit(w) - 0.5)).collect();
         // Few distinct keys, so that ties occur.
         let keys: Vec<u32> = random(3, a * t * p.rows as usize).iter().map(|w| w % 5).collect();
-        let inverse_volatility: Vec<f32> = random(4, keys.len()).iter().map(|&w| if w % 11 == 0 { 0.0 } else { 0.05 * unit(w) }).collect();
-        let picks = random(5, tiles * TILE * 4);
+        let volatility = random(4, a * t * p.volatility_rows as usize);
+        let inverse_volatility: Vec<f32> = volatility.iter().map(|&w| if w % 11 == 0 { 0.0 } else { 0.05 * unit(w) }).collect();
+        let picks = random(5, tiles * TILE * 8);
         let set = |i: usize| {
-            let w = &picks[4 * i..4 * i + 4];
-            [rows[i % rows.len()], w[1] % p.rows.min(20), w[2] % 4, w[3] % 4, 20 + w[0] % 40, (w[0] >> 8) % 2, 0.1f32.to_bits(), 1.5f32.to_bits()]
+            let w = &picks[8 * i..8 * i + 8];
+            let stop = |w: u32| if o.stops && w % 3 > 0 { 0.01 * (1 + w % 4) as f32 } else { crate::backtest::NO_STOP }.to_bits();
+            let row = if o.sized && w[4] % 5 > 0 { w[4] % p.volatility_rows } else { OFF };
+            let holding = if o.stops && w[7] % 2 > 0 { 1 + w[7] % 7 } else { OFF };
+            let head = [rows[i % rows.len()], w[1] % p.rows.min(20), w[2] % 4, w[3] % 4, 20 + w[0] % 40, (w[0] >> 8) % o.sides, 0.1f32.to_bits(), 1.5f32.to_bits()];
+            [&head[..], &[row, stop(w[5]), stop(w[6]), stop(w[7]), holding, 0, 0, 0]].concat()
         };
         let sets: Vec<u32> = (0..tiles * TILE).flat_map(set).collect();
         let mut plan = vec![0, 17, 64, 65, 200, t as u32 - 1];
@@ -643,7 +912,8 @@ mod tests {
     #[test]
     fn lanes_give_the_bits_of_the_plain_column() {
         let contiguous: Vec<u32> = (0..20).collect();
-        for mode in [CROSS, BAND, MOMENTUM] {
+        let all = [(1, false, false), (3, false, false), (1, true, false), (2, true, true), (3, false, true)];
+        for (mode, (sides, sized, stops)) in [CROSS, BAND, MOMENTUM].into_iter().flat_map(|m| all.map(|o| (m, o))) {
             for (lag, start, edges, rows) in [(0, 0, 6, &contiguous[..]), (1, 64, 6, &[3][..]), (1, 70, 0, &[5, 2, 9][..])] {
                 let p = BacktestParams {
                     a: 2,
@@ -657,11 +927,19 @@ mod tests {
                     shift: 50,
                     mask: u32::from(mode == BAND),
                     cost: 1e-3,
+                    volatility_rows: 7,
+                    general: 1,
                     ..bytemuck::Zeroable::zeroed()
                 };
-                let plain = run(&PLAIN, &p, rows);
-                assert!(plain == run(&BACKTEST_SWEEP, &p, rows), "mode {mode}, lag {lag}");
-                assert!(plain == run(&SCALAR, &p, rows), "scalar, mode {mode}, lag {lag}");
+                let o = Overlays { sides, sized, stops };
+                let plain = run(&PLAIN, &p, rows, o);
+                let moved = plain.0.chunks_exact(TILE).skip(4).step_by(STATS).flatten().filter(|&&trades| trades != 0).count();
+                assert!(moved > 100, "few sets trade: {moved}");
+                for (name, kernel) in [("lanes", &BACKTEST_SWEEP), ("scalar", &SCALAR)] {
+                    let lanes = run(kernel, &p, rows, o);
+                    let wrong = plain.0.iter().zip(&lanes.0).position(|(a, b)| a != b);
+                    assert!(plain == lanes, "{name}, mode {mode}, lag {lag}, sides {sides}, sized {sized}, stops {stops}: stat {wrong:?}");
+                }
             }
         }
     }

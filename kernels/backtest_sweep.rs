@@ -11,8 +11,15 @@
 //! * bollinger_reversion (period, width): enter below mean − width·sd (population), leave above the mean.
 //! * donchian_breakout (entry, exit): enter above the highest close of the previous `entry` bars, leave below the lowest of `exit`.
 //! * ts_momentum (lookback, vol_window, target_vol, max_leverage): sign(p/p[−lookback] − 1)·min(target_vol/(√252·sd), max_leverage), sd of log returns with n−1.
+//!
+//! Every strategy also takes, each [S] and each optional (see `backtest.rs` for the rules):
+//! * side: 1 long, 0 long and short, −1 short (without it: long; ts_momentum both; `short` = 1 is side 0);
+//! * stop_loss, take_profit, trailing_stop: fractions of the price, 0 is off; max_holding: bars, 0 is off;
+//! * target_vol, vol_window, max_leverage: the weight is direction·min(target_vol/(√252·sd), max_leverage), target_vol 0 is off.
 
-use crate::backtest::{BACKTEST_STITCH, BACKTEST_SWEEP, BAND, BLOCK, BacktestParams, CROSS, MOMENTUM, SCALE_BIAS, SET_WORDS, STATS, TILE};
+use crate::backtest::{
+    BACKTEST_STITCH, BACKTEST_SWEEP, BAND, BLOCK, BOTH, BacktestParams, CROSS, LONG, MOMENTUM, NO_STOP, OFF, SCALE_BIAS, SET_WORDS, SHORT, STATS, TILE,
+};
 use crate::conformance::{Case, Outputs, defined};
 use crate::device::{Buffer, Device, DeviceKind, LaunchTime, Pass, Read, View};
 use crate::fixed::{KEY_ZERO, exponent, ratio_key_of};
@@ -100,6 +107,8 @@ pub enum Execution {
     SameClose,
     /// At the close after.
     NextClose,
+    /// At the open after; returns run from open to open, the last one to the last close.
+    NextOpen,
 }
 
 impl Execution {
@@ -108,8 +117,9 @@ impl Execution {
         match name {
             "same_close" => Ok(Execution::SameClose),
             "next_close" => Ok(Execution::NextClose),
+            "next_open" => Ok(Execution::NextOpen),
             _ => {
-                let known = vec!["same_close".to_string(), "next_close".into()];
+                let known = vec!["same_close".to_string(), "next_close".into(), "next_open".into()];
                 Err(Error::Unknown { kind: "execution", given: name.into(), suggestion: None, known })
             }
         }
@@ -117,7 +127,7 @@ impl Execution {
 
     fn lag(self) -> u32 {
         match self {
-            Execution::SameClose => 0,
+            Execution::SameClose | Execution::NextOpen => 0,
             Execution::NextClose => 1,
         }
     }
@@ -128,6 +138,8 @@ impl Execution {
 pub struct Sweep<'a> {
     /// Closes [T,N], positive.
     pub close: &'a [f32],
+    /// Opens [T,N], positive; only `next_open` reads them.
+    pub open: Option<&'a [f32]>,
     /// N.
     pub assets: usize,
     /// What trades.
@@ -225,6 +237,8 @@ pub struct Selected {
     pub best: Vec<u32>,
     /// Net returns of the chosen sets over the stitched bars [N,K].
     pub stitched: Vec<f32>,
+    /// Weights held over them [N,K].
+    pub weights: Vec<f32>,
     /// Statistics of each asset's stitched series [N].
     pub performance: Vec<Performance>,
     /// Turnover inside each window's stitched part [N,W]; changing sets between windows is not charged.
@@ -260,27 +274,32 @@ enum Table {
     Rsi(Vec<u32>),
     Bollinger(Vec<u32>),
     Donchian(u32),
-    Volatility(Vec<u32>),
+    None,
 }
 
 impl Table {
     fn rows(&self) -> usize {
         match self {
-            Table::Sma(p) | Table::Rsi(p) | Table::Bollinger(p) | Table::Volatility(p) => p.len(),
+            Table::Sma(p) | Table::Rsi(p) | Table::Bollinger(p) => p.len(),
             Table::Ema(p) => p.len(),
             Table::Donchian(_) => 2,
+            Table::None => 0,
         }
     }
 }
 
-/// A strategy's sets as words for the simulator, and the table they read.
+/// A strategy's sets as words for the simulator, and the tables they read.
 struct Machine {
     mode: u32,
     mask: u32,
     table: Table,
+    /// Windows of the volatility table.
+    volatility: Vec<u32>,
     words: Vec<u32>,
     /// Largest weight that any set can hold.
     heaviest: f64,
+    /// Whether any set is sized, goes short or has stops.
+    general: bool,
     count: usize,
 }
 
@@ -298,10 +317,15 @@ impl Column<'_> {
     /// A whole number from `least` to 2^20 − 1.
     fn whole(&self, set: usize, least: u32) -> Result<u32> {
         let x = self.values[set];
-        if x.fract() == 0.0 && x >= least as f32 && x < 1_048_576.0 {
-            return Ok(x as u32);
+        let whole = x as u32;
+        if whole as f32 == x && whole >= least && whole < 1 << 20 {
+            return Ok(whole);
         }
         Err(self.problem(set, &format!("give a whole number from {least} to 1048575")))
+    }
+
+    fn wholes(&self, least: u32) -> Result<Vec<u32>> {
+        (0..self.values.len()).map(|s| self.whole(s, least)).collect()
     }
 
     fn real(&self, set: usize, legal: impl Fn(f32) -> bool, help: &str) -> Result<f32> {
@@ -310,26 +334,36 @@ impl Column<'_> {
     }
 }
 
-/// Row numbers for distinct periods, in ascending order: `rows[period]`.
-fn rows_of_periods(periods: impl Iterator<Item = u32> + Clone) -> (Vec<u32>, Vec<u32>) {
-    let mut rows = vec![0u32; periods.clone().max().map_or(0, |longest| longest as usize + 1)];
-    for period in periods {
+/// Distinct periods in ascending order, and the row of each: `rows[period]`, counted from `first`.
+fn rows_of_periods(periods: &[u32], first: u32) -> (Vec<u32>, Vec<u32>) {
+    let mut rows = vec![0u32; periods.iter().max().map_or(0, |&longest| longest as usize + 1)];
+    for &period in periods {
         rows[period as usize] = 1;
     }
     let distinct: Vec<u32> = (0..rows.len() as u32).filter(|&p| rows[p as usize] == 1).collect();
     for (i, &period) in distinct.iter().enumerate() {
-        rows[period as usize] = i as u32;
+        rows[period as usize] = first + i as u32;
     }
     (distinct, rows)
 }
 
-/// Row numbers for distinct keys, in ascending order.
-fn rows_of<K: Ord + Copy>(keys: impl Iterator<Item = K>) -> (Vec<K>, BTreeMap<K, u32>) {
+/// Row numbers for distinct keys, in ascending order, counted from `first`.
+fn rows_of<K: Ord + Copy>(keys: impl Iterator<Item = K>, first: u32) -> (Vec<K>, BTreeMap<K, u32>) {
     let mut rows: BTreeMap<K, u32> = keys.map(|k| (k, 0)).collect();
     for (i, row) in rows.values_mut().enumerate() {
-        *row = i as u32;
+        *row = first + i as u32;
     }
     (rows.keys().copied().collect(), rows)
+}
+
+/// Words of a set, in the order that the kernels read.
+struct Words {
+    a: u32,
+    b: u32,
+    threshold_a: u32,
+    threshold_b: u32,
+    first: u32,
+    side: u32,
 }
 
 impl Machine {
@@ -339,98 +373,147 @@ impl Machine {
             let got = parameters.iter().map(|p| format!("{} [{}]", p.0, p.1.len())).collect::<Vec<_>>().join(", ");
             return Err(Error::Shape { op: OP, arg: "parameters".into(), expected: "equal lengths S ≥ 1".into(), got });
         }
+        let optional = |name: &'static str| parameters.iter().find(|p| p.0 == name).map(|p| Column { name, values: p.1 });
         let column = |name: &'static str| {
-            let found = parameters.iter().find(|p| p.0 == name).map(|p| Column { name, values: p.1 });
-            found.ok_or_else(|| Error::Shape { op: OP, arg: "parameters".into(), expected: format!("'{name}' for {}", strategy.name()), got: "none".into() })
+            optional(name).ok_or_else(|| Error::Shape {
+                op: OP,
+                arg: "parameters".into(),
+                expected: format!("'{name}' for {}", strategy.name()),
+                got: "none".into(),
+            })
         };
-        let sets = 0..count;
-        let mut words = vec![0u32; count * SET_WORDS];
-        let mut put = |set: usize, values: [u32; SET_WORDS]| words[set * SET_WORDS..(set + 1) * SET_WORDS].copy_from_slice(&values);
-        let (mut mode, mut mask, mut heaviest) = (BAND, u32::MAX, 1.0f64);
+        let far = NO_STOP.to_bits();
+        // Neither sized nor stopped, as the padding of the last tile stays.
+        let mut words = [0, 0, 0, 0, 0, LONG, 0, 0, OFF, far, far, far, OFF, 0, 0, 0].repeat(count.next_multiple_of(TILE));
+        let mut put = |set: usize, w: Words| {
+            words[set * SET_WORDS..][..6].copy_from_slice(&[w.a, w.b, w.threshold_a, w.threshold_b, w.first, w.side]);
+        };
+        let plain = Words { a: 0, b: 0, threshold_a: 0, threshold_b: 0, first: 0, side: LONG };
+        let (mut mode, mut mask) = (BAND, u32::MAX);
         let table = match strategy {
             Strategy::SmaCross | Strategy::EmaCross => {
                 mode = CROSS;
-                let (fast, slow) = (column("fast")?, column("slow")?);
-                let short = column("short").ok();
-                let mut spans = Vec::with_capacity(count);
-                for s in sets.clone() {
-                    spans.push((fast.whole(s, 1)?, slow.whole(s, 1)?));
-                }
-                let (periods, rows) = rows_of_periods(spans.iter().flat_map(|&(f, s)| [f, s]));
-                for (s, &(f, l)) in spans.iter().enumerate() {
-                    let short = match &short {
-                        Some(c) => c.real(s, |x| x == 0.0 || x == 1.0, "give 0 (long only) or 1 (long and short)")? as u32,
-                        None => 0,
+                let (fast, slow) = (column("fast")?.wholes(1)?, column("slow")?.wholes(1)?);
+                let short = optional("short");
+                // Rows of the fast averages first: neighbouring sets then read neighbouring rows.
+                let (mut periods, fast_rows) = rows_of_periods(&fast, 0);
+                let (slow_periods, slow_rows) = rows_of_periods(&slow, periods.len() as u32);
+                periods.extend(slow_periods);
+                for (set, (&f, &s)) in fast.iter().zip(&slow).enumerate() {
+                    let side = match &short {
+                        Some(c) => c.real(set, |x| x == 0.0 || x == 1.0, "give 0 (long only) or 1 (long and short)")? as u32,
+                        None => LONG,
                     };
-                    put(s, [rows[f as usize], rows[l as usize], 0, 0, f.max(l) - 1, short, 0, 0]);
+                    put(set, Words { a: fast_rows[f as usize], b: slow_rows[s as usize], first: f.max(s) - 1, side, ..plain });
                 }
                 if strategy == Strategy::SmaCross { Table::Sma(periods) } else { Table::Ema(periods.into_iter().map(|p| (p, 0)).collect()) }
             }
             Strategy::Macd => {
                 mode = CROSS;
-                let (fast, slow, signal) = (column("fast")?, column("slow")?, column("signal")?);
-                let mut spans = Vec::with_capacity(count);
-                for s in sets.clone() {
-                    spans.push((fast.whole(s, 1)?, slow.whole(s, 1)?, signal.whole(s, 1)?));
+                let (fast, slow, signal) = (column("fast")?.wholes(1)?, column("slow")?.wholes(1)?, column("signal")?.wholes(1)?);
+                // Ordered by signal span: neighbouring sets differ in the fast span.
+                let by_signal = |spans: &[u32], first: usize| rows_of(signal.iter().copied().zip(spans.iter().copied()), first as u32);
+                let (mut pairs, fast_rows) = by_signal(&fast, 0);
+                let (slow_pairs, slow_rows) = by_signal(&slow, pairs.len());
+                pairs.extend(slow_pairs);
+                for (set, ((&f, &s), &g)) in fast.iter().zip(&slow).zip(&signal).enumerate() {
+                    put(set, Words { a: fast_rows[&(g, f)], b: slow_rows[&(g, s)], first: f.max(s) + g - 2, ..plain });
                 }
-                let (pairs, rows) = rows_of(spans.iter().flat_map(|&(f, s, g)| [(f, g), (s, g)]));
-                for (s, &(f, l, g)) in spans.iter().enumerate() {
-                    put(s, [rows[&(f, g)], rows[&(l, g)], 0, 0, f.max(l) + g - 2, 0, 0, 0]);
-                }
-                Table::Ema(pairs)
+                Table::Ema(pairs.into_iter().map(|(g, n)| (n, g)).collect())
             }
             Strategy::RsiReversion => {
-                let (period, low, high) = (column("period")?, column("low")?, column("high")?);
-                let (periods, rows) = rows_of(sets.clone().map(|s| period.whole(s, 1)).collect::<Result<Vec<_>>>()?.into_iter());
-                for s in sets.clone() {
-                    let percent = |c: &Column<'_>| c.real(s, |x| (0.0..=100.0).contains(&x), "give a number from 0 to 100");
+                let (period, low, high) = (column("period")?.wholes(1)?, column("low")?, column("high")?);
+                let (periods, rows) = rows_of_periods(&period, 0);
+                for (set, &n) in period.iter().enumerate() {
+                    let percent = |c: &Column<'_>| c.real(set, |x| (0.0..=100.0).contains(&x), "give a number from 0 to 100");
                     let level = |x: f32| f64::from(x) / 100.0 * 2f64.powi(31);
                     // Keys are truncated: a ratio exactly on its threshold has the threshold's key, and is beyond neither.
                     let (enter, leave) = (level(percent(&low)?).floor() as u32, level(percent(&high)?).floor() as u32);
-                    let row = rows[&period.whole(s, 1)?];
-                    put(s, [row, row, !enter, leave, period.whole(s, 1)?, 0, 0, 0]);
+                    let row = rows[n as usize];
+                    put(set, Words { a: row, b: row, threshold_a: !enter, threshold_b: leave, first: n, ..plain });
                 }
                 Table::Rsi(periods)
             }
             Strategy::BollingerReversion => {
-                let (period, width) = (column("period")?, column("width")?);
-                let (periods, rows) = rows_of(sets.clone().map(|s| period.whole(s, 1)).collect::<Result<Vec<_>>>()?.into_iter());
-                for s in sets.clone() {
-                    let w = f64::from(width.real(s, |x| x >= 0.0, "give a number of deviations, 0 or more")?);
-                    let row = rows[&period.whole(s, 1)?];
-                    put(s, [row, row, !ratio_key_of(w * w, w > 0.0), KEY_ZERO, period.whole(s, 1)? - 1, 0, 0, 0]);
+                let (period, width) = (column("period")?.wholes(1)?, column("width")?);
+                let (periods, rows) = rows_of_periods(&period, 0);
+                for (set, &n) in period.iter().enumerate() {
+                    let w = f64::from(width.real(set, |x| x >= 0.0, "give a number of deviations, 0 or more")?);
+                    let row = rows[n as usize];
+                    put(set, Words { a: row, b: row, threshold_a: !ratio_key_of(w * w, w > 0.0), threshold_b: KEY_ZERO, first: n - 1, ..plain });
                 }
                 Table::Bollinger(periods)
             }
             Strategy::DonchianBreakout => {
                 mask = 0;
-                let (entry, exit) = (column("entry")?, column("exit")?);
-                let mut cap = 1;
-                for s in sets.clone() {
-                    let (e, x) = (entry.whole(s, 1)?, exit.whole(s, 1)?);
-                    cap = cap.max(e).max(x);
-                    put(s, [0, 1, e - 1, x - 1, 0, 0, 0, 0]);
+                let (entry, exit) = (column("entry")?.wholes(1)?, column("exit")?.wholes(1)?);
+                for (set, (&e, &x)) in entry.iter().zip(&exit).enumerate() {
+                    put(set, Words { a: 0, b: 1, threshold_a: e - 1, threshold_b: x - 1, ..plain });
                 }
-                Table::Donchian(cap)
+                Table::Donchian(entry.iter().chain(&exit).copied().max().unwrap_or(1))
             }
             Strategy::TsMomentum => {
                 mode = MOMENTUM;
-                let (lookback, window, target, leverage) = (column("lookback")?, column("vol_window")?, column("target_vol")?, column("max_leverage")?);
-                let (windows, rows) = rows_of(sets.clone().map(|s| window.whole(s, 2)).collect::<Result<Vec<_>>>()?.into_iter());
-                heaviest = 0.0;
-                for s in sets.clone() {
-                    let (l, w) = (lookback.whole(s, 1)?, window.whole(s, 2)?);
-                    let positive = "give a positive number";
-                    let (v, m) = (target.real(s, |x| x > 0.0, positive)?, leverage.real(s, |x| x > 0.0, positive)?);
-                    heaviest = heaviest.max(f64::from(m));
-                    put(s, [rows[&w], l, 0, 0, l.max(w), 0, v.to_bits(), m.to_bits()]);
+                let lookback = column("lookback")?.wholes(1)?;
+                for name in ["vol_window", "target_vol", "max_leverage"] {
+                    column(name)?;
                 }
-                Table::Volatility(windows)
+                for (set, &l) in lookback.iter().enumerate() {
+                    put(set, Words { b: l, first: l, side: BOTH, ..plain });
+                }
+                Table::None
             }
         };
-        words.resize(count.next_multiple_of(TILE) * SET_WORDS, 0);
-        Ok(Machine { mode, mask, table, words, heaviest, count })
+        let (volatility, heaviest) = overlays(strategy, &optional, count, &mut words)?;
+        let sets = words.chunks_exact(SET_WORDS).take(count);
+        let general = mode == MOMENTUM || sets.clone().any(|w| w[5] != LONG || w[8] != OFF || w[12] != OFF || w[9..12].iter().any(|&x| x != far));
+        Ok(Machine { mode, mask, table, volatility, words, heaviest, general, count })
     }
+}
+
+/// Sides, stops and sizes into the words; returns the windows of the volatility table and the heaviest weight.
+fn overlays<'a>(strategy: Strategy, optional: &dyn Fn(&'static str) -> Option<Column<'a>>, count: usize, words: &mut [u32]) -> Result<(Vec<u32>, f64)> {
+    if let Some(side) = optional("side") {
+        for set in 0..count {
+            let x = side.real(set, |x| x == 1.0 || x == 0.0 || x == -1.0, "give 1 (long), 0 (long and short) or -1 (short)")?;
+            words[set * SET_WORDS + 5] = if x > 0.0 { LONG } else if x < 0.0 { SHORT } else { BOTH };
+        }
+    }
+    for (name, word) in [("stop_loss", 9), ("take_profit", 10), ("trailing_stop", 11)] {
+        if let Some(stop) = optional(name) {
+            for set in 0..count {
+                let x = stop.real(set, |x| (0.0..1e6).contains(&x), "give a fraction of the price such as 0.05, or 0 for none")?;
+                words[set * SET_WORDS + word] = if x > 0.0 { x } else { NO_STOP }.to_bits();
+            }
+        }
+    }
+    if let Some(holding) = optional("max_holding") {
+        for set in 0..count {
+            let n = holding.whole(set, 0)?;
+            words[set * SET_WORDS + 12] = if n > 0 { n } else { OFF };
+        }
+    }
+    let Some(target) = optional("target_vol") else { return Ok((Vec::new(), 1.0)) };
+    let needed = |name: &'static str| {
+        optional(name).ok_or_else(|| Error::Shape { op: OP, arg: "parameters".into(), expected: format!("'{name}' beside 'target_vol'"), got: "none".into() })
+    };
+    let (window, leverage) = (needed("vol_window")?, needed("max_leverage")?);
+    let (windows, rows) = rows_of_periods(&window.wholes(2)?, 0);
+    let least = if strategy == Strategy::TsMomentum { f32::MIN_POSITIVE } else { 0.0 };
+    let help = if strategy == Strategy::TsMomentum { "give a positive number" } else { "give a positive number, or 0 for no target" };
+    let mut heaviest = 0.0f64;
+    for set in 0..count {
+        let (v, m) = (target.real(set, |x| x >= least, help)?, leverage.real(set, |x| x > 0.0, "give a positive number")?);
+        if v > 0.0 {
+            let n = window.whole(set, 2)?;
+            words[set * SET_WORDS + 6] = v.to_bits();
+            words[set * SET_WORDS + 7] = m.to_bits();
+            words[set * SET_WORDS + 8] = rows[n as usize];
+            words[set * SET_WORDS + 4] = words[set * SET_WORDS + 4].max(n);
+        }
+        heaviest = heaviest.max(if v > 0.0 { f64::from(m) } else { 1.0 });
+    }
+    Ok((windows, heaviest))
 }
 
 // ---- the run ----------------------------------------------------------------------------------------------------------
@@ -649,14 +732,15 @@ impl<'a> Job<'a> {
     fn plan(&self) -> Result<Plan> {
         let (n, t, limits) = (self.sweep.assets, self.t as u64, self.device.limits());
         let tiles = self.machine.count.div_ceil(TILE) as u64;
-        let per_asset = (t * self.machine.table.rows() as u64).max(4 * (t + 1));
+        let rows = self.machine.table.rows().max(self.machine.volatility.len()) as u64;
+        let per_asset = (t * rows).max(4 * (t + 1));
         let prefix = (self.edges.len() * 4 * TILE).max(STATS * TILE) as u64;
         let scores = if self.sweep.scores { 2 * self.sweep.windows.len() * TILE } else { 0 } as u64;
         let tile_elements = prefix.max(scores);
-        let work = 13 * TILE as u64 * t;
+        let work = if self.machine.general { 40 } else { 13 } * TILE as u64 * t;
         // Workgroups of an asset's largest table, and of its windows.
         let windows = self.sweep.windows.len() as u64;
-        let asset_groups = (t * self.machine.table.rows() as u64).div_ceil(u64::from(indicators::INDICATOR_SMA.workgroup)).max(windows);
+        let asset_groups = (t * rows).div_ceil(u64::from(indicators::INDICATOR_SMA.workgroup)).max(windows);
         // Sequential loops: bars and their blocks in the simulation; sets, and assets where pooled, in the selection.
         let edges = self.edges.len() as u64;
         // A block counts for up to ten: compilers turn its branches into loops (llvmpipe was right at 53,790 bars, wrong at 61,977).
@@ -701,17 +785,25 @@ impl<'a> Job<'a> {
     fn tables(&mut self, assets: Range<usize>) -> Result<Tables> {
         let (device, t, n, a) = (self.device, self.t, self.sweep.assets, assets.len());
         let close = self.sweep.close;
-        let mut columns = Vec::with_capacity(a * t);
+        let mut columns = Vec::with_capacity(2 * a * t);
         for asset in assets.clone() {
             columns.extend((0..t).map(|j| close[j * n + asset]));
         }
-        let exponents: Vec<u32> = columns.chunks_exact(t).map(|c| exponent(c.iter().copied().fold(0.0, f32::max))).collect();
+        // Fills at the next open; after the last bar there is only its close.
+        let fills = self.sweep.open.filter(|_| self.sweep.execution == Execution::NextOpen);
+        for asset in assets.clone() {
+            match fills {
+                Some(open) => columns.extend((1..t).map(|j| open[j * n + asset]).chain([close[(t - 1) * n + asset]])),
+                None => columns.extend((0..t).map(|j| close[j * n + asset])),
+            }
+        }
+        let exponents: Vec<u32> = columns[..a * t].chunks_exact(t).map(|c| exponent(c.iter().copied().fold(0.0, f32::max))).collect();
         let (price, exponents) = (device.upload("price", &columns)?, device.upload_u32("exponents", &exponents)?);
         let returns = device.zeros("returns", (a * (t - 1)) as u64)?;
         let rows = self.machine.table.rows();
         let words = (a * t * rows) as u64;
         let (bits, extra) = match &self.machine.table {
-            Table::Sma(periods) => (sum_bits(periods.last().copied().unwrap_or(1)), 1),
+            Table::Sma(periods) => (sum_bits(periods.iter().copied().max().unwrap_or(1)), 1),
             Table::Bollinger(periods) => (bollinger_bits(periods.last().copied().unwrap_or(1)), 3),
             Table::Donchian(cap) => (PRICE_BITS, *cap),
             _ => (PRICE_BITS, 0),
@@ -723,13 +815,21 @@ impl<'a> Job<'a> {
         let squares = device.zeros_u32("squares", prefix_words(params.extra & 2 != 0))?;
         let pass = &mut self.pending.pass;
         let view = View::from;
+        let closes = price.view(0..(a * t) as u64);
         pass.launch(&indicators::PRICE_SUMS, &params, &[view(&price), view(&exponents), view(&returns), view(&sums), view(&squares)])?;
 
-        let volatility_table = matches!(self.machine.table, Table::Volatility(_));
-        let keys = device.zeros_u32("keys", if volatility_table { 4 } else { words })?;
-        let inverse_volatility = device.zeros("inverse_volatility", if volatility_table { words } else { 4 })?;
-        self.pending.bytes += 4 * words;
-        let [p, e, k] = [view(&price), view(&exponents), view(&keys)];
+        let windows = &self.machine.volatility;
+        let keys = device.zeros_u32("keys", words.max(4))?;
+        let inverse_volatility = device.zeros("inverse_volatility", ((a * t * windows.len()) as u64).max(4))?;
+        self.pending.bytes += 4 * (words + inverse_volatility.len());
+        if !windows.is_empty() {
+            let bits = log_bits(windows.last().copied().unwrap_or(1));
+            let own = IndicatorParams { bits, rows: windows.len() as u32, ..params };
+            let logs = device.upload_u32("logs", &log_prices(&columns[..a * t], t, bits)?)?;
+            let windows = device.upload_u32("periods", windows)?;
+            pass.launch(&indicators::INDICATOR_VOLATILITY, &own, &[View::from(&logs), View::from(&windows), View::from(&inverse_volatility)])?;
+        }
+        let [p, e, k] = [closes.clone(), view(&exponents), view(&keys)];
         match &self.machine.table {
             Table::Sma(periods) => {
                 let periods = device.upload_u32("periods", periods)?;
@@ -751,13 +851,7 @@ impl<'a> Job<'a> {
                 pass.launch(&indicators::INDICATOR_BOLLINGER, &params, &[p, e, view(&sums), view(&squares), view(&periods), k])?;
             }
             Table::Donchian(_) => pass.launch(&indicators::INDICATOR_DONCHIAN, &IndicatorParams { extra, ..params }, &[p, k])?,
-            Table::Volatility(windows) => {
-                let bits = log_bits(windows.last().copied().unwrap_or(1));
-                let logs = device.upload_u32("logs", &log_prices(&columns, t, bits)?)?;
-                let windows = device.upload_u32("periods", windows)?;
-                let params = IndicatorParams { bits, ..params };
-                pass.launch(&indicators::INDICATOR_VOLATILITY, &params, &[view(&logs), view(&windows), view(&inverse_volatility)])?;
-            }
+            Table::None => {}
         }
         Ok(Tables { assets, price, returns, keys, inverse_volatility })
     }
@@ -779,6 +873,8 @@ impl<'a> Job<'a> {
             cost_low: (fraction - f64::from(fraction as f32)) as f32,
             per_asset: 0,
             stitched: self.stitched as u32,
+            volatility_rows: self.machine.volatility.len() as u32,
+            general: u32::from(self.machine.general),
         }
     }
 
@@ -861,7 +957,7 @@ impl<'a> Job<'a> {
     fn stitch(&mut self, tables: &Tables, cost: usize, choice: &Choice, pooled: bool) -> Result<()> {
         let (device, a, w) = (self.device, tables.assets.len(), self.sweep.windows.len());
         let windows = device.upload_u32("stitched windows", &self.stitch)?;
-        let (net, activity) = (device.zeros("net", (a * self.stitched) as u64)?, device.zeros("activity", (2 * a * w) as u64)?);
+        let (net, activity) = (device.zeros("net", (2 * a * self.stitched) as u64)?, device.zeros("activity", (2 * a * w) as u64)?);
         let params = BacktestParams { tiles: w as u32, per_asset: u32::from(!pooled), ..self.backtest_params(tables, cost) };
         let view = View::from;
         let args = [
@@ -914,12 +1010,16 @@ impl<'a> Job<'a> {
             let (slots, first) = if pooled { (1, 0) } else { (n, assets.start) };
             slot.best.resize(slots * w, 0);
             slot.stitched.resize(n * k, 0.0);
+            slot.weights.resize(n * k, 0.0);
             slot.turnover.resize(n * w, 0.0);
             slot.trades.resize(n * w, 0);
             for (i, pair) in done.u32(best)?.chunks_exact(2).enumerate() {
                 slot.best[first * w + i] = pair[1];
             }
-            slot.stitched[assets.start * k..assets.end * k].copy_from_slice(&done.f32(net)?);
+            let net = done.f32(net)?;
+            let (returns, weights) = net.split_at(net.len() / 2);
+            slot.stitched[assets.start * k..assets.end * k].copy_from_slice(returns);
+            slot.weights[assets.start * k..assets.end * k].copy_from_slice(weights);
             for (i, pair) in done.f64(activity)?.chunks_exact(2).enumerate() {
                 slot.turnover[assets.start * w + i] = pair[0];
                 slot.trades[assets.start * w + i] = pair[1] as u64;
@@ -1003,6 +1103,7 @@ pub(crate) fn verify(device: &Device, case: &Case) -> Result<Outputs> {
         if case.has("windows") { case.u32("windows")?.chunks_exact(4).map(|w| [w[0], w[1], w[2], w[3]]).collect() } else { Vec::new() };
     let sweep = Sweep {
         close: case.f32("close")?,
+        open: None,
         assets,
         strategy: Strategy::named(case.text("strategy")?)?,
         parameters: &parameters,

@@ -10,7 +10,7 @@
 //! * `indicator_volatility`: 1/(√252·sd) of the last n log returns (n−1), a real number that is rounded once, so that weights are the
 //!   same on every device; 1e30 where sd = 0.
 //!
-//! Shapes   price [A,T]; returns [A,T−1]; exponents [A]: biased exponent of each asset's highest price; sums, squares [A,T+1,4]:
+//! Shapes   price [A,T], for `price_sums` [2,A,T], closes then fills; returns [A,T−1] between fills; exponents [A]: biased exponent of each asset's highest price; sums, squares [A,T+1,4]:
 //!          128-bit prefix sums of prices and of their squares; keys, inverse_volatility [A,T,rows]; logs [A,T,2]: ln of the
 //!          price as 64-bit fixed-point with `bits` fractional bits. Bars before a row's
 //!          first value hold 0 (RSI: one half) and are not to be used.
@@ -186,8 +186,9 @@ fn price_sums_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
     let t = p.t as usize;
     for a in 0..p.a as usize {
         let x = &price[a * t..(a + 1) * t];
+        let fill = &price[(p.a as usize + a) * t..][..t];
         for j in 0..t - 1 {
-            returns[a * (t - 1) + j] = (x[j + 1] - x[j]) / x[j];
+            returns[a * (t - 1) + j] = (fill[j + 1] - fill[j]) / fill[j];
         }
         let (mut sum, mut square) = (0u128, 0u128);
         for j in 0..=t {

@@ -237,9 +237,9 @@ pub fn normal_cdf(x: f64) -> f64 {
 
 /// Records the statistics of `returns` [N,T]; finish the result with [`finish`].
 /// # Errors
-/// `Shape` if the buffer is not [N,T] or T is zero; `TooLarge` if one series exceeds a binding.
+/// `Shape` if the buffer holds fewer than N·T values or T is zero; `TooLarge` if one series exceeds a binding.
 pub fn performance(pass: &mut Pass, returns: &Buffer, n: u64, t: u64) -> Result<Buffer> {
-    if t == 0 || returns.len() != n * t {
+    if t == 0 || returns.len() < n * t {
         let got = format!("{} values for N = {n}, T = {t}", returns.len());
         return Err(Error::Shape { op: "performance", arg: "returns".into(), expected: "[N,T] with T ≥ 1".into(), got });
     }

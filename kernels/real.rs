@@ -43,6 +43,8 @@ pub trait Real:
     fn ln_1p(self) -> Self;
     /// Absolute value.
     fn abs(self) -> Self;
+    /// self·b + c: rounded once in f32, so that all f32 columns agree; f64 may round twice.
+    fn mul_add(self, b: Self, c: Self) -> Self;
     /// The smaller of two.
     fn min(self, other: Self) -> Self;
     /// The larger of two.
@@ -50,7 +52,7 @@ pub trait Real:
 }
 
 macro_rules! real {
-    ($ty:ty) => {
+    ($ty:ty, $mul_add:expr) => {
         impl Real for $ty {
             const DIGITS: u32 = <$ty>::MANTISSA_DIGITS;
             const ZERO: Self = 0.0;
@@ -76,6 +78,10 @@ macro_rules! real {
             fn abs(self) -> Self {
                 self.abs()
             }
+            fn mul_add(self, b: Self, c: Self) -> Self {
+                let mul_add: fn(Self, Self, Self) -> Self = $mul_add;
+                mul_add(self, b, c)
+            }
             fn min(self, other: Self) -> Self {
                 self.min(other)
             }
@@ -85,5 +91,6 @@ macro_rules! real {
         }
     };
 }
-real!(f32);
-real!(f64);
+real!(f32, f32::mul_add);
+// Without the instruction, f64's fused multiply-add is a slow call.
+real!(f64, |a, b, c| a * b + c);

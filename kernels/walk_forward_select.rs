@@ -6,7 +6,7 @@
 //! same sums. Pooled selection takes the bars of all assets as one sample.
 //!
 //! Shapes   prefix [A,tiles,E,4,TILE]; spans [W,4]: first and last edge, bars, 0; for `walk_forward_scores` [W,2,4] train then test;
-//!          sets [tiles·TILE, 8]; best [slots,W,2] (key, index) and chosen [slots,W,8] carry over between chunks of sets;
+//!          sets [tiles·TILE, 16]; best [slots,W,2] (key, index) and chosen [slots,W,16] carry over between chunks of sets;
 //!          scores [A,W,2,tiles·TILE] per-bar Sharpe ratios, train then test.
 //! Launch   `walk_forward_select`: one workgroup per (slot, window), threads stride over sets, tree of (key, index).
 //!          `walk_forward_scores`: one thread per (asset, window, set), only when asked for.

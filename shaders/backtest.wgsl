@@ -17,6 +17,8 @@ struct BacktestParams {
     cost_low: f32,
     per_asset: u32,
     stitched: u32,
+    volatility_rows: u32,
+    general: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: BacktestParams;
@@ -27,13 +29,14 @@ struct BacktestParams {
 @group(0) @binding(5) var<storage, read> sets: array<u32>;
 
 override WG: u32 = 64u;
-const SET_WORDS: u32 = 8u;
+const SET_WORDS: u32 = 16u;
 const STATS: u32 = 5u;
 const BLOCK: u32 = 64u;
 const SCALE_BIAS: i32 = 512;
 const CROSS: u32 = 0u;
 const BAND: u32 = 1u;
 const MOMENTUM: u32 = 2u;
+const OFF: u32 = 0xffffffffu;
 
 struct ParameterSet {
     a: u32,
@@ -41,56 +44,116 @@ struct ParameterSet {
     threshold_a: u32,
     threshold_b: u32,
     first: u32,
-    short: f32,
+    up: f32,
+    down: f32,
     target_size: f32,
     leverage: f32,
+    volatility_row: u32,
+    stop_loss: f32,
+    take_profit: f32,
+    trailing_stop: f32,
+    max_holding: u32,
 }
 
 fn load_set(index: u32) -> ParameterSet {
     let at = index * SET_WORDS;
+    let side = sets[at + 5u];
     return ParameterSet(
         sets[at],
         sets[at + 1u],
         sets[at + 2u],
         sets[at + 3u],
         sets[at + 4u],
-        select(0.0, -1.0, sets[at + 5u] == 1u),
+        select(1.0, 0.0, side == 2u),
+        select(-1.0, 0.0, side == 0u),
         bitcast<f32>(sets[at + 6u]),
         bitcast<f32>(sets[at + 7u]),
+        sets[at + 8u],
+        bitcast<f32>(sets[at + 9u]),
+        bitcast<f32>(sets[at + 10u]),
+        bitcast<f32>(sets[at + 11u]),
+        sets[at + 12u],
     );
 }
 
-// The positions decided at a bar, without branches: `row` is the bar's first key, `at` the bar of its asset, `legal` whether the set has
-// had its warm-up.
-
-fn cross(s: ParameterSet, row: u32, legal: bool) -> f32 {
-    return select(0.0, select(s.short, 1.0, keys[row + s.a] > keys[row + s.b]), legal);
+// A position: the machine's direction, the one held after stops, the one that was stopped, the fill of the entry, the best close since,
+// bars held, and the weight.
+struct Position {
+    signal: f32,
+    held: f32,
+    blocked: f32,
+    entry: f32,
+    best: f32,
+    age: u32,
+    weight: f32,
 }
 
-fn band(s: ParameterSet, row: u32, legal: bool, before: f32) -> f32 {
-    let enters = legal && (keys[row + s.a] ^ params.mask) > s.threshold_a;
-    let stays = keys[row + s.b] <= s.threshold_b;
-    return select(0.0, 1.0, select(stays, enters, before == 0.0));
+fn flat() -> Position {
+    return Position(0.0, 0.0, 0.0, 0.0, 0.0, 0u, 0.0);
 }
 
-fn momentum(s: ParameterSet, row: u32, at: u32, t: u32, legal: bool) -> f32 {
-    let now = price[at];
-    let then = price[at - min(t, s.b)];
-    let size = select(0.0, min(s.target_size * inverse_volatility[row + s.a], s.leverage), legal);
-    return select(select(0.0, -size, now < then), size, now > then);
+// The machine's direction at bar t, from the one before: no branches, and nothing is read before bar 0.
+fn direction(mode: u32, s: ParameterSet, a: u32, t: u32, legal: bool, before: f32) -> f32 {
+    let at = a * params.t + t;
+    let row = at * params.rows;
+    var next = 0.0;
+    switch mode {
+        case CROSS: { next = select(s.down, s.up, keys[row + s.a] > keys[row + s.b]); }
+        case BAND: {
+            let enters = (keys[row + s.a] ^ params.mask) > s.threshold_a;
+            let leaves = keys[row + s.b] > s.threshold_b;
+            next = select(select(before, s.down, leaves), s.up, enters && before <= 0.0);
+        }
+        default: {
+            let now = price[at];
+            let then = price[at - min(t, s.b)];
+            next = select(select(0.0, s.down, now < then), s.up, now > then);
+        }
+    }
+    return select(0.0, next, legal);
+}
+
+// The price level at a signed distance from another, for a position of this side.
+fn side_level(held: f32, from_price: f32, distance: f32) -> f32 {
+    return held * (from_price * (1.0 + held * distance));
+}
+
+// The direction after stops.
+fn stopped(s: ParameterSet, close: f32, fill: f32, before: Position) -> Position {
+    var x = before;
+    x.age += 1u;
+    x.best = select(min(x.best, close), max(x.best, close), x.held > 0.0);
+    let side = x.held * close;
+    let stop = side <= side_level(x.held, x.entry, -s.stop_loss) || side >= side_level(x.held, x.entry, s.take_profit)
+        || side <= side_level(x.held, x.best, -s.trailing_stop) || x.age >= s.max_holding;
+    x.blocked = select(x.blocked, x.held, stop && x.held != 0.0);
+    x.blocked = select(x.blocked, 0.0, x.signal != x.blocked);
+    let wanted = select(0.0, x.signal, x.blocked == 0.0);
+    let enters = wanted != x.held && wanted != 0.0;
+    x.entry = select(x.entry, fill, enters);
+    x.best = select(x.best, fill, enters);
+    x.age = select(x.age, 0u, enters);
+    x.held = wanted;
+    return x;
+}
+
+fn size_at(s: ParameterSet, a: u32, t: u32) -> f32 {
+    if s.volatility_row == OFF {
+        return 1.0;
+    }
+    return min(s.target_size * inverse_volatility[(a * params.t + t) * params.volatility_rows + s.volatility_row], s.leverage);
 }
 
 // The position that is held over bar j of asset a, from the one before.
-fn decide(mode: u32, s: ParameterSet, a: u32, j: u32, before: f32) -> f32 {
+fn decide(mode: u32, s: ParameterSet, a: u32, j: u32, before: Position) -> Position {
+    var x = before;
     let t = max(j, params.lag) - params.lag;
-    let legal = j >= params.lag && t >= s.first;
-    let at = a * params.t + t;
-    let row = at * params.rows;
-    switch mode {
-        case CROSS: { return cross(s, row, legal); }
-        case BAND: { return band(s, row, legal, before); }
-        default: { return momentum(s, row, at, t, legal); }
+    x.signal = direction(mode, s, a, t, j >= params.lag && t >= s.first, x.signal);
+    if j >= params.start {
+        x = stopped(s, price[a * params.t + t], price[(params.a + a) * params.t + j], x);
+        x.weight = x.held * size_at(s, a, t);
     }
+    return x;
 }
 
 // ---- sweep --------------------------------------------------------------------------------------------------------
@@ -101,8 +164,7 @@ fn decide(mode: u32, s: ParameterSet, a: u32, j: u32, before: f32) -> f32 {
 
 // One simulation: what lasts, then the plain sums of a block.
 struct Run {
-    position: f32,
-    weight: f32,
+    position: Position,
     level: f32,
     lowest: f32,
     trades: f32,
@@ -112,24 +174,44 @@ struct Run {
     turnover: f32,
 }
 
-// Bars from_bar to to_bar: decide, pay, earn. Nothing is held before bar `start`.
+fn earn(run_in: Run, net: f32, traded: f32) -> Run {
+    var run = run_in;
+    run.turnover += traded;
+    run.sum += net;
+    run.square = fma(net, net, run.square);
+    run.growth = fma(run.growth, net, run.growth);
+    run.level = min(fma(run.level, net, run.level), 1.0);
+    run.lowest = min(run.lowest, run.level);
+    return run;
+}
+
+// Bars from_bar to to_bar of a set that is long or flat, without sizes and stops. Nothing is held before bar `start`.
+fn simulate_plain(mode: u32, s: ParameterSet, a: u32, from_bar: u32, to_bar: u32, run_in: Run) -> Run {
+    var run = run_in;
+    let earned = a * (params.t - 1u);
+    for (var j = from_bar; j < to_bar; j++) {
+        let t = max(j, params.lag) - params.lag;
+        run.position.signal = direction(mode, s, a, t, j >= params.lag && t >= s.first, run.position.signal);
+        let held = select(0.0, run.position.signal, j >= params.start);
+        let changed = held != run.position.weight;
+        run.position.weight = held;
+        let net = select(0.0, returns[earned + j], held > 0.0) - select(0.0, params.cost, changed);
+        run = earn(run, net, select(0.0, 1.0, changed));
+    }
+    run.trades += run.turnover;
+    return run;
+}
+
+// Bars from_bar to to_bar of any set.
 fn simulate(mode: u32, s: ParameterSet, a: u32, from_bar: u32, to_bar: u32, run_in: Run) -> Run {
     var run = run_in;
     let earned = a * (params.t - 1u);
     for (var j = from_bar; j < to_bar; j++) {
+        let before = run.position.weight;
         run.position = decide(mode, s, a, j, run.position);
-        let held = select(0.0, run.position, j >= params.start);
-        let traded = abs(held - run.weight);
-        let net = held * returns[earned + j] - params.cost * traded;
-        run.weight = held;
-        run.turnover += traded;
+        let traded = abs(run.position.weight - before);
         run.trades += select(0.0, 1.0, traded > 0.0);
-        run.sum += net;
-        run.square += net * net;
-        let factor = 1.0 + net;
-        run.growth *= factor;
-        run.level = min(run.level * factor, 1.0);
-        run.lowest = min(run.lowest, run.level);
+        run = earn(run, fma(run.position.weight, returns[earned + j], -(params.cost * traded)), traded);
     }
     return run;
 }
@@ -146,7 +228,7 @@ fn backtest_sweep(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups
     let scale = i32(plan[params.edges + a]) - SCALE_BIAS;
     let shift = i32(params.shift);
 
-    var run = Run(0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0);
+    var run = Run(flat(), 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0);
     var turnover = 0.0;
     var mantissa = 1.0;
     var exponent = 0;
@@ -161,9 +243,11 @@ fn backtest_sweep(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups
         while j < end {
             // a block of plain sums; the machine is chosen once per block
             let stop = min(end, j + BLOCK);
-            switch params.mode {
-                case CROSS: { run = simulate(CROSS, s, a, j, stop, run); }
-                case BAND: { run = simulate(BAND, s, a, j, stop, run); }
+            switch 2u * params.mode + params.general {
+                case 0u: { run = simulate_plain(CROSS, s, a, j, stop, run); }
+                case 1u: { run = simulate(CROSS, s, a, j, stop, run); }
+                case 2u: { run = simulate_plain(BAND, s, a, j, stop, run); }
+                case 3u: { run = simulate(BAND, s, a, j, stop, run); }
                 default: { run = simulate(MOMENTUM, s, a, j, stop, run); }
             }
             j = stop;
@@ -218,19 +302,18 @@ fn backtest_stitch(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroup
     let from_bar = windows[3u * window];
     let to_bar = windows[3u * window + 1u];
     let out = a * params.stitched + windows[3u * window + 2u];
-    var position = 0.0;
-    var weight = 0.0;
+    var position = flat();
     var turnover = 0.0;
     var trades = 0.0;
     for (var j = 0u; j < to_bar; j++) {
+        let before = position.weight;
         position = decide(params.mode, s, a, j, position);
-        let held = select(0.0, position, j >= params.start);
-        let traded = abs(held - weight);
-        weight = held;
+        let traded = abs(position.weight - before);
         if j >= from_bar {
             turnover += traded;
             trades += select(0.0, 1.0, traded > 0.0);
-            net[out + j - from_bar] = held * returns[a * (params.t - 1u) + j] - params.cost * traded;
+            net[out + j - from_bar] = fma(position.weight, returns[a * (params.t - 1u) + j], -(params.cost * traded));
+            net[params.a * params.stitched + out + j - from_bar] = position.weight;
         }
     }
     activity[2u * slot] = turnover;

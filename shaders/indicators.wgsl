@@ -56,7 +56,8 @@ fn price_sums(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) nw
     for (var j = first; j < last; j++) {
         let p = price[a * params.t + j];
         if j + 1u < params.t {
-            returns[a * (params.t - 1u) + j] = (price[a * params.t + j + 1u] - p) / p;
+            let at = (params.a + a) * params.t + j;
+            returns[a * (params.t - 1u) + j] = (price[at + 1u] - price[at]) / price[at];
         }
         let x = fixed_price(p, exponents[a], params.bits);
         sum = add128(sum, vec4<u32>(x, 0u, 0u));

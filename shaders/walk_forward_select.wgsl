@@ -19,7 +19,7 @@ struct SelectParams {
 
 override WG: u32 = 128u;
 const TILE: u32 = 64u;
-const SET_WORDS: u32 = 8u;
+const SET_WORDS: u32 = 16u;
 const NONE: u32 = 0xffffffffu;
 
 // Exact sum (xy) and sum of squares (zw) between two edges of one asset and set.

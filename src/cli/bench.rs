@@ -78,6 +78,7 @@ fn sweep_of(device: &Device, market: &Market, fast: &[f32], slow: &[f32], window
     let parameters = [("fast", fast), ("slow", slow)];
     let sweep = Sweep {
         close: &market.close,
+        open: None,
         assets: market.assets,
         strategy: Strategy::SmaCross,
         parameters: &parameters,

@@ -263,6 +263,7 @@ pub fn sweep(
     let columns: Vec<(&str, &[f32])> = sets.names.iter().copied().zip(sets.columns.iter().map(Vec::as_slice)).collect();
     let job = Sweep {
         close,
+        open: None,
         assets,
         strategy: Strategy::named(sets.strategy.name)?,
         parameters: &columns,

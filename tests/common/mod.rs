@@ -162,6 +162,7 @@ impl Case {
         let parameters: Vec<(&str, &[f32])> = self.parameters.iter().map(|(name, values)| (*name, &values[..])).collect();
         let sweep = Sweep {
             close: &self.close,
+            open: None,
             assets: self.assets,
             strategy: self.strategy,
             parameters: &parameters,
