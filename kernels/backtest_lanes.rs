@@ -3,14 +3,14 @@
 //!
 //! Layout   a job is one asset and a run of tiles. Time goes in blocks of 64 bars: all vectors of the job pass over one block while
 //!          its keys (64 × rows words) lie in the second-level cache.
-//! Plan     neighbouring sets mostly read neighbouring rows, or the same row: such vectors load or broadcast one row a bar straight from the
-//!          table; rows in any other order are packed once per block. Vectors that read alike run side by side, four of them with
-//!          32 registers, so that their chains of dependent instructions overlap.
+//! Plan     neighbouring sets mostly read neighbouring rows a and the same row b, or the same rows, or neighbouring rows both. Such runs are
+//!          cut into vectors, the last one overlapping the one before; sets in shorter runs are packed in any order. Vectors that read
+//!          the same rows a run side by side, up to four with 32 registers: a tile over (fast × slow), one load of a per bar.
 //! Machines directions 0 and 1 need no arithmetic: net = select(held, r) − select(changed, cost), 11 instructions a bar with mask registers.
 //!          Shorts, sizes and stops take the general path.
 //! Warm-up  bars before a vector's first legal one are not visited; those in which some lanes are legal and others are not are masked.
 
-use crate::backtest::{BAND, BLOCK, BacktestParams, CROSS, LONG, MOMENTUM, OFF, SCALE_BIAS, SET_WORDS, SHORT, STATS, TILE, sharpe_of};
+use crate::backtest::{BAND, BLOCK, BacktestParams, CROSS, LONG, MOMENTUM, NO_STOP, OFF, SCALE_BIAS, SET_WORDS, SHORT, STATS, TILE, sharpe_of};
 use crate::kernel::CpuLaunch;
 use crate::{Error, Result};
 use pulp::{Arch, Simd, WithSimd};
@@ -18,14 +18,11 @@ use rayon::prelude::*;
 use std::ops::Range;
 
 /// Most tiles of a job.
-const JOB_TILES: usize = 16;
-/// The same where windows make blocks short: their state then stays in the first-level cache.
-const WINDOWED_JOB_TILES: usize = 4;
+const JOB_TILES: usize = 32;
 /// Widest vector.
 const WIDEST: usize = 16;
 /// Most vectors side by side.
 const MOST: usize = 4;
-const IOTA: [u32; WIDEST] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
 /// Keys of one vector over a block.
 type Packed = [u32; BLOCK * WIDEST];
 
@@ -38,96 +35,138 @@ enum Rows {
     From(usize),
     /// All the same.
     Same(usize),
-    /// Two runs of either kind: the second begins at this lane.
-    Split(usize),
     /// Anywhere.
     Any,
 }
 
 impl Rows {
     fn of(rows: &[u32]) -> Rows {
-        let breaks = rows.windows(2).filter(|r| r[1] != r[0]).count();
-        let mut jumps = (1..rows.len()).filter(|&l| rows[l] != rows[l - 1] + 1);
-        match (breaks, jumps.next(), jumps.next()) {
-            (0, _, _) => Rows::Same(rows[0] as usize),
-            (_, None, _) => Rows::From(rows[0] as usize),
-            (1, _, _) => Rows::Split(rows.windows(2).position(|r| r[1] != r[0]).map_or(0, |l| l + 1)),
-            (_, Some(lane), None) => Rows::Split(lane),
+        let steps = |step: u32| rows.windows(2).all(|r| r[1] == r[0] + step);
+        match (steps(0), steps(1)) {
+            (true, _) => Rows::Same(rows[0] as usize),
+            (_, true) => Rows::From(rows[0] as usize),
             _ => Rows::Any,
         }
     }
 }
 
-/// How the hot loop reads its two keys.
-const LANES_LANES: u32 = 0;
-const LANES_SAME: u32 = 1;
-const SAME_SAME: u32 = 2;
+/// Vectors of a group share rows a; each has one row b for all its lanes.
+const SHARED_A: u32 = 0;
+/// Vectors of a group share rows a and rows b.
+const SHARED_AB: u32 = 1;
+/// Every vector reads its own rows.
+const OWN: u32 = 2;
 
 /// Up to MOST vectors that run side by side.
-#[derive(Clone)]
 struct Group {
-    reads: u32,
-    /// First set of each vector.
+    kind: u32,
+    vectors: usize,
+    /// First slot of each vector.
     at: [usize; MOST],
-    /// Where its state lies: a spare place for the vectors that only fill up the group.
-    state: [usize; MOST],
-    a: [Rows; MOST],
-    b: [Rows; MOST],
     /// First legal bars: of the earliest and of the latest lane.
     first: (usize, usize),
 }
 
-/// Groups the vectors of a job by how they read, as wide as the processor's.
+/// A job's sets in slots: vectors one after the other, some sets in two of them.
+#[derive(Default)]
+struct Slots {
+    /// Set of each slot.
+    order: Vec<u32>,
+    groups: Vec<Group>,
+    /// (first set, its slot, how many), within tiles: where each set's results are.
+    results: Vec<(usize, usize, usize)>,
+}
+
+impl Slots {
+    fn of(a: &[u32], b: &[u32], first: &[u32], lanes: usize, side_by_side: usize) -> Slots {
+        let mut slots = Slots::default();
+        // (kind, row a, row b, first slot)
+        let mut vectors: Vec<(u32, u32, u32, usize)> = Vec::new();
+        let mut rest: Vec<u32> = Vec::new();
+        let step = |i: usize| (a[i + 1].wrapping_sub(a[i]), b[i + 1].wrapping_sub(b[i]));
+        let mut from = 0;
+        while from < a.len() {
+            let mut to = from + 1;
+            let run = if to < a.len() { step(from) } else { (0, 0) };
+            while to < a.len() && matches!(run, (1, 0) | (0, 0) | (1, 1)) && step(to - 1) == run {
+                to += 1;
+            }
+            if to - from < lanes {
+                rest.extend(from as u32..to as u32);
+                from = to;
+                continue;
+            }
+            let (kind, row_b) = if run == (1, 0) { (SHARED_A, 0) } else { (SHARED_AB, 1) };
+            let mut done = from;
+            while done < to {
+                let start = done.min(to - lanes);
+                vectors.push((kind, a[start], row_b * b[start], slots.order.len()));
+                slots.result(done, slots.order.len() + done - start, start + lanes - done);
+                slots.order.extend(start as u32..(start + lanes) as u32);
+                done = start + lanes;
+            }
+            from = to;
+        }
+        for some in rest.chunks(lanes) {
+            vectors.push((OWN, 0, 0, slots.order.len()));
+            for (l, &set) in some.iter().enumerate() {
+                slots.result(set as usize, slots.order.len() + l, 1);
+            }
+            slots.order.extend((0..lanes).map(|l| some[l.min(some.len() - 1)]));
+        }
+        vectors.sort_unstable();
+        for same in vectors.chunk_by(|x, y| (x.0, x.1, x.2) == (y.0, y.1, y.2)) {
+            let mut left = same;
+            while !left.is_empty() {
+                let n = [4, 2, 1].into_iter().find(|&n| n <= left.len() && n <= side_by_side).unwrap_or(1);
+                let at: [usize; MOST] = std::array::from_fn(|v| left[v.min(n - 1)].3);
+                let lanes = at[..n].iter().flat_map(|&at| &slots.order[at..at + lanes]).map(|&set| first[set as usize] as usize);
+                let first = lanes.fold((usize::MAX, 0), |(low, high), f| (low.min(f), high.max(f)));
+                slots.groups.push(Group { kind: left[0].0, vectors: n, at, first });
+                left = &left[n..];
+            }
+        }
+        // Groups with the same rows b follow each other and share their tile.
+        let rows_b = |g: &Group| g.at.map(|at| b[slots.order[at] as usize]);
+        slots.groups.sort_by_cached_key(|g| (g.kind, g.vectors, rows_b(g)));
+        slots
+    }
+
+    /// Notes where the results of a run of sets are, cut at tiles.
+    fn result(&mut self, mut set: usize, mut slot: usize, mut n: usize) {
+        while n > 0 {
+            let some = n.min(TILE - set % TILE);
+            self.results.push((set, slot, some));
+            (set, slot, n) = (set + some, slot + some, n - some);
+        }
+    }
+}
+
+/// Puts sets into slots, as wide as the processor's vectors.
 struct Planner<'a> {
-    sets: &'a Sets,
+    a: &'a [u32],
+    b: &'a [u32],
+    first: &'a [u32],
     general: bool,
 }
 
 impl WithSimd for Planner<'_> {
-    type Output = Vec<Group>;
+    type Output = Slots;
 
-    fn with_simd<S: Simd>(self, _: S) -> Vec<Group> {
-        let (lanes, side_by_side) = (S::F32_LANES, if self.general { 1 } else { side_by_side::<S>() });
-        let sets = self.sets;
-        let mut kinds: [Vec<(usize, Rows, Rows)>; 3] = Default::default();
-        for at in (0..sets.len).step_by(lanes) {
-            let (a, b) = (Rows::of(&sets.a[at..at + lanes]), Rows::of(&sets.b[at..at + lanes]));
-            let reads = match (a, b) {
-                (Rows::Same(_), Rows::Same(_)) => SAME_SAME,
-                (_, Rows::Same(_)) => LANES_SAME,
-                _ => LANES_LANES,
-            };
-            kinds[reads as usize].push((at, a, b));
-        }
-        let mut groups = Vec::new();
-        for (reads, vectors) in kinds.iter().enumerate() {
-            for some in vectors.chunks(side_by_side) {
-                let vector = |v: usize| some[v.min(some.len() - 1)];
-                let first = some.iter().flat_map(|(at, ..)| &sets.first[*at..at + lanes]);
-                groups.push(Group {
-                    reads: reads as u32,
-                    at: std::array::from_fn(|v| vector(v).0),
-                    state: std::array::from_fn(|v| if v < some.len() { vector(v).0 } else { sets.len }),
-                    a: std::array::from_fn(|v| vector(v).1),
-                    b: std::array::from_fn(|v| vector(v).2),
-                    first: (first.clone().min().map_or(0, |&f| f as usize), first.max().map_or(0, |&f| f as usize)),
-                });
-            }
-        }
-        groups
+    fn with_simd<S: Simd>(self, _: S) -> Slots {
+        let side_by_side = match (self.general, S::F32_LANES == WIDEST) {
+            (true, _) => 1,
+            (false, true) => MOST,
+            (false, false) => 2,
+        };
+        Slots::of(self.a, self.b, self.first, S::F32_LANES, side_by_side)
     }
-}
-
-/// Vectors side by side that the registers hold.
-fn side_by_side<S: Simd>() -> usize {
-    if S::F32_LANES == WIDEST { MOST } else { 2 }
 }
 
 // ---- sets and state -----------------------------------------------------------------------------------------------------
 
-/// The sets of a job, word by word.
+/// The sets of a job in slots, word by word.
 struct Sets {
-    len: usize,
     a: Vec<u32>,
     b: Vec<u32>,
     threshold_a: Vec<u32>,
@@ -145,29 +184,21 @@ struct Sets {
     max_holding: Vec<u32>,
     /// Distinct lookbacks of the momentum machine; `b` is then an index into them.
     lookbacks: Vec<u32>,
-    sized: bool,
     stops: bool,
 }
 
 impl Sets {
-    fn of(words: &[u32], mode: u32) -> Sets {
-        let word = |i: usize| -> Vec<u32> { words.iter().skip(i).step_by(SET_WORDS).copied().collect() };
+    fn of(words: &[u32], order: &[u32], lookbacks: Vec<u32>) -> Sets {
+        let word = |i: usize| -> Vec<u32> { order.iter().map(|&set| words[set as usize * SET_WORDS + i]).collect() };
         let real = |i: usize| -> Vec<f32> { word(i).into_iter().map(f32::from_bits).collect() };
         let side = word(5);
-        let (mut b, mut lookbacks) = (word(1), Vec::new());
-        if mode == MOMENTUM {
-            lookbacks.clone_from(&b);
-            lookbacks.sort_unstable();
-            lookbacks.dedup();
+        let mut b = word(1);
+        if !lookbacks.is_empty() {
             for row in &mut b {
                 *row = lookbacks.binary_search(row).unwrap_or(0) as u32;
             }
         }
-        let (volatility_row, max_holding) = (word(8), word(12));
-        let (stop_loss, take_profit, trailing_stop) = (real(9), real(10), real(11));
-        let far = |x: &f32| *x >= crate::backtest::NO_STOP;
         Sets {
-            len: words.len() / SET_WORDS,
             a: word(0),
             b,
             threshold_a: word(2),
@@ -177,30 +208,50 @@ impl Sets {
             down: side.iter().map(|&s| if s == LONG { 0.0 } else { -1.0 }).collect(),
             target: real(6),
             leverage: real(7),
-            sized: volatility_row.iter().any(|&r| r != OFF),
-            stops: max_holding.iter().any(|&n| n != OFF) || ![&stop_loss, &take_profit, &trailing_stop].iter().all(|x| x.iter().all(far)),
-            volatility_row,
-            stop_loss,
-            take_profit,
-            trailing_stop,
-            max_holding,
+            volatility_row: word(8),
+            stop_loss: real(9),
+            take_profit: real(10),
+            trailing_stop: real(11),
+            max_holding: word(12),
+            stops: words.chunks_exact(SET_WORDS).any(has_stops),
             lookbacks,
         }
     }
+}
 
-    /// Whether directions are 0 and 1 and weights are directions.
-    fn plain(&self, mode: u32) -> bool {
-        mode != MOMENTUM && !self.sized && !self.stops && self.down.iter().all(|&d| d == 0.0)
+fn has_stops(words: &[u32]) -> bool {
+    words[12] != OFF || words[9..12].iter().any(|&x| x != NO_STOP.to_bits())
+}
+
+/// Whether a set's directions are 0 and 1 and its weights are directions.
+fn is_plain(words: &[u32]) -> bool {
+    words[5] == LONG && words[8] == OFF && !has_stops(words)
+}
+
+/// Powers of two that turn plain sums into the exact ones' units.
+#[derive(Clone, Copy)]
+struct Units {
+    sum: f64,
+    square: f64,
+    /// Whether the products are exact in f32 too: no factor near its range.
+    within_f32: bool,
+}
+
+impl Units {
+    fn of(shift: i32, scale: i32) -> Units {
+        let (sum, square) = (shift - scale, shift - 2 * scale);
+        Units { sum: 2f64.powi(sum), square: 2f64.powi(square), within_f32: sum.abs().max(square.abs()) < 100 && scale.abs() < 20 }
     }
 }
 
-/// State of all sets of a job between blocks, with room for one vector more.
+/// State of all slots of a job between blocks.
 struct State {
     signal: Vec<f32>,
     held: Vec<f32>,
     blocked: Vec<f32>,
     entry: Vec<f32>,
     best: Vec<f32>,
+    /// Bars held; trades where there are no stops.
     age: Vec<u32>,
     weight: Vec<f32>,
     level: Vec<f32>,
@@ -215,7 +266,6 @@ struct State {
 
 impl State {
     fn new(n: usize, general: bool) -> State {
-        let n = n + WIDEST;
         let zero = vec![0f32; n];
         let stops = vec![0f32; if general { n } else { 0 }];
         State {
@@ -224,7 +274,7 @@ impl State {
             blocked: stops.clone(),
             entry: stops.clone(),
             best: stops.clone(),
-            age: vec![0; stops.len()],
+            age: vec![0; n],
             weight: zero.clone(),
             level: vec![1.0; n],
             lowest: vec![1.0; n],
@@ -239,17 +289,29 @@ impl State {
 
     /// Moves the plain sums of a vector's block into the exact ones.
     #[inline(always)]
-    fn flush<S: Simd>(&mut self, at: usize, (unit, unit_square): (f64, f64), sum: S::f32s, square: S::f32s, growth: S::f32s) {
+    fn flush<S: Simd>(&mut self, simd: S, at: usize, units: Units, sum: S::f32s, square: S::f32s, growth: S::f32s) {
         let lanes = S::F32_LANES;
         let (mut x, mut xx, mut factor) = ([0f32; WIDEST], [0f32; WIDEST], [0f32; WIDEST]);
-        store::<S>(&mut x, 0, sum);
-        store::<S>(&mut xx, 0, square);
         store::<S>(&mut factor, 0, growth);
-        for (total, &x) in self.sums[at..at + lanes].iter_mut().zip(&x) {
-            *total += (f64::from(x) * unit) as i64;
-        }
-        for (total, &x) in self.squares[at..at + lanes].iter_mut().zip(&xx) {
-            *total += (f64::from(x) * unit_square) as i64 as u64;
+        let (sums, squares) = (&mut self.sums[at..at + lanes], &mut self.squares[at..at + lanes]);
+        if units.within_f32 {
+            store::<S>(&mut x, 0, simd.mul_f32s(sum, simd.splat_f32s(units.sum as f32)));
+            store::<S>(&mut xx, 0, simd.mul_f32s(square, simd.splat_f32s(units.square as f32)));
+            for (total, &x) in sums.iter_mut().zip(&x) {
+                *total += x as i64;
+            }
+            for (total, &x) in squares.iter_mut().zip(&xx) {
+                *total += x as i64 as u64;
+            }
+        } else {
+            store::<S>(&mut x, 0, sum);
+            store::<S>(&mut xx, 0, square);
+            for (total, &x) in sums.iter_mut().zip(&x) {
+                *total += (f64::from(x) * units.sum) as i64;
+            }
+            for (total, &x) in squares.iter_mut().zip(&xx) {
+                *total += (f64::from(x) * units.square) as i64 as u64;
+            }
         }
         let mut far = false;
         for (total, &x) in self.mantissa[at..at + lanes].iter_mut().zip(&factor) {
@@ -315,35 +377,18 @@ struct Table<'a> {
 impl<'a> Table<'a> {
     /// The values of one vector over n bars as a slice and a stride: the table itself where its rows are neighbours, else `packed`.
     #[inline(always)]
-    fn lanes<'p, S: Simd>(self, simd: S, rows: Rows, any: &[u32], n: usize, packed: &'p mut Packed) -> (&'p [u32], usize)
+    fn lanes<'p, S: Simd>(self, _: S, any: &[u32], n: usize, packed: &'p mut Packed) -> (&'p [u32], usize)
     where
         'a: 'p,
     {
         let lanes = S::U32_LANES;
         let (table, stride) = (self.words, self.stride);
         let bars = packed.chunks_exact_mut(lanes).take(n).enumerate();
-        match rows {
+        match Rows::of(any) {
             Rows::From(row) => return (&table[row..], stride),
             Rows::Same(row) => {
                 for (k, out) in bars {
                     out.fill(table[k * stride + row]);
-                }
-            }
-            Rows::Split(lane) => {
-                let second = simd.greater_than_or_equal_u32s(load_u32::<S>(&IOTA, 0), simd.splat_u32s(lane as u32));
-                let (left, right) = (any[0] as usize, any[lane] as usize);
-                let same = any[lane - 1] as usize == left && any[lanes - 1] as usize == right;
-                for (k, out) in bars {
-                    let (from_left, from_right) = (k * stride + left, k * stride + right);
-                    if same {
-                        let keys = simd.select_u32s(second, simd.splat_u32s(table[from_right]), simd.splat_u32s(table[from_left]));
-                        store_u32::<S>(out, 0, keys);
-                    } else if from_right >= lane && from_left.max(from_right) + lanes <= table.len() {
-                        let keys = simd.select_u32s(second, load_u32::<S>(table, from_right - lane), load_u32::<S>(table, from_left));
-                        store_u32::<S>(out, 0, keys);
-                    } else {
-                        gather(&table[k * stride..(k + 1) * stride], any, out);
-                    }
                 }
             }
             Rows::Any => {
@@ -353,12 +398,6 @@ impl<'a> Table<'a> {
             }
         }
         (&packed[..], lanes)
-    }
-
-    /// The one row of all lanes.
-    #[inline(always)]
-    fn row(self, rows: Rows) -> (&'a [u32], usize) {
-        (&self.words[if let Rows::Same(row) = rows { row } else { 0 }..], self.stride)
     }
 }
 
@@ -378,8 +417,7 @@ struct Block<'a> {
     sets: &'a Sets,
     groups: &'a [Group],
     state: &'a mut State,
-    /// Values that the exact sums count.
-    units: (f64, f64),
+    units: Units,
     from: usize,
     to: usize,
     plain: bool,
@@ -393,17 +431,16 @@ impl WithSimd for Block<'_> {
         if !self.plain {
             return general::block(&mut self, simd);
         }
-        match (self.p.mode, S::F32_LANES == WIDEST) {
-            (CROSS, true) => self.plain::<S, CROSS, MOST>(simd),
-            (CROSS, false) => self.plain::<S, CROSS, 2>(simd),
-            (_, true) => self.plain::<S, BAND, MOST>(simd),
-            (_, false) => self.plain::<S, BAND, 2>(simd),
+        match self.p.mode {
+            CROSS => self.plain::<S, CROSS>(simd),
+            _ => self.plain::<S, BAND>(simd),
         }
     }
 }
 
 /// Registers of the hot loop.
 struct Registers<S: Simd, const G: usize> {
+    /// Only before the first counted bar apart from `held`.
     inside: [S::m32s; G],
     held: [S::m32s; G],
     level: [S::f32s; G],
@@ -411,13 +448,30 @@ struct Registers<S: Simd, const G: usize> {
     sum: [S::f32s; G],
     square: [S::f32s; G],
     growth: [S::f32s; G],
-    turnover: [S::f32s; G],
+    trades: [S::u32s; G],
 }
 
-/// What the hot loop reads and does not change: the keys from the block's first bar on.
+/// Bars that do not count: only the machine runs.
+const SILENT: u32 = 0;
+/// The first counted bar: the machine may be in already, but nothing is held.
+const FIRST: u32 = 1;
+/// All others.
+const HOT: u32 = 2;
+
+/// Packed keys, and which rows b they hold.
+struct Tiles {
+    a: [Packed; MOST],
+    b: [Packed; MOST],
+    rows_b: Option<(usize, [u32; MOST])>,
+}
+
+/// What a group reads over a block, from the first bar whose decision is known.
 struct Reads<'a, S: Simd, const G: usize> {
+    /// Keys a: of the group, or of each vector.
     a: [(&'a [u32], usize); G],
     b: [(&'a [u32], usize); G],
+    /// Keys b of the group's vectors, bar by bar, as bits of reals: those are broadcast from memory.
+    tile: &'a [f32],
     threshold_a: [S::u32s; G],
     threshold_b: [S::u32s; G],
     first: [S::u32s; G],
@@ -426,56 +480,89 @@ struct Reads<'a, S: Simd, const G: usize> {
 }
 
 impl Block<'_> {
-    /// The bar's return counts from here, and a vector's bars from its first legal one.
-    fn begin(&self, group: &Group) -> usize {
-        let legal = group.first.0 + self.p.lag as usize;
+    /// Where a group begins: at its first legal bar, if nothing has to be known of earlier ones.
+    fn begin(&self, first: usize) -> usize {
         let counted = if self.p.mode == BAND { 0 } else { self.p.start as usize };
-        legal.max(counted).max(self.from)
+        (first + self.p.lag as usize).max(counted).max(self.from)
     }
 
     #[inline(always)]
-    fn plain<S: Simd, const MODE: u32, const G: usize>(&mut self, simd: S) {
-        let mut packed = [[0u32; BLOCK * WIDEST]; 2 * MOST];
+    fn plain<S: Simd, const MODE: u32>(&mut self, simd: S) {
+        let mut packed = Tiles { a: [[0u32; BLOCK * WIDEST]; MOST], b: [[0u32; BLOCK * WIDEST]; MOST], rows_b: None };
         for group in self.groups {
-            if self.begin(group) < self.to {
-                match group.reads {
-                    LANES_LANES => self.group::<S, MODE, LANES_LANES, G>(simd, group, &mut packed),
-                    LANES_SAME => self.group::<S, MODE, LANES_SAME, G>(simd, group, &mut packed),
-                    _ => self.group::<S, MODE, SAME_SAME, G>(simd, group, &mut packed),
-                }
+            if self.begin(group.first.0) >= self.to {
+                continue;
+            }
+            match (group.kind, group.vectors) {
+                (SHARED_A, 4) => self.group::<S, MODE, SHARED_A, 4>(simd, group, &mut packed),
+                (SHARED_A, 2) => self.group::<S, MODE, SHARED_A, 2>(simd, group, &mut packed),
+                (SHARED_A, _) => self.group::<S, MODE, SHARED_A, 1>(simd, group, &mut packed),
+                (SHARED_AB, 4) => self.group::<S, MODE, SHARED_AB, 4>(simd, group, &mut packed),
+                (SHARED_AB, 2) => self.group::<S, MODE, SHARED_AB, 2>(simd, group, &mut packed),
+                (SHARED_AB, _) => self.group::<S, MODE, SHARED_AB, 1>(simd, group, &mut packed),
+                (_, 4) => self.group::<S, MODE, OWN, 4>(simd, group, &mut packed),
+                (_, 2) => self.group::<S, MODE, OWN, 2>(simd, group, &mut packed),
+                _ => self.group::<S, MODE, OWN, 1>(simd, group, &mut packed),
             }
         }
     }
 
     #[inline(always)]
-    fn group<S: Simd, const MODE: u32, const READS: u32, const G: usize>(&mut self, simd: S, group: &Group, packed: &mut [Packed; 2 * MOST]) {
+    fn group<S: Simd, const MODE: u32, const KIND: u32, const G: usize>(
+        &mut self,
+        simd: S,
+        group: &Group,
+        packed: &mut Tiles,
+    ) {
         let (p, sets, lanes) = (self.p, self.sets, S::F32_LANES);
         let lag = p.lag as usize;
-        let n = self.to - self.from;
-        // Bars before the lag are not visited; their keys are not there.
-        let table = Table { words: &self.m.keys[self.from.saturating_sub(lag) * self.m.rows..], stride: self.m.rows };
-        let late = lag.saturating_sub(self.from);
-        let (pa, pb) = packed.split_at_mut(MOST);
-        let (mut pa, mut pb) = (pa.iter_mut(), pb.iter_mut());
+        // The first bar whose decision is known.
+        let base = self.from.max(lag);
+        let n = self.to - base;
+        let table = Table { words: &self.m.keys[(base - lag) * self.m.rows..], stride: self.m.rows };
+        let Tiles { a: pa, b: pb, rows_b } = packed;
         let empty: (&[u32], usize) = (&[], 0);
-        let mut reads: Reads<'_, S, G> = Reads {
-            a: [empty; G],
-            b: [empty; G],
+        let (mut a, mut b, mut tile) = ([empty; G], [empty; G], &[][..]);
+        let at = |v: usize| group.at[v]..group.at[v] + lanes;
+        if KIND != SHARED_A {
+            *rows_b = None;
+        }
+        if KIND == OWN {
+            for (v, (pa, pb)) in pa.iter_mut().zip(pb).enumerate().take(G) {
+                a[v] = table.lanes(simd, &sets.a[at(v)], n, pa);
+                b[v] = table.lanes(simd, &sets.b[at(v)], n, pb);
+            }
+        } else {
+            let ([pa, ..], [pb, ..]) = (pa, pb);
+            a[0] = table.lanes(simd, &sets.a[at(0)], n, pa);
+            if KIND == SHARED_AB {
+                b[0] = table.lanes(simd, &sets.b[at(0)], n, pb);
+            } else {
+                let rows: [u32; MOST] = group.at.map(|at| sets.b[at]);
+                if *rows_b != Some((G, rows)) {
+                    for (v, &row) in rows.iter().enumerate().take(G) {
+                        let column = table.words[row as usize..].iter().step_by(table.stride);
+                        for (out, key) in pb[v..n * G].iter_mut().step_by(G).zip(column) {
+                            *out = *key;
+                        }
+                    }
+                    *rows_b = Some((G, rows));
+                }
+                tile = bytemuck::cast_slice(&pb[..n * G]);
+            }
+        }
+        let reads: Reads<'_, S, G> = Reads {
+            a,
+            b,
+            tile,
             threshold_a: std::array::from_fn(|v| load_u32::<S>(&sets.threshold_a, group.at[v])),
             threshold_b: std::array::from_fn(|v| load_u32::<S>(&sets.threshold_b, group.at[v])),
             first: std::array::from_fn(|v| load_u32::<S>(&sets.first, group.at[v])),
             cost: simd.splat_f32s(p.cost + p.cost_low),
             mask: simd.splat_u32s(p.mask),
         };
-        for v in 0..G {
-            let at = group.at[v]..group.at[v] + lanes;
-            if let (Some(pa), Some(pb)) = (pa.next(), pb.next()) {
-                reads.a[v] = if READS == SAME_SAME { table.row(group.a[v]) } else { table.lanes(simd, group.a[v], &sets.a[at.clone()], n - late, pa) };
-                reads.b[v] = if READS == LANES_LANES { table.lanes(simd, group.b[v], &sets.b[at], n - late, pb) } else { table.row(group.b[v]) };
-            }
-        }
         let state = &*self.state;
-        let load = |x: &[f32]| -> [S::f32s; G] { std::array::from_fn(|v| load_f32::<S>(x, group.state[v])) };
+        let load = |x: &[f32]| -> [S::f32s; G] { std::array::from_fn(|v| load_f32::<S>(x, group.at[v])) };
         let (zero, one) = (simd.splat_f32s(0.0), simd.splat_f32s(1.0));
         let mut registers: Registers<S, G> = Registers {
             inside: load(&state.signal).map(|w| simd.greater_than_f32s(w, zero)),
@@ -485,72 +572,96 @@ impl Block<'_> {
             sum: [zero; G],
             square: [zero; G],
             growth: [one; G],
-            turnover: [zero; G],
+            trades: [simd.splat_u32s(0); G],
         };
-        // Bars that do not count, bars that are legal for some lanes, and all others.
-        let begin = self.begin(group);
-        let counted = begin.max(p.start as usize).min(self.to);
-        let legal = counted.max(group.first.1 + lag).min(self.to);
-        let base = self.from + late;
-        if MODE == BAND {
-            self.bars::<S, MODE, READS, true, false, G>(simd, &reads, &mut registers, begin - base..counted - base);
+        let first = group.first;
+        let begin = self.begin(first.0);
+        let start = begin.max(p.start as usize).min(self.to);
+        let legal = start.max(first.1 + lag).min(self.to);
+        let mut hot = start;
+        if MODE == BAND && begin < self.to && p.start as usize >= self.from {
+            self.bars::<S, MODE, KIND, true, SILENT, G>(simd, &reads, &mut registers, begin - base..start - base);
+            hot = (start + 1).min(self.to);
+            self.bars::<S, MODE, KIND, true, FIRST, G>(simd, &reads, &mut registers, start - base..hot - base);
         }
-        self.bars::<S, MODE, READS, true, true, G>(simd, &reads, &mut registers, counted - base..legal - base);
-        self.bars::<S, MODE, READS, false, true, G>(simd, &reads, &mut registers, legal - base..self.to - base);
+        let legal = legal.max(hot);
+        self.bars::<S, MODE, KIND, true, HOT, G>(simd, &reads, &mut registers, hot - base..legal - base);
+        self.bars::<S, MODE, KIND, false, HOT, G>(simd, &reads, &mut registers, legal - base..self.to - base);
 
         let state = &mut *self.state;
         for v in 0..G {
-            let at = group.state[v];
+            let at = group.at[v];
             store::<S>(&mut state.signal, at, simd.select_f32s(registers.inside[v], one, zero));
             store::<S>(&mut state.weight, at, simd.select_f32s(registers.held[v], one, zero));
             store::<S>(&mut state.level, at, registers.level[v]);
             store::<S>(&mut state.lowest, at, registers.lowest[v]);
-            let turnover = simd.add_f32s(load_f32::<S>(&state.turnover, at), registers.turnover[v]);
-            store::<S>(&mut state.turnover, at, turnover);
-            state.flush::<S>(at, self.units, registers.sum[v], registers.square[v], registers.growth[v]);
+            let trades = simd.add_u32s(load_u32::<S>(&state.age, at), registers.trades[v]);
+            store_u32::<S>(&mut state.age, at, trades);
+            state.flush(simd, at, self.units, registers.sum[v], registers.square[v], registers.growth[v]);
         }
     }
 
-    /// The hot loop over bars counted from the first whose keys are read. LEGAL: some lanes still warm up; EARN: the bars count.
+    /// The hot loop over bars counted from the first whose decision is known. LEGAL: some lanes may still warm up.
     #[inline(always)]
-    fn bars<S: Simd, const MODE: u32, const READS: u32, const LEGAL: bool, const EARN: bool, const G: usize>(
+    fn bars<S: Simd, const MODE: u32, const KIND: u32, const LEGAL: bool, const ROLE: u32, const G: usize>(
         &self,
         simd: S,
         reads: &Reads<'_, S, G>,
         registers: &mut Registers<S, G>,
         bars: Range<usize>,
     ) {
+        if bars.is_empty() {
+            return;
+        }
         let (zero, one) = (simd.splat_f32s(0.0), simd.splat_f32s(1.0));
         let (cost, mask) = (reads.cost, reads.mask);
         let lag = self.p.lag as usize;
         let base = self.from.max(lag);
-        let Registers { mut inside, mut held, mut level, mut lowest, mut sum, mut square, mut growth, mut turnover } = *registers;
-        for (k, &r) in bars.clone().zip(&self.m.returns[base + bars.start..base + bars.end]) {
+        let returns = &self.m.returns[base + bars.start..base + bars.end];
+        let (a, b) = (reads.a[0], reads.b[0]);
+        let skip = |x: &(&[u32], usize)| x.0.len().min(bars.start * x.1);
+        let mut rows_a = a.0[skip(&a)..].chunks(a.1.max(1));
+        let mut rows_b = b.0[skip(&b)..].chunks(b.1.max(1));
+        let mut tile = reads.tile[reads.tile.len().min(bars.start * G)..].chunks_exact(G);
+        let Registers { mut inside, mut held, mut level, mut lowest, mut sum, mut square, mut growth, mut trades } = *registers;
+        for (k, &r) in returns.iter().enumerate() {
+            let k = bars.start + k;
             let r = simd.splat_f32s(r);
+            let row_a = if KIND == OWN { &[] } else { rows_a.next().unwrap_or(&[]) };
+            let row_b = if KIND == SHARED_AB { rows_b.next().unwrap_or(&[]) } else { &[] };
+            let of_tile = if KIND == SHARED_A { tile.next().unwrap_or(&[]) } else { &[] };
+            let shared_a = if KIND == OWN { reads.mask } else { load_u32::<S>(row_a, 0) };
+            let shared_b = if KIND == SHARED_AB { load_u32::<S>(row_b, 0) } else { reads.mask };
             for v in 0..G {
                 // decide
-                let (a, b) = (reads.a[v], reads.b[v]);
-                let key_a = if READS == SAME_SAME { simd.splat_u32s(a.0[k * a.1]) } else { load_u32::<S>(a.0, k * a.1) };
-                let key_b = if READS == LANES_LANES { load_u32::<S>(b.0, k * b.1) } else { simd.splat_u32s(b.0[k * b.1]) };
+                let key_a = if KIND == OWN { load_u32::<S>(reads.a[v].0, k * reads.a[v].1) } else { shared_a };
+                let key_b = match KIND {
+                    OWN => load_u32::<S>(reads.b[v].0, k * reads.b[v].1),
+                    SHARED_AB => shared_b,
+                    _ => simd.transmute_u32s_f32s(simd.splat_f32s(of_tile[v])),
+                };
+                let was_in = if ROLE == HOT { held[v] } else { inside[v] };
                 let mut on = if MODE == CROSS {
                     simd.greater_than_u32s(key_a, key_b)
                 } else {
                     let enters = simd.greater_than_u32s(simd.xor_u32s(key_a, mask), reads.threshold_a[v]);
                     let stays = simd.less_than_or_equal_u32s(key_b, reads.threshold_b[v]);
-                    // inside ? stays : enters
-                    simd.xor_m32s(enters, simd.and_m32s(inside[v], simd.xor_m32s(enters, stays)))
+                    // was_in ? stays : enters
+                    simd.xor_m32s(enters, simd.and_m32s(was_in, simd.xor_m32s(enters, stays)))
                 };
                 if LEGAL {
                     on = simd.and_m32s(on, simd.less_than_or_equal_u32s(reads.first[v], simd.splat_u32s((base + k - lag) as u32)));
                 }
-                inside[v] = on;
-                if !EARN {
+                if ROLE != HOT {
+                    inside[v] = on;
+                }
+                if ROLE == SILENT {
                     continue;
                 }
                 // pay and earn
                 let changed = simd.xor_m32s(on, held[v]);
                 held[v] = on;
-                turnover[v] = simd.add_f32s(turnover[v], simd.select_f32s(changed, one, zero));
+                trades[v] = simd.add_u32s(trades[v], simd.select_u32s(changed, simd.splat_u32s(1), simd.splat_u32s(0)));
                 let net = simd.sub_f32s(simd.select_f32s(on, r, zero), simd.select_f32s(changed, cost, zero));
                 sum[v] = simd.add_f32s(sum[v], net);
                 square[v] = simd.mul_add_f32s(net, net, square[v]);
@@ -559,7 +670,10 @@ impl Block<'_> {
                 lowest[v] = simd.min_f32s(lowest[v], level[v]);
             }
         }
-        *registers = Registers { inside, held, level, lowest, sum, square, growth, turnover };
+        if ROLE == HOT {
+            inside = held;
+        }
+        *registers = Registers { inside, held, level, lowest, sum, square, growth, trades };
     }
 }
 
@@ -598,8 +712,8 @@ mod general {
         let base = block.from.max(block.p.lag as usize);
         let before = if MODE == MOMENTUM && base < block.to { closes_before(block, base) } else { Vec::new() };
         for group in block.groups {
-            if block.begin(group) < block.to {
-                vector::<S, MODE, STOPS>(block, simd, group, &before, &mut packed);
+            if block.begin(group.first.0) < block.to {
+                vector::<S, MODE, STOPS>(block, simd, group.at[0], group.first.0, &before, &mut packed);
             }
         }
     }
@@ -608,11 +722,12 @@ mod general {
     fn vector<S: Simd, const MODE: u32, const STOPS: bool>(
         block: &mut Block<'_>,
         simd: S,
-        group: &Group,
+        at: usize,
+        first_legal: usize,
         before: &[u32],
         packed: &mut [Packed; 3],
     ) {
-        let (p, m, sets, at, lanes) = (block.p, block.m, block.sets, group.at[0], S::F32_LANES);
+        let (p, m, sets, lanes) = (block.p, block.m, block.sets, S::F32_LANES);
         let lag = p.lag as usize;
         // The first bar whose decision is known.
         let base = block.from.max(lag);
@@ -621,14 +736,14 @@ mod general {
         let [pa, pb, pc] = packed;
         let keys = Table { words: &m.keys[if MODE == MOMENTUM { 0 } else { (base - lag) * m.rows }..], stride: m.rows };
         let then = Table { words: before, stride: sets.lookbacks.len() };
-        let a = if MODE == MOMENTUM { (&[][..], 0) } else { keys.lanes(simd, group.a[0], &sets.a[any.clone()], n, pa) };
-        let b = if MODE == MOMENTUM { then } else { keys }.lanes(simd, group.b[0], &sets.b[any.clone()], n, pb);
+        let a = if MODE == MOMENTUM { (&[][..], 0) } else { keys.lanes(simd, &sets.a[any.clone()], n, pa) };
+        let b = if MODE == MOMENTUM { then } else { keys }.lanes(simd, &sets.b[any.clone()], n, pb);
         let size_rows = &sets.volatility_row[any.clone()];
         let sized = size_rows.iter().any(|&r| r != OFF);
         // Lanes without a size read row 0 and are set to 1 below.
         let rows: Vec<u32> = size_rows.iter().map(|&r| if r == OFF { 0 } else { r }).collect();
         let volatility = Table { words: &m.inverse_volatility[if sized { (base - lag) * m.volatility_rows } else { 0 }..], stride: m.volatility_rows };
-        let volatility = if sized { volatility.lanes(simd, Rows::of(&rows), &rows, n, pc) } else { (&[][..], 0) };
+        let volatility = if sized { volatility.lanes(simd, &rows, n, pc) } else { (&[][..], 0) };
 
         let (zero, one) = (simd.splat_f32s(0.0), simd.splat_f32s(1.0));
         let (cost, mask) = (simd.splat_f32s(p.cost + p.cost_low), simd.splat_u32s(p.mask));
@@ -638,6 +753,7 @@ mod general {
         let unsized_lanes = simd.greater_than_u32s(load_u32::<S>(size_rows, 0), simd.splat_u32s(OFF - 1));
         let (stop_loss, take_profit) = (simd.neg_f32s(load_f32::<S>(&sets.stop_loss, at)), load_f32::<S>(&sets.take_profit, at));
         let (trailing_stop, max_holding) = (simd.neg_f32s(load_f32::<S>(&sets.trailing_stop, at)), load_u32::<S>(&sets.max_holding, at));
+        let begin = block.begin(first_legal);
         let state = &mut *block.state;
         let mut signal = load_f32::<S>(&state.signal, at);
         let mut held = load_f32::<S>(&state.held, at);
@@ -646,8 +762,6 @@ mod general {
         let mut weight = load_f32::<S>(&state.weight, at);
         let (mut level, mut lowest) = (load_f32::<S>(&state.level, at), load_f32::<S>(&state.lowest, at));
         let (mut sum, mut square, mut growth, mut turnover, mut trades) = (zero, zero, one, zero, zero);
-        let begin = group.first.0 + lag;
-        let begin = begin.max(if MODE == BAND { 0 } else { p.start as usize }).max(block.from);
         for j in begin..block.to {
             let (k, t) = (j - base, j - lag);
             // direction
@@ -742,7 +856,7 @@ mod general {
             let total = simd.add_f32s(load_f32::<S>(target, at), value);
             store::<S>(target, at, total);
         }
-        state.flush::<S>(at, block.units, sum, square, growth);
+        state.flush(simd, at, block.units, sum, square, growth);
     }
 }
 
@@ -772,8 +886,7 @@ fn sweep_on(arch: Arch, mut launch: CpuLaunch<'_, f32>) -> Result<()> {
         return Err(Error::Internal("backtest_sweep: edges must ascend".into()));
     }
     let per_tile = edges.len() * 4 * TILE;
-    let most = if edges.is_empty() { JOB_TILES } else { WINDOWED_JOB_TILES };
-    let run = (tiles * assets / (4 * rayon::current_num_threads())).clamp(1, most);
+    let run = (tiles * assets / (4 * rayon::current_num_threads())).clamp(1, JOB_TILES);
     let mut jobs = Vec::new();
     let (mut stats, mut prefix) = (&mut stats[..assets * tiles * STATS * TILE], &mut prefix[..assets * tiles * per_tile]);
     for asset in 0..assets {
@@ -806,44 +919,53 @@ fn sweep_on(arch: Arch, mut launch: CpuLaunch<'_, f32>) -> Result<()> {
 
 fn simulate(arch: Arch, p: &BacktestParams, market: &Market<'_>, words: &[u32], edges: &[u32], scale: i32, job: &mut Job<'_>) {
     let n = job.stats.len() / STATS;
-    let sets = Sets::of(&words[job.tile * TILE * SET_WORDS..][..n * SET_WORDS], p.mode);
-    let plain = sets.plain(p.mode);
-    let mut state = State::new(n, !plain);
-    let groups = arch.dispatch(Planner { sets: &sets, general: !plain });
+    let words = &words[job.tile * TILE * SET_WORDS..][..n * SET_WORDS];
+    let plain = p.mode != MOMENTUM && words.chunks_exact(SET_WORDS).all(is_plain);
+    let word = |i: usize| -> Vec<u32> { words.iter().skip(i).step_by(SET_WORDS).copied().collect() };
+    let slots = arch.dispatch(Planner { a: &word(0), b: &word(1), first: &word(4), general: !plain });
+    let mut lookbacks = if p.mode == MOMENTUM { word(1) } else { Vec::new() };
+    lookbacks.sort_unstable();
+    lookbacks.dedup();
+    let sets = Sets::of(words, &slots.order, lookbacks);
+    let mut state = State::new(slots.order.len(), !plain);
     let shift = p.shift as i32;
-    let units = (2f64.powi(shift - scale), 2f64.powi(shift - 2 * scale));
+    let units = Units::of(shift, scale);
     let mut j = 0;
     for e in 0..=edges.len() {
         let end = edges.get(e).map_or(market.returns.len(), |&edge| edge as usize);
         while j < end {
             let to = end.min(j + BLOCK);
-            arch.dispatch(Block { p, m: market, sets: &sets, groups: &groups, state: &mut state, units, from: j, to, plain });
+            arch.dispatch(Block { p, m: market, sets: &sets, groups: &slots.groups, state: &mut state, units, from: j, to, plain });
             j = to;
         }
         if e < edges.len() {
-            for (tile, prefix) in job.prefix.chunks_exact_mut(edges.len() * 4 * TILE).enumerate() {
-                let prefix = &mut prefix[e * 4 * TILE..(e + 1) * 4 * TILE];
-                for l in 0..TILE {
-                    let (sum, square) = (state.sums[tile * TILE + l] as u64, state.squares[tile * TILE + l]);
-                    prefix[l] = sum as u32;
-                    prefix[TILE + l] = (sum >> 32) as u32;
-                    prefix[2 * TILE + l] = square as u32;
-                    prefix[3 * TILE + l] = (square >> 32) as u32;
-                }
+            for &(set, slot, n) in &slots.results {
+                let out = &mut job.prefix[(set / TILE * edges.len() + e) * 4 * TILE..][..4 * TILE];
+                put64(out, set % TILE, state.sums[slot..slot + n].iter().map(|&x| x as u64));
+                put64(&mut out[2 * TILE..], set % TILE, state.squares[slot..slot + n].iter().copied());
             }
         }
     }
     let counted = (market.returns.len() as u64).saturating_sub(u64::from(p.start));
-    let trades = if plain { &state.turnover } else { &state.trades };
-    for (tile, stats) in job.stats.chunks_exact_mut(STATS * TILE).enumerate() {
-        for l in 0..TILE {
-            let i = tile * TILE + l;
+    for &(set, slot, n) in &slots.results {
+        let stats = &mut job.stats[set / TILE * STATS * TILE..][..STATS * TILE];
+        for (l, i) in (slot..slot + n).enumerate() {
+            let l = set % TILE + l;
             stats[l] = sharpe_of(counted, state.sums[i], state.squares[i], p.shift) as f32;
             stats[TILE + l] = (state.mantissa[i] * 2f64.powi(state.exponent[i]) - 1.0) as f32;
             stats[2 * TILE + l] = 1.0 - state.lowest[i];
-            stats[3 * TILE + l] = state.turnover[i];
-            stats[4 * TILE + l] = trades[i];
+            let trades = state.age[i] as f32;
+            (stats[3 * TILE + l], stats[4 * TILE + l]) = if plain { (trades, trades) } else { (state.turnover[i], state.trades[i]) };
         }
+    }
+}
+
+/// Writes 64-bit words as two planes of a tile, least significant first.
+fn put64(out: &mut [u32], from: usize, values: impl ExactSizeIterator<Item = u64>) {
+    let (low, high) = out.split_at_mut(TILE);
+    let lanes = from..from + values.len();
+    for ((low, high), x) in low[lanes.clone()].iter_mut().zip(&mut high[lanes]).zip(values) {
+        (*low, *high) = (x as u32, (x >> 32) as u32);
     }
 }
 

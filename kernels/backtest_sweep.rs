@@ -28,6 +28,7 @@ use crate::kernel::Kernel;
 use crate::performance::{Performance, finish, performance_read};
 use crate::walk_forward_select::{NONE, SelectParams, WALK_FORWARD_SCORES, WALK_FORWARD_SELECT};
 use crate::{Error, Result};
+use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -295,12 +296,13 @@ struct Machine {
     table: Table,
     /// Windows of the volatility table.
     volatility: Vec<u32>,
-    words: Vec<u32>,
+    sets: Vec<Words>,
+    /// Sizes and stops, where any set has them.
+    overlays: Vec<Overlay>,
     /// Largest weight that any set can hold.
     heaviest: f64,
     /// Whether any set is sized, goes short or has stops.
     general: bool,
-    count: usize,
 }
 
 /// A parameter column, checked.
@@ -325,7 +327,7 @@ impl Column<'_> {
     }
 
     fn wholes(&self, least: u32) -> Result<Vec<u32>> {
-        (0..self.values.len()).map(|s| self.whole(s, least)).collect()
+        (0..self.values.len()).into_par_iter().map(|s| self.whole(s, least)).collect()
     }
 
     fn real(&self, set: usize, legal: impl Fn(f32) -> bool, help: &str) -> Result<f32> {
@@ -356,7 +358,8 @@ fn rows_of<K: Ord + Copy>(keys: impl Iterator<Item = K>, first: u32) -> (Vec<K>,
     (rows.keys().copied().collect(), rows)
 }
 
-/// Words of a set, in the order that the kernels read.
+/// A set as its machine sees it: the first words that the kernels read.
+#[derive(Clone, Copy)]
 struct Words {
     a: u32,
     b: u32,
@@ -382,15 +385,10 @@ impl Machine {
                 got: "none".into(),
             })
         };
-        let far = NO_STOP.to_bits();
-        // Neither sized nor stopped, as the padding of the last tile stays.
-        let mut words = [0, 0, 0, 0, 0, LONG, 0, 0, OFF, far, far, far, OFF, 0, 0, 0].repeat(count.next_multiple_of(TILE));
-        let mut put = |set: usize, w: Words| {
-            words[set * SET_WORDS..][..6].copy_from_slice(&[w.a, w.b, w.threshold_a, w.threshold_b, w.first, w.side]);
-        };
         let plain = Words { a: 0, b: 0, threshold_a: 0, threshold_b: 0, first: 0, side: LONG };
         let (mut mode, mut mask) = (BAND, u32::MAX);
-        let table = match strategy {
+        let each = |words: &(dyn Fn(usize) -> Result<Words> + Sync)| (0..count).into_par_iter().map(words).collect::<Result<Vec<Words>>>();
+        let (table, mut sets) = match strategy {
             Strategy::SmaCross | Strategy::EmaCross => {
                 mode = CROSS;
                 let (fast, slow) = (column("fast")?.wholes(1)?, column("slow")?.wholes(1)?);
@@ -399,14 +397,16 @@ impl Machine {
                 let (mut periods, fast_rows) = rows_of_periods(&fast, 0);
                 let (slow_periods, slow_rows) = rows_of_periods(&slow, periods.len() as u32);
                 periods.extend(slow_periods);
-                for (set, (&f, &s)) in fast.iter().zip(&slow).enumerate() {
+                let sets = each(&|set| {
+                    let (f, s) = (fast[set], slow[set]);
                     let side = match &short {
                         Some(c) => c.real(set, |x| x == 0.0 || x == 1.0, "give 0 (long only) or 1 (long and short)")? as u32,
                         None => LONG,
                     };
-                    put(set, Words { a: fast_rows[f as usize], b: slow_rows[s as usize], first: f.max(s) - 1, side, ..plain });
-                }
-                if strategy == Strategy::SmaCross { Table::Sma(periods) } else { Table::Ema(periods.into_iter().map(|p| (p, 0)).collect()) }
+                    Ok(Words { a: fast_rows[f as usize], b: slow_rows[s as usize], first: f.max(s) - 1, side, ..plain })
+                })?;
+                let sma = strategy == Strategy::SmaCross;
+                (if sma { Table::Sma(periods) } else { Table::Ema(periods.into_iter().map(|p| (p, 0)).collect()) }, sets)
             }
             Strategy::Macd => {
                 mode = CROSS;
@@ -416,41 +416,42 @@ impl Machine {
                 let (mut pairs, fast_rows) = by_signal(&fast, 0);
                 let (slow_pairs, slow_rows) = by_signal(&slow, pairs.len());
                 pairs.extend(slow_pairs);
-                for (set, ((&f, &s), &g)) in fast.iter().zip(&slow).zip(&signal).enumerate() {
-                    put(set, Words { a: fast_rows[&(g, f)], b: slow_rows[&(g, s)], first: f.max(s) + g - 2, ..plain });
-                }
-                Table::Ema(pairs.into_iter().map(|(g, n)| (n, g)).collect())
+                let sets = each(&|set| {
+                    let (f, s, g) = (fast[set], slow[set], signal[set]);
+                    Ok(Words { a: fast_rows[&(g, f)], b: slow_rows[&(g, s)], first: f.max(s) + g - 2, ..plain })
+                })?;
+                (Table::Ema(pairs.into_iter().map(|(g, n)| (n, g)).collect()), sets)
             }
             Strategy::RsiReversion => {
                 let (period, low, high) = (column("period")?.wholes(1)?, column("low")?, column("high")?);
                 let (periods, rows) = rows_of_periods(&period, 0);
-                for (set, &n) in period.iter().enumerate() {
+                let sets = each(&|set| {
+                    let n = period[set];
                     let percent = |c: &Column<'_>| c.real(set, |x| (0.0..=100.0).contains(&x), "give a number from 0 to 100");
                     let level = |x: f32| f64::from(x) / 100.0 * 2f64.powi(31);
                     // Keys are truncated: a ratio exactly on its threshold has the threshold's key, and is beyond neither.
                     let (enter, leave) = (level(percent(&low)?).floor() as u32, level(percent(&high)?).floor() as u32);
                     let row = rows[n as usize];
-                    put(set, Words { a: row, b: row, threshold_a: !enter, threshold_b: leave, first: n, ..plain });
-                }
-                Table::Rsi(periods)
+                    Ok(Words { a: row, b: row, threshold_a: !enter, threshold_b: leave, first: n, ..plain })
+                })?;
+                (Table::Rsi(periods), sets)
             }
             Strategy::BollingerReversion => {
                 let (period, width) = (column("period")?.wholes(1)?, column("width")?);
                 let (periods, rows) = rows_of_periods(&period, 0);
-                for (set, &n) in period.iter().enumerate() {
+                let sets = each(&|set| {
+                    let n = period[set];
                     let w = f64::from(width.real(set, |x| x >= 0.0, "give a number of deviations, 0 or more")?);
                     let row = rows[n as usize];
-                    put(set, Words { a: row, b: row, threshold_a: !ratio_key_of(w * w, w > 0.0), threshold_b: KEY_ZERO, first: n - 1, ..plain });
-                }
-                Table::Bollinger(periods)
+                    Ok(Words { a: row, b: row, threshold_a: !ratio_key_of(w * w, w > 0.0), threshold_b: KEY_ZERO, first: n - 1, ..plain })
+                })?;
+                (Table::Bollinger(periods), sets)
             }
             Strategy::DonchianBreakout => {
                 mask = 0;
                 let (entry, exit) = (column("entry")?.wholes(1)?, column("exit")?.wholes(1)?);
-                for (set, (&e, &x)) in entry.iter().zip(&exit).enumerate() {
-                    put(set, Words { a: 0, b: 1, threshold_a: e - 1, threshold_b: x - 1, ..plain });
-                }
-                Table::Donchian(entry.iter().chain(&exit).copied().max().unwrap_or(1))
+                let sets = each(&|set| Ok(Words { a: 0, b: 1, threshold_a: entry[set] - 1, threshold_b: exit[set] - 1, ..plain }))?;
+                (Table::Donchian(entry.iter().chain(&exit).copied().max().unwrap_or(1)), sets)
             }
             Strategy::TsMomentum => {
                 mode = MOMENTUM;
@@ -458,62 +459,97 @@ impl Machine {
                 for name in ["vol_window", "target_vol", "max_leverage"] {
                     column(name)?;
                 }
-                for (set, &l) in lookback.iter().enumerate() {
-                    put(set, Words { b: l, first: l, side: BOTH, ..plain });
-                }
-                Table::None
+                (Table::None, each(&|set| Ok(Words { b: lookback[set], first: lookback[set], side: BOTH, ..plain }))?)
             }
         };
-        let (volatility, heaviest) = overlays(strategy, &optional, count, &mut words)?;
-        let sets = words.chunks_exact(SET_WORDS).take(count);
-        let general = mode == MOMENTUM || sets.clone().any(|w| w[5] != LONG || w[8] != OFF || w[12] != OFF || w[9..12].iter().any(|&x| x != far));
-        Ok(Machine { mode, mask, table, volatility, words, heaviest, general, count })
+        if let Some(side) = optional("side") {
+            for (set, words) in sets.iter_mut().enumerate() {
+                let x = side.real(set, |x| x == 1.0 || x == 0.0 || x == -1.0, "give 1 (long), 0 (long and short) or -1 (short)")?;
+                words.side = [SHORT, BOTH, LONG][(x + 1.0) as usize];
+            }
+        }
+        let (overlays, volatility) = overlays(strategy, &optional, &mut sets)?;
+        let general = mode == MOMENTUM || !overlays.is_empty() || sets.iter().any(|w| w.side != LONG);
+        let weights = overlays.iter().map(|o| if o.volatility_row == OFF { 1.0 } else { f64::from(f32::from_bits(o.leverage)) });
+        let heaviest = if overlays.is_empty() { 1.0 } else { weights.fold(0.0, f64::max) };
+        Ok(Machine { mode, mask, table, volatility, sets, overlays, heaviest, general })
+    }
+
+    fn count(&self) -> usize {
+        self.sets.len()
+    }
+
+    /// Words of a run of sets, padded to whole tiles.
+    fn words(&self, sets: Range<usize>) -> Vec<u32> {
+        let mut words = vec![0; sets.len().next_multiple_of(TILE) * SET_WORDS];
+        let padding = Words { a: 0, b: 0, threshold_a: 0, threshold_b: 0, first: 0, side: LONG };
+        words.par_chunks_exact_mut(SET_WORDS).enumerate().with_min_len(4096).for_each(|(i, out)| {
+            let set = sets.start + i;
+            let w = if set < sets.end { self.sets[set] } else { padding };
+            let o = self.overlays.get(set).filter(|_| set < sets.end).copied().unwrap_or(Overlay::NONE);
+            out[..6].copy_from_slice(&[w.a, w.b, w.threshold_a, w.threshold_b, w.first, w.side]);
+            out[6..13].copy_from_slice(&[o.target, o.leverage, o.volatility_row, o.stop_loss, o.take_profit, o.trailing_stop, o.max_holding]);
+        });
+        words
     }
 }
 
-/// Sides, stops and sizes into the words; returns the windows of the volatility table and the heaviest weight.
-fn overlays<'a>(strategy: Strategy, optional: &dyn Fn(&'static str) -> Option<Column<'a>>, count: usize, words: &mut [u32]) -> Result<(Vec<u32>, f64)> {
-    if let Some(side) = optional("side") {
-        for set in 0..count {
-            let x = side.real(set, |x| x == 1.0 || x == 0.0 || x == -1.0, "give 1 (long), 0 (long and short) or -1 (short)")?;
-            words[set * SET_WORDS + 5] = if x > 0.0 { LONG } else if x < 0.0 { SHORT } else { BOTH };
-        }
+/// Size and stops of a set: the next words that the kernels read.
+#[derive(Clone, Copy)]
+struct Overlay {
+    target: u32,
+    leverage: u32,
+    volatility_row: u32,
+    stop_loss: u32,
+    take_profit: u32,
+    trailing_stop: u32,
+    max_holding: u32,
+}
+
+impl Overlay {
+    const NONE: Overlay = {
+        let far = NO_STOP.to_bits();
+        Overlay { target: 0, leverage: 0, volatility_row: OFF, stop_loss: far, take_profit: far, trailing_stop: far, max_holding: OFF }
+    };
+}
+
+/// Sizes and stops of all sets, and the windows of their volatility table; a sized set also waits for its window.
+fn overlays<'a>(strategy: Strategy, optional: &dyn Fn(&'static str) -> Option<Column<'a>>, sets: &mut [Words]) -> Result<(Vec<Overlay>, Vec<u32>)> {
+    let names = ["stop_loss", "take_profit", "trailing_stop", "max_holding", "target_vol"];
+    if names.iter().all(|name| optional(name).is_none()) {
+        return Ok((Vec::new(), Vec::new()));
     }
-    for (name, word) in [("stop_loss", 9), ("take_profit", 10), ("trailing_stop", 11)] {
-        if let Some(stop) = optional(name) {
-            for set in 0..count {
-                let x = stop.real(set, |x| (0.0..1e6).contains(&x), "give a fraction of the price such as 0.05, or 0 for none")?;
-                words[set * SET_WORDS + word] = if x > 0.0 { x } else { NO_STOP }.to_bits();
-            }
+    let mut overlays = vec![Overlay::NONE; sets.len()];
+    for (i, name) in names.into_iter().take(3).enumerate() {
+        let Some(stop) = optional(name) else { continue };
+        for (set, o) in overlays.iter_mut().enumerate() {
+            let x = stop.real(set, |x| (0.0..1e6).contains(&x), "give a fraction of the price such as 0.05, or 0 for none")?;
+            *[&mut o.stop_loss, &mut o.take_profit, &mut o.trailing_stop][i] = if x > 0.0 { x } else { NO_STOP }.to_bits();
         }
     }
     if let Some(holding) = optional("max_holding") {
-        for set in 0..count {
+        for (set, o) in overlays.iter_mut().enumerate() {
             let n = holding.whole(set, 0)?;
-            words[set * SET_WORDS + 12] = if n > 0 { n } else { OFF };
+            o.max_holding = if n > 0 { n } else { OFF };
         }
     }
-    let Some(target) = optional("target_vol") else { return Ok((Vec::new(), 1.0)) };
+    let Some(target) = optional("target_vol") else { return Ok((overlays, Vec::new())) };
     let needed = |name: &'static str| {
         optional(name).ok_or_else(|| Error::Shape { op: OP, arg: "parameters".into(), expected: format!("'{name}' beside 'target_vol'"), got: "none".into() })
     };
-    let (window, leverage) = (needed("vol_window")?, needed("max_leverage")?);
-    let (windows, rows) = rows_of_periods(&window.wholes(2)?, 0);
-    let least = if strategy == Strategy::TsMomentum { f32::MIN_POSITIVE } else { 0.0 };
-    let help = if strategy == Strategy::TsMomentum { "give a positive number" } else { "give a positive number, or 0 for no target" };
-    let mut heaviest = 0.0f64;
-    for set in 0..count {
-        let (v, m) = (target.real(set, |x| x >= least, help)?, leverage.real(set, |x| x > 0.0, "give a positive number")?);
+    let (window, leverage) = (needed("vol_window")?.wholes(2)?, needed("max_leverage")?);
+    let (windows, rows) = rows_of_periods(&window, 0);
+    let momentum = strategy == Strategy::TsMomentum;
+    let help = if momentum { "give a positive number" } else { "give a positive number, or 0 for no target" };
+    for (set, (o, words)) in overlays.iter_mut().zip(sets).enumerate() {
+        let v = target.real(set, |x| x > 0.0 || (x == 0.0 && !momentum), help)?;
+        let m = leverage.real(set, |x| x > 0.0, "give a positive number")?;
         if v > 0.0 {
-            let n = window.whole(set, 2)?;
-            words[set * SET_WORDS + 6] = v.to_bits();
-            words[set * SET_WORDS + 7] = m.to_bits();
-            words[set * SET_WORDS + 8] = rows[n as usize];
-            words[set * SET_WORDS + 4] = words[set * SET_WORDS + 4].max(n);
+            (o.target, o.leverage, o.volatility_row) = (v.to_bits(), m.to_bits(), rows[window[set] as usize]);
+            words.first = words.first.max(window[set]);
         }
-        heaviest = heaviest.max(if v > 0.0 { f64::from(m) } else { 1.0 });
     }
-    Ok((windows, heaviest))
+    Ok((overlays, windows))
 }
 
 // ---- the run ----------------------------------------------------------------------------------------------------------
@@ -568,6 +604,8 @@ struct Choice {
 
 /// Downloads are handed out once this many bytes wait.
 const FLUSH_BYTES: u64 = 32 << 20;
+/// Most tiles of sets of one launch: enough for any device, and their words stay below 16 MB.
+const LAUNCH_TILES: u64 = 4096;
 /// Scratch of one launch stays below this.
 const SCRATCH_BYTES: u64 = 64 << 20;
 
@@ -731,7 +769,7 @@ impl<'a> Job<'a> {
 
     fn plan(&self) -> Result<Plan> {
         let (n, t, limits) = (self.sweep.assets, self.t as u64, self.device.limits());
-        let tiles = self.machine.count.div_ceil(TILE) as u64;
+        let tiles = self.machine.count().div_ceil(TILE) as u64;
         let rows = self.machine.table.rows().max(self.machine.volatility.len()) as u64;
         let per_asset = (t * rows).max(4 * (t + 1));
         let prefix = (self.edges.len() * 4 * TILE).max(STATS * TILE) as u64;
@@ -761,9 +799,9 @@ impl<'a> Job<'a> {
         }
         let run = self.device.plan(OP, tiles, together * tile_elements, tile_groups, together * work)?.first().map_or(1, |r| r.end - r.start);
         let per_set = 34 + if self.sweep.pooled { n as u64 } else { 0 };
-        let run = run.min((limits.loop_rounds / per_set).max(1));
+        let run = run.min((limits.loop_rounds / per_set).max(1)).min(LAUNCH_TILES);
         let run = run.min((SCRATCH_BYTES / (4 * together * tile_elements)).max(1)) as usize * TILE;
-        let count = self.machine.count;
+        let count = self.machine.count();
         Ok(Plan {
             assets: assets.into_iter().map(|r| r.start as usize..r.end as usize).collect(),
             sets: (0..count.div_ceil(run)).map(|i| i * run..((i + 1) * run).min(count)).collect(),
@@ -881,7 +919,7 @@ impl<'a> Job<'a> {
     /// Simulates a run of sets on an asset chunk, and selects per asset if a choice is given. `all` is the prefix buffer of all assets.
     fn simulate(&mut self, tables: &Tables, cost: usize, sets: Range<usize>, choice: Option<&Choice>, all: Option<&View>) -> Result<()> {
         let (device, a, tiles) = (self.device, tables.assets.len(), sets.len().div_ceil(TILE));
-        let set_words = device.upload_u32("sets", &self.machine.words[sets.start * SET_WORDS..(sets.start + tiles * TILE) * SET_WORDS])?;
+        let set_words = device.upload_u32("sets", &self.machine.words(sets.clone()))?;
         let plan: Vec<u32> = self.edges.iter().chain(&self.scales[cost][tables.assets.clone()]).copied().collect();
         let plan = device.upload_u32("plan", &plan)?;
         let stats = device.zeros("stats", (a * tiles * STATS * TILE) as u64)?;
@@ -946,8 +984,7 @@ impl<'a> Job<'a> {
 
     /// Selects over `pooled` assets at once from the prefixes of `a` assets.
     fn select(&mut self, prefix: &View, a: usize, pooled: usize, sets: &Range<usize>, choice: &Choice) -> Result<()> {
-        let tiles = sets.len().div_ceil(TILE);
-        let words = self.device.upload_u32("sets", &self.machine.words[sets.start * SET_WORDS..(sets.start + tiles * TILE) * SET_WORDS])?;
+        let words = self.device.upload_u32("sets", &self.machine.words(sets.clone()))?;
         let params = self.select_params(a, pooled, sets);
         let args = [prefix.clone(), View::from(&self.train), View::from(&words), View::from(&choice.best), View::from(&choice.chosen)];
         self.pending.pass.launch(&WALK_FORWARD_SELECT, &params, &args)
