@@ -12,6 +12,8 @@
 //!
 //! Ranges   hold both ends (b only if a whole number of steps leads there); the step is 1 unless given. A log range has n points of
 //!          equal ratio, both ends included, rounded and without duplicates for whole-number parameters.
+//! Overlays side (long, both, short), stop_loss, take_profit, trailing_stop, max_holding, target_vol, vol_window and max_leverage may be named
+//!          for every strategy, after its own parameters; what they do stands at the head of `kernels/backtest.rs`. Unnamed ones are off.
 //! Missing  parameters take their default values; a grid without text is the default grid, at least 10,000 legal sets for every strategy.
 //! Order    the first parameter of the strategy's table varies fastest, the last one slowest, whatever the order in the text; values stay
 //!          in the order given (a repeated value is kept once). Ties in a ranking go to the lowest index, so this order is part of the result.
@@ -158,8 +160,10 @@ impl StrategySpec {
         values.join(",")
     }
 
-    fn names(&self) -> Vec<&'static str> {
-        self.parameters.iter().map(|p| p.name).collect()
+    /// Its own parameters, then the overlays that are not among them.
+    fn known(&self) -> Vec<&'static ParameterSpec> {
+        let overlays = OVERLAYS.iter().filter(|o| self.parameters.iter().all(|p| p.name != o.name));
+        self.parameters.iter().chain(overlays).collect()
     }
 
     /// The strategy's own rule on the values that run.
@@ -171,6 +175,10 @@ impl StrategySpec {
     fn bad(&self, name: impl Into<String>, value: impl Into<String>, help: impl Into<String>) -> Error {
         Error::Parameter { op: self.name, name: name.into(), value: value.into(), help: help.into() }
     }
+}
+
+fn names<'a>(specs: &[&'a ParameterSpec]) -> Vec<&'a str> {
+    specs.iter().map(|p| p.name).collect()
 }
 
 fn at(set: &[f64], i: usize) -> f64 {
@@ -254,6 +262,32 @@ pub static STRATEGIES: [StrategySpec; 7] = [
         warm_up: |set| at(set, 0).max(at(set, 1)),
     },
 ];
+
+const TARGET_VOL: &str = "target_vol";
+const VOL_WINDOW: &str = "vol_window";
+const SIDES: [(&str, f64); 3] = [("long", 1.0), ("both", 0.0), ("short", -1.0)];
+
+/// Parameters that every strategy can have beside its own; each is off unless a grid names it.
+pub static OVERLAYS: [ParameterSpec; 8] = [
+    ParameterSpec { name: "side", kind: Kind::Integer, min: -1.0, max: 1.0, default_values: "long", doc: "long, both or short (1, 0, -1)" },
+    ParameterSpec::real("stop_loss", Kind::Real, 0.0, 1000.0, "0", "leave at a close this fraction worse than the entry, 0 never"),
+    ParameterSpec::real("take_profit", Kind::Real, 0.0, 1000.0, "0", "leave at a close this fraction better than the entry, 0 never"),
+    ParameterSpec::real("trailing_stop", Kind::Real, 0.0, 1000.0, "0", "leave at a close this fraction worse than the best since the entry, 0 never"),
+    ParameterSpec::window("max_holding", 0, "0", "leave after so many bars, 0 never"),
+    ParameterSpec::real(TARGET_VOL, Kind::Real, 0.0, 100.0, "0", "annual volatility that sizes the position (0.15 is 15 %), 0 for weights of 1"),
+    ParameterSpec::window(VOL_WINDOW, 2, "63", "bars of the volatility estimate"),
+    ParameterSpec::real("max_leverage", Kind::RealAbove, 0.0, 1000.0, "3", "largest position, as a multiple of the equity"),
+];
+
+/// The first bar with a position for a set of these parameters, in their order.
+fn first_bar_of(strategy: &StrategySpec, specs: &[&ParameterSpec], set: &[f64]) -> u32 {
+    let own = strategy.first_bar(set);
+    let of = |name: &str| specs.iter().position(|p| p.name == name).map(|p| at(set, p));
+    match (of(TARGET_VOL), of(VOL_WINDOW)) {
+        (Some(target), Some(window)) if target > 0.0 => own.max(window as u32),
+        _ => own,
+    }
+}
 
 fn unknown(kind: &'static str, given: &str, known: &[&str]) -> Error {
     Error::Unknown { kind, given: given.into(), suggestion: nearest(given, known), known: known.iter().map(|k| (*k).to_owned()).collect() }
@@ -347,7 +381,8 @@ impl Values {
             if text.is_empty() {
                 return Err(bad("a number is missing; write 5, 5|10, 2:100, 2:100:2 or 2:100:log20".into()));
             }
-            match text.parse::<f64>() {
+            let side = SIDES.iter().find(|side| spec.name == "side" && side.0 == text);
+            match side.map_or_else(|| text.parse::<f64>(), |side| Ok(side.1)) {
                 Ok(value) if value.is_finite() => Ok(value),
                 Ok(_) => Err(bad(format!("'{text}' is not finite; {} takes {}", spec.name, spec.legal()))),
                 Err(_) => Err(bad(format!("'{text}' is not a number; write 5, 5|10, 2:100, 2:100:2 or 2:100:log20, and a comma before the next parameter"))),
@@ -479,7 +514,7 @@ struct Constraint {
 }
 
 impl Constraint {
-    fn parse(strategy: &StrategySpec, text: &str) -> Result<Self> {
+    fn parse(strategy: &StrategySpec, specs: &[&ParameterSpec], text: &str) -> Result<Self> {
         let bad = |help: &str| strategy.bad("constraint", text, help);
         let (left, comparison, right) = Comparison::split(text).ok_or_else(|| bad("has no comparison; write one such as slow>=3*fast"))?;
         if Comparison::split(right).is_some() {
@@ -492,12 +527,12 @@ impl Constraint {
         let mut this = Self {
             text: text.trim().to_owned(),
             broken: format!("{left} {} {right}", comparison.opposite()),
-            weights: vec![0.0; strategy.parameters.len()],
+            weights: vec![0.0; specs.len()],
             constant: 0.0,
             comparison,
         };
-        this.add(strategy, left, 1.0)?;
-        this.add(strategy, right, -1.0)?;
+        this.add(strategy, specs, left, 1.0)?;
+        this.add(strategy, specs, right, -1.0)?;
         let finite = this.weights.iter().chain([&this.constant]).all(|w| w.is_finite());
         if !finite {
             return Err(bad("its numbers are too large"));
@@ -509,7 +544,7 @@ impl Constraint {
     }
 
     /// Adds sign · expression.
-    fn add(&mut self, strategy: &StrategySpec, expression: &str, sign: f64) -> Result<()> {
+    fn add(&mut self, strategy: &StrategySpec, specs: &[&ParameterSpec], expression: &str, sign: f64) -> Result<()> {
         let bad = |help: String| strategy.bad("constraint", self.text.clone(), help);
         let mut terms = Vec::new();
         let (mut weight, mut name) = (sign, None);
@@ -521,7 +556,7 @@ impl Constraint {
         loop {
             let end = token_end(rest);
             let (token, after) = rest.split_at(end);
-            if let Some(p) = strategy.parameters.iter().position(|p| p.name == token) {
+            if let Some(p) = specs.iter().position(|p| p.name == token) {
                 if name.replace(p).is_some() {
                     return Err(bad("multiplies two parameters; only numbers times parameters are legal, such as slow>=3*fast".into()));
                 }
@@ -530,7 +565,7 @@ impl Constraint {
             {
                 weight *= value;
             } else if token.starts_with(|c: char| c.is_alphabetic() || c == '_') {
-                return Err(unknown("parameter", token, &strategy.names()));
+                return Err(unknown("parameter", token, &names(specs)));
             } else {
                 let found = if rest.is_empty() { "its end".to_owned() } else { format!("'{rest}'") };
                 return Err(bad(format!("expected a number or a parameter at {found}; a constraint holds numbers, parameters, + - * and one comparison")));
@@ -587,6 +622,7 @@ fn token_end(text: &str) -> usize {
 #[derive(Debug, Clone)]
 pub struct Grid {
     strategy: &'static StrategySpec,
+    specs: Vec<&'static ParameterSpec>,
     axes: Vec<Axis>,
     constraints: Vec<Constraint>,
     counted: Option<u64>,
@@ -601,7 +637,8 @@ impl Grid {
     /// a grid whose constraints leave nothing.
     pub fn parse(strategy: &str, text: Option<&str>) -> Result<Self> {
         let strategy = StrategySpec::named(strategy)?;
-        let mut given: Vec<Option<String>> = vec![None; strategy.parameters.len()];
+        let known = strategy.known();
+        let mut given: Vec<Option<String>> = vec![None; known.len()];
         let mut constraints = Vec::new();
         // The parameter whose list a bare number continues.
         let mut open = None;
@@ -613,11 +650,11 @@ impl Grid {
                 return Err(strategy.bad("grid", text, format!("{help}, or write one such as {}", strategy.default_grid())));
             }
             if Comparison::split(entry).is_some() {
-                constraints.push(Constraint::parse(strategy, entry)?);
+                constraints.push(entry);
                 open = None;
             } else if let Some((name, values)) = entry.split_once('=') {
                 let name = name.trim();
-                let p = strategy.parameters.iter().position(|p| p.name == name).ok_or_else(|| unknown("parameter", name, &strategy.names()))?;
+                let p = known.iter().position(|p| p.name == name).ok_or_else(|| unknown("parameter", name, &names(&known)))?;
                 if let Some(slot) = given.get_mut(p) {
                     if let Some(first) = slot {
                         let help = format!("is given twice, first as {first}; put all its values in one list, {name}={first}|{}", values.trim());
@@ -627,17 +664,30 @@ impl Grid {
                 }
                 open = Some(p);
             } else if let Some(list) = open.and_then(|p| given.get_mut(p)).and_then(Option::as_mut) {
-                if strategy.parameters.iter().any(|p| p.name == entry) {
+                if known.iter().any(|p| p.name == entry) {
                     return Err(strategy.bad(entry, "", format!("has no values; write {entry}=5, {entry}=5|10 or {entry}=2:100:2")));
                 }
                 list.push('|');
                 list.push_str(entry);
             } else {
-                return Err(strategy.bad("grid", entry, format!("belongs to no parameter; write name=values with a name of {}", strategy.names().join(", "))));
+                return Err(strategy.bad("grid", entry, format!("belongs to no parameter; write name=values with a name of {}", names(&known).join(", "))));
             }
         }
-        let axes = strategy.parameters.iter().zip(given).map(|(spec, text)| Axis::parse(strategy, spec, text.as_deref().unwrap_or(spec.default_values)));
-        let mut grid = Self { strategy, axes: axes.collect::<Result<_>>()?, constraints, counted: None, warm_up: 0 };
+        let is_given = |name: &str| known.iter().zip(&given).any(|(p, text)| p.name == name && text.is_some());
+        let sized = is_given(TARGET_VOL);
+        if let (false, Some(p)) = (sized, ["vol_window", "max_leverage"].into_iter().find(|p| is_given(p) && strategy.parameters.iter().all(|own| own.name != *p))) {
+            return Err(strategy.bad(p, "", "sizes nothing without target_vol; write target_vol=0.15 too"));
+        }
+        // Its own parameters, and the overlays that are named or that a named one needs.
+        let own = strategy.parameters.len();
+        let wanted = |i: usize, p: &ParameterSpec, text: &Option<String>| i < own || text.is_some() || (sized && OVERLAYS[6..].iter().any(|o| o.name == p.name));
+        let (mut specs, mut axes) = (Vec::new(), Vec::new());
+        for (_, (spec, text)) in known.iter().copied().zip(&given).enumerate().filter(|(i, (p, text))| wanted(*i, p, text)) {
+            axes.push(Axis::parse(strategy, spec, text.as_deref().unwrap_or(spec.default_values))?);
+            specs.push(spec);
+        }
+        let constraints = constraints.into_iter().map(|text| Constraint::parse(strategy, &specs, text)).collect::<Result<_>>()?;
+        let mut grid = Self { strategy, specs, axes, constraints, counted: None, warm_up: 0 };
         grid.count();
         if grid.counted == Some(0) { Err(grid.nothing_left()) } else { Ok(grid) }
     }
@@ -669,7 +719,6 @@ impl Grid {
     /// Number of all combinations, legal or not.
     #[must_use]
     pub fn raw_len(&self) -> u128 {
-        // Four parameters of at most 2^20 values: no overflow, but nothing depends on that.
         self.axes.iter().fold(1, |n: u128, axis| n.saturating_mul(u128::from(axis.values.len())))
     }
 
@@ -733,7 +782,7 @@ impl Grid {
         if columns.first().is_none_or(Vec::is_empty) {
             return Err(self.nothing_left());
         }
-        Ok(ParameterSets { strategy: self.strategy, names: self.strategy.names(), columns })
+        Ok(ParameterSets { strategy: self.strategy, names: names(&self.specs), columns })
     }
 
     fn is_legal(&self, set: &[f64]) -> bool {
@@ -752,7 +801,7 @@ impl Grid {
         let combinations = reduced.iter().fold(1, |n: u128, axis| n.saturating_mul(u128::from(axis.values.len())));
         if combinations > MAX_COUNTED {
             let largest: Vec<f64> = self.axes.iter().map(|axis| axis.values.max()).collect();
-            self.warm_up = self.strategy.first_bar(&largest);
+            self.warm_up = first_bar_of(self.strategy, &self.specs, &largest);
             return;
         }
         let (mut legal, mut warm_up) = (0u128, 0);
@@ -760,7 +809,7 @@ impl Grid {
         loop {
             if self.is_legal(&odometer.values) {
                 legal += 1;
-                warm_up = warm_up.max(self.strategy.first_bar(&odometer.values));
+                warm_up = warm_up.max(first_bar_of(self.strategy, &self.specs, &odometer.values));
             }
             if !odometer.advance() {
                 break;
@@ -807,7 +856,7 @@ impl Grid {
     fn too_large(&self, limit: u64) -> Error {
         let needed = self.len();
         // Spread the thinning evenly over the long ranges.
-        let long: Vec<_> = self.axes.iter().zip(self.strategy.parameters).filter(|(axis, _)| axis.values.len() > 10 && axis.thinned(1.0).is_some()).collect();
+        let long: Vec<_> = self.axes.iter().zip(&self.specs).filter(|(axis, _)| axis.values.len() > 10 && axis.thinned(1.0).is_some()).collect();
         let excess = self.counted.map_or(self.raw_len() as f64, |n| n as f64) / limit.max(1) as f64;
         let factor = excess.powf(1.0 / long.len().max(1) as f64);
         let thinner: Vec<_> = long.iter().filter_map(|(axis, spec)| axis.thinned(factor).map(|text| format!("{}={text}", spec.name))).collect();
@@ -826,7 +875,7 @@ impl Grid {
 /// The grid in its own syntax, every parameter named: reads back as the same grid.
 impl fmt::Display for Grid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (i, (axis, spec)) in self.axes.iter().zip(self.strategy.parameters).enumerate() {
+        for (i, (axis, spec)) in self.axes.iter().zip(&self.specs).enumerate() {
             write!(f, "{}{}={}", if i == 0 { "" } else { "," }, spec.name, axis.text)?;
         }
         self.constraints.iter().try_for_each(|c| write!(f, ",{}", c.text))
@@ -901,7 +950,8 @@ impl ParameterSets {
     #[must_use]
     pub fn first_bar(&self, i: usize) -> u32 {
         let set: Vec<f64> = self.get(i).iter().map(|(_, value)| f64::from(*value)).collect();
-        self.strategy.first_bar(&set)
+        let specs: Vec<&ParameterSpec> = self.strategy.known().into_iter().filter(|p| self.names.contains(&p.name)).collect();
+        first_bar_of(self.strategy, &specs, &set)
     }
 }
 
@@ -922,6 +972,22 @@ mod tests {
 
     fn column(strategy: &str, text: &str, name: &str) -> Vec<f32> {
         grid(strategy, text).sets(1 << 20).unwrap().column(name).unwrap().to_vec()
+    }
+
+    #[test]
+    fn overlays_follow_the_parameters_of_any_strategy() {
+        let g = grid("sma_cross", "fast=5,slow=20|50,side=long|short,target_vol=0|0.1,stop_loss=0.05,slow>=3*fast");
+        assert_eq!(g.to_string(), "fast=5,slow=20|50,short=0,side=long|short,stop_loss=0.05,target_vol=0|0.1,vol_window=63,max_leverage=3,slow>=3*fast");
+        assert_eq!((g.len(), g.warm_up()), (8, 63));
+        let sets = g.sets(100).unwrap();
+        assert_eq!(sets.column("side").unwrap(), [1.0, 1.0, -1.0, -1.0, 1.0, 1.0, -1.0, -1.0]);
+        assert_eq!((sets.first_bar(0), sets.first_bar(4), sets.first_bar(5)), (19, 63, 63));
+        assert_eq!(Grid::parse("sma_cross", Some(&g.to_string())).unwrap().sets(100).unwrap().columns, sets.columns);
+        // Its own parameter is not an overlay, and the order of the strategy stays.
+        assert_eq!(grid("ts_momentum", "lookback=10,max_holding=5").sets(1000).unwrap().names, ["lookback", "vol_window", "target_vol", "max_leverage", "max_holding"]);
+        assert!(error("macd", "vol_window=20").contains("sizes nothing without target_vol"));
+        assert!(error("macd", "side=flat").contains("is not a number"));
+        assert!(error("macd", "stop_los=0.1").contains("stop_loss"));
     }
 
     #[test]
@@ -1027,7 +1093,7 @@ mod tests {
     #[test]
     fn errors_say_what_and_how() {
         for (text, want) in [
-            ("fsat=2:10", "unknown parameter 'fsat'; did you mean 'fast'? (known: fast, slow, short)"),
+            ("fsat=2:10", "unknown parameter 'fsat'; did you mean 'fast'? (known: fast, slow, short, side, stop_loss, take_profit, trailing_stop, max_holding, target_vol, vol_window, max_leverage)"),
             ("lookback=5", "unknown parameter 'lookback' (known"),
             ("fsat<slow", "did you mean 'fast'?"),
             ("fast=100:2", "write the smaller end first, 2:100"),
