@@ -235,11 +235,11 @@ pub fn normal_cdf(x: f64) -> f64 {
     if x > 0.0 { 1.0 - upper } else { upper }
 }
 
-/// Records the statistics of `returns` [N,T]; finish the result with [`finish`].
+/// Records the statistics of the first N·T values of `returns` as [N,T]; finish the result with [`finish`].
 /// # Errors
-/// `Shape` if the buffer is not [N,T] or T is zero; `TooLarge` if one series exceeds a binding.
+/// `Shape` if the buffer holds fewer values or T is zero; `TooLarge` if one series exceeds a binding.
 pub fn performance(pass: &mut Pass, returns: &Buffer, n: u64, t: u64) -> Result<Buffer> {
-    if t == 0 || returns.len() != n * t {
+    if t == 0 || returns.len() < n * t {
         let got = format!("{} values for N = {n}, T = {t}", returns.len());
         return Err(Error::Shape { op: "performance", arg: "returns".into(), expected: "[N,T] with T ≥ 1".into(), got });
     }
