@@ -140,7 +140,7 @@ impl Store {
 
     /// Writes a part: its rows first, then what makes them count.
     pub(super) fn save(&mut self, part: &Part, seconds: f64, subject: Subject<'_>) -> Result<()> {
-        let rows = part.rows.as_deref().unwrap_or_default();
+        let rows = part.rows.as_ref().and_then(|rows| rows.as_slice()).unwrap_or_default();
         let name = format!("part-{}-{}", part.sets.start, part.sets.end);
         let mut writer = RowWriter::create(subject, &self.dir, &name, rows.len(), false)?;
         let costs = subject.run.config().cost_bps.len();

@@ -218,7 +218,7 @@ pub(super) fn run(args: &Args, config: &str) -> Result<ExitCode> {
         };
         let done = Done { args, prepared: &prepared, run: &run, report: &report, seconds: start.elapsed().as_secs_f64(), config };
         progress.clear();
-        return done.deliver(args.out.as_deref(), &Rows::Kept(&rows.unwrap_or_default()));
+        return done.deliver(args.out.as_deref(), &Rows::Kept(rows.as_ref().and_then(|rows| rows.as_slice()).unwrap_or_default()));
     }
     let mut fold = Fold::new(run.len(), prepared.config.cost_bps.len());
     let mut before = 0.0;
@@ -238,7 +238,10 @@ pub(super) fn run(args: &Args, config: &str) -> Result<ExitCode> {
     };
     progress.expect(fold.missing(sets.clone()).iter().map(Range::len).sum());
     match run_parts(args, &prepared, &run, &sets, &mut cutter, &mut fold, store.as_mut(), &progress) {
-        Err(Error::Interrupted { .. }) => return Err(interrupted(args, &prepared, &run, &fold, place.as_deref())),
+        Err(Error::Interrupted { .. }) => {
+            progress.clear();
+            return Err(interrupted(args, &prepared, &run, &fold, place.as_deref()));
+        }
         other => other?,
     }
     if let (Some(share), Some(mut store)) = (share, store.take_if(|_| share.is_some())) {
@@ -247,8 +250,14 @@ pub(super) fn run(args: &Args, config: &str) -> Result<ExitCode> {
         say_shard(args, &prepared, &run, &fold, share, &store);
         return Ok(ExitCode::SUCCESS);
     }
-    let report = run.finish(fold, &mut |_| Ok(()))?;
+    let report = run.finish(fold, &mut |chunk| progress.visit(chunk)).map_err(|error| match (error, &place) {
+        (Error::Interrupted { .. }, Some(place)) => {
+            Error::Interrupted { message: format!("all sets are kept in {}; the same command with --resume finishes", place.display()) }
+        }
+        (error, _) => error,
+    });
     progress.clear();
+    let report = report?;
     let done = Done { args, prepared: &prepared, run: &run, report: &report, seconds: before + start.elapsed().as_secs_f64(), config };
     let stores: Vec<Store> = store.into_iter().collect();
     let code = done.deliver(args.out.as_deref(), &Rows::Stored(&stores))?;

@@ -14,7 +14,7 @@ use super::walk_forward::WalkForward;
 use crate::kernels::backtest_sweep::{Chunk, Execution, Outcome, Replay, Selected, Strategy, Sweep};
 use crate::kernels::performance::{Performance, finish, performance_read};
 use crate::{Device, Error, Result};
-use ndarray::ArrayView2;
+use ndarray::{Array3, ArrayView2};
 use std::borrow::Cow;
 use std::cmp::Ordering;
 use std::ops::Range;
@@ -295,7 +295,7 @@ pub struct SweepRun<'a> {
 /// What some sets gave.
 struct Executed {
     sums: Vec<Vec<SetSum>>,
-    rows: Option<Vec<Row>>,
+    rows: Option<Array3<Row>>,
     outcome: Outcome,
 }
 
@@ -444,7 +444,7 @@ impl<'a> SweepRun<'a> {
         };
         let (sets, assets, costs) = (positions.map_or(self.len(), <[u32]>::len), self.assets, self.config.cost_bps.len());
         let mut sums = vec![vec![SetSum::default(); sets]; costs];
-        let mut rows = keep.then(|| vec![Row::default(); costs * sets * assets]);
+        let mut rows = keep.then(|| Array3::from_elem((costs, sets, assets), Row::default()));
         let mut outcome = self.job(only.as_deref(), stitch, |job| {
             job.run(self.device, &mut |chunk| {
                 for set in chunk.sets.clone() {
@@ -452,7 +452,7 @@ impl<'a> SweepRun<'a> {
                         let row = Row::of(&chunk.stats(set, asset));
                         sums[chunk.cost][set].add(&row);
                         if let Some(rows) = &mut rows {
-                            rows[(chunk.cost * sets + set) * assets + asset] = row;
+                            rows[[chunk.cost, set, asset]] = row;
                         }
                     }
                 }
@@ -465,11 +465,11 @@ impl<'a> SweepRun<'a> {
         Ok(Executed { sums, rows, outcome })
     }
 
-    /// Runs all sets at once. `visit` sees every chunk of statistics once, as soon as it is there; `keep` hands out a row per cost, set
-    /// and asset.
+    /// Runs all sets at once. `visit` sees every chunk of statistics once, as soon as it is there; `keep` hands out the rows
+    /// [cost, set, asset].
     /// # Errors
     /// As [`Sweep::run`], and those of `visit`.
-    pub fn whole(&self, keep: bool, visit: &mut dyn FnMut(&Chunk) -> Result<()>) -> Result<(SweepReport, Option<Vec<Row>>)> {
+    pub fn whole(&self, keep: bool, visit: &mut dyn FnMut(&Chunk) -> Result<()>) -> Result<(SweepReport, Option<Array3<Row>>)> {
         let Executed { sums, rows, outcome } = self.execute(None, true, keep, visit)?;
         Ok((self.report(sums, outcome)?, rows))
     }
@@ -517,7 +517,7 @@ impl<'a> SweepRun<'a> {
 
     /// Rows (cost, asset) of the set at a position.
     pub(super) fn rows_of(&self, position: usize) -> Result<Vec<Row>> {
-        Ok(self.execute(Some(&[position as u32]), false, true, &mut |_| Ok(()))?.rows.unwrap_or_default())
+        Ok(self.execute(Some(&[position as u32]), false, true, &mut |_| Ok(()))?.rows.map(|rows| rows.into_raw_vec_and_offset().0).unwrap_or_default())
     }
 
     /// Closes [T,N], row-major.
