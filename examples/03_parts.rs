@@ -5,7 +5,7 @@
 //! prints
 //!
 //!     3 parts choose as one run does: true
-//!     set 0 traded 0 times
+//!     set 154 traded 42 times
 
 use forback::sim::{grid::Grid, market, parts, sweep::*};
 

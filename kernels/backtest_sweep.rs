@@ -955,7 +955,7 @@ impl<'a> Job<'a> {
         let pass = &mut self.pending.pass;
         let statistics = if self.stitched > 0 {
             pass.launch(&BACKTEST_STITCH, &params, &args)?;
-            performance_read(pass, &net, a as u64, self.stitched as u64)?
+            performance_read(pass, net.view(0..(a * self.stitched) as u64), a as u64, self.stitched as u64)?
         } else {
             pass.read(&device.zeros("statistics", 0)?)?
         };

@@ -107,14 +107,17 @@ impl Estimate {
         let (costs, parameters) = (prepared.config.cost_bps.len() as f64, run.set(0).len() as f64);
         let rows = |sets: usize| sets as f64 * run.assets() as f64 * costs;
         let kept = if out.is_some() { 20.0 * rows(per_part) } else { 0.0 };
-        // Columns, words and sums of all sets; prices three times; rows of a part; the device's tables and downloads.
+        // Columns, words and sums of all sets; prices three times; rows of a part; tables and downloads, which the peak so far knows better.
         let prices = 12.0 * prepared.prices.n_bars() as f64 * run.assets() as f64;
         let memory = run.len() as f64 * (8.0 * parameters + 32.0 + 24.0 * costs) + prices + kept + 256e6;
-        let disk = out.map(|dir| (super::results::PARQUET_ROW * 2.0 * rows(run.len()), dir.display().to_string()));
+        let memory = memory.max(peak_bytes().unwrap_or(0.0));
+        let parts = sets.div_ceil(per_part.max(1));
+        let disk = out.map(|dir| (super::results::bytes(rows(run.len()), parts > 1), dir.display().to_string()));
         let device = prepared.device.info().kind.name();
-        Estimate { sets, parts: sets.div_ceil(per_part.max(1)), per_part, seconds: cutter.seconds(sets), device, memory, disk }
+        Estimate { sets, parts, per_part, seconds: cutter.seconds(sets), device, memory, disk }
     }
 
+    /// As an object; sizes in bytes.
     pub(super) fn json(&self) -> Value {
         json!({ "sets": self.sets, "parts": self.parts, "sets_per_part": self.per_part, "seconds": self.seconds, "device": self.device,
             "memory_bytes": self.memory, "disk_bytes": self.disk.as_ref().map(|d| d.0) })
@@ -128,6 +131,13 @@ impl std::fmt::Display for Estimate {
         write!(f, "{cut}, about {} on {device}, {} of memory", duration(*seconds), size(*memory))?;
         disk.as_ref().map_or(Ok(()), |(bytes, dir)| write!(f, ", {} in {dir} while it runs", size(*bytes)))
     }
+}
+
+/// Most memory that this process has held, where the system tells.
+fn peak_bytes() -> Option<f64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let kilobytes = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?.split_whitespace().next()?;
+    Some(kilobytes.parse::<f64>().ok()? * 1024.0)
 }
 
 /// A bar on a terminal, nothing in a pipe; stops the run when the user does.

@@ -94,8 +94,14 @@ const BATCH: usize = 65_536;
 /// Above this many rows there is no results.csv.
 const MOST_CSV_ROWS: usize = 10_000_000;
 /// Bytes of a row in each format, roughly.
-pub(super) const PARQUET_ROW: f64 = 20.0;
-const CSV_ROW: f64 = 90.0;
+const PARQUET_ROW: f64 = 14.0;
+const CSV_ROW: f64 = 60.0;
+
+/// Bytes that a sweep of so many rows takes, roughly; one in parts holds its rows twice for a while.
+pub(super) fn bytes(rows: f64, parts: bool) -> f64 {
+    let csv = if rows <= MOST_CSV_ROWS as f64 { CSV_ROW } else { 0.0 };
+    rows * (PARQUET_ROW * if parts { 2.0 } else { 1.0 } + csv)
+}
 
 /// What rows are about.
 #[derive(Clone, Copy)]
