@@ -264,12 +264,12 @@ pub struct Outcome {
     pub profile: Vec<LaunchTime>,
 }
 
-/// What one set did on every bar.
+/// What some sets did on every bar.
 #[derive(Debug, Clone)]
 pub struct Replay {
-    /// Net returns [N,T−1].
+    /// Net returns [N,sets,T−1].
     pub net: Vec<f32>,
-    /// Weights held over the same bars [N,T−1].
+    /// Weights held over the same bars [N,sets,T−1].
     pub weight: Vec<f32>,
 }
 
@@ -617,16 +617,17 @@ impl<'a> Sweep<'a> {
         Ok(())
     }
 
-    /// Net returns and weights of one set over all bars, at one cost.
+    /// Net returns and weights of a few sets, by ascending index, over all bars at one cost: a window of all bars for each of them.
     ///
     /// # Errors
     /// As [`Sweep::run`].
-    pub fn replay(&self, device: &Device, cost: usize, set: u32) -> Result<Replay> {
+    pub fn replay(&self, device: &Device, cost: usize, sets: &[u32]) -> Result<Replay> {
         let bars = (self.close.len() / self.assets.max(1)).max(1) as u32 - 1;
-        let (only, windows) = ([set], [[0, bars, 0, bars]]);
-        let one = Sweep { only: Some(&only), windows: &windows, stitch_ends: None, scores: false, ..self.clone() };
-        let mut job = Job::new(&one, device)?;
-        let choice = Choice { best: device.upload_u32("best", &[0, 0])?, chosen: device.upload_u32("chosen", &job.machine.words[..SET_WORDS])? };
+        let (windows, ends) = (vec![[0, bars, 0, bars]; sets.len()], vec![bars; sets.len()]);
+        let few = Sweep { only: Some(sets), windows: &windows, stitch_ends: Some(&ends), scores: false, ..self.clone() };
+        let mut job = Job::new(&few, device)?;
+        let words = &job.machine.words[..sets.len() * SET_WORDS];
+        let choice = Choice { best: device.zeros_u32("best", 2 * sets.len() as u64)?, chosen: device.upload_u32("chosen", words)? };
         for assets in job.plan()?.assets {
             let tables = job.tables(assets)?;
             job.stitch(&tables, cost, &choice, true)?;

@@ -12,8 +12,8 @@
 
 use super::parts::Row;
 use super::sweep::SweepRun;
-use crate::{Error, Result};
-use ndarray::Array2;
+use crate::Result;
+use ndarray::{Array2, Axis};
 
 /// One position from its opening to its end.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -85,13 +85,10 @@ impl SweepRun<'_> {
     /// As the sweep.
     pub fn replay(&self, position: usize) -> Result<Vec<SetReplay>> {
         let (assets, rows) = (self.assets(), self.rows_of(position)?);
-        let shape = |values: Vec<f32>| {
-            let bars = values.len() / assets.max(1);
-            Array2::from_shape_vec((assets, bars), values).map_err(|e| Error::Internal(e.to_string()))
-        };
-        let costs = self.config().cost_bps.iter().zip(rows.chunks(assets.max(1)));
-        let replays = self.replayed(position)?.into_iter().zip(costs).map(|(replay, (&cost_bps, stats))| {
-            let (net, weight) = (shape(replay.net)?, shape(replay.weight)?);
+        let costs = self.config().cost_bps.iter().zip(rows.chunks(assets.max(1))).enumerate();
+        let replays = costs.map(|(cost, (&cost_bps, stats))| {
+            let (net, weight) = self.returns(cost, &[position])?;
+            let (net, weight) = (net.index_axis_move(Axis(1), 0), weight.index_axis_move(Axis(1), 0));
             let trades = (0..assets).flat_map(|asset| trades(self.close(), assets, asset, &weight, cost_bps * 1e-4)).collect();
             let (id, parameters, start) = (self.id(position), self.set(position), self.start() as usize);
             Ok(SetReplay { id, parameters, cost_bps, stats: stats.to_vec(), start, net, weight, trades })
