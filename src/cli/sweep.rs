@@ -78,13 +78,14 @@ pub(super) struct Args {
     /// Write results.parquet, results.csv, walk_forward.csv, out_of_sample.csv, run.json and config.toml into this folder.
     #[arg(long, value_name = "DIR")]
     pub(super) out: Option<PathBuf>,
-    /// Run this many sets of the grid, drawn at random by --seed, instead of all.
+    /// Run this many sets of the grid, drawn at random by --seed, instead of all. They keep their numbers in the grid; above 50,000,000
+    /// combinations those count illegal ones too.
     #[arg(long, value_name = "N")]
     random: Option<u64>,
-    /// Run share I of N of the sets into --out; `forback merge` puts the shares together.
+    /// Run share I of N of the sets into --out; `forback merge` puts the shares together. All on the same kind of device.
     #[arg(long, value_name = "I/N", requires = "out")]
     shard: Option<String>,
-    /// Go on with the interrupted sweep in --out.
+    /// Go on with the interrupted sweep in --out; starts from the beginning if there is none.
     #[arg(long, requires = "out")]
     resume: bool,
     /// Sets of a part that is computed and kept at once (default: about 15 seconds of work).

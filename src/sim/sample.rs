@@ -1,19 +1,21 @@
 //! Random sets of a grid: N distinct legal ones, drawn without replacement, in the grid's order.
 //!
-//! Counted  a grid of at most [`LISTED`] combinations is drawn by rank: Floyd's method takes N distinct ranks below the number of legal
-//!          sets, one pass over the combinations picks them. A set's number is its index in the whole grid.
-//! Absurd   a larger one is never listed: raw combinations are drawn until N distinct legal ones are found. A set's number is then that of
-//!          the combination, illegal ones counted, first parameter fastest.
+//! Counted  a grid of at most [`MAX_COUNTED`] combinations is drawn by rank: Floyd's method takes N distinct ranks below the number of
+//!          legal sets, one pass over the combinations picks them. A set's number is its index in the whole grid.
+//! Absurd   a larger one is never gone through: raw combinations are drawn until N distinct legal ones are found. A set's number is then
+//!          that of the combination, illegal ones counted, first parameter fastest.
+//! Bits     up to [`LISTED`] combinations a sweep holds the whole grid beside the drawn sets, and each gives the bits that it gives in the
+//!          whole sweep. Above, scales come from the drawn sets alone: statistics may differ in the last digits, positions do not.
 //! Random   Philox, key = seed, counter = (draw, 0, 0, STREAM): words 0 and 1 make a 64-bit number, scaled to the range by
 //!          multiplication, which is uneven by at most range / 2^64.
 //! Source   Floyd in Bentley & Floyd 1987, Communications of the ACM 30(9).
 
-use super::grid::{Grid, ParameterSets};
+use super::grid::{Grid, MAX_COUNTED, ParameterSets};
 use crate::kernels::philox::philox4x32;
 use crate::{Error, Result};
 use std::collections::BTreeSet;
 
-/// Grids of at most this many combinations are gone through; larger ones are drawn from blindly.
+/// Beside the sets drawn from a grid of at most this many combinations a sweep holds the whole grid.
 pub const LISTED: u128 = 1 << 22;
 
 /// Stream of the draws, apart from those of the synthetic market.
@@ -91,7 +93,7 @@ pub fn sample(grid: &Grid, n: u64, seed: u64, limit: u64) -> Result<Sample> {
             column.push(*value);
         }
     };
-    if grid.is_counted() && grid.raw_len() <= LISTED {
+    if grid.is_counted() && grid.raw_len() <= MAX_COUNTED {
         let chosen = distinct(n, grid.len(), &mut draws);
         for (rank, set) in grid.iter().enumerate().filter(|(rank, _)| chosen.contains(&(*rank as u64))) {
             push(rank as u64, &set);
