@@ -508,12 +508,7 @@ impl Block<'_> {
     }
 
     #[inline(always)]
-    fn group<S: Simd, const MODE: u32, const KIND: u32, const G: usize>(
-        &mut self,
-        simd: S,
-        group: &Group,
-        packed: &mut Tiles,
-    ) {
+    fn group<S: Simd, const MODE: u32, const KIND: u32, const G: usize>(&mut self, simd: S, group: &Group, packed: &mut Tiles) {
         let (p, sets, lanes) = (self.p, self.sets, S::F32_LANES);
         let lag = p.lag as usize;
         // The first bar whose decision is known.
@@ -796,10 +791,7 @@ mod general {
                 let price = side(close);
                 let stopped = simd.or_m32s(
                     simd.or_m32s(simd.less_than_or_equal_f32s(price, edge(entry, stop_loss)), simd.greater_than_or_equal_f32s(price, edge(entry, take_profit))),
-                    simd.or_m32s(
-                        simd.less_than_or_equal_f32s(price, edge(best, trailing_stop)),
-                        simd.greater_than_or_equal_u32s(age, max_holding),
-                    ),
+                    simd.or_m32s(simd.less_than_or_equal_f32s(price, edge(best, trailing_stop)), simd.greater_than_or_equal_u32s(age, max_holding)),
                 );
                 let in_market = simd.greater_than_f32s(simd.abs_f32s(held), zero);
                 blocked = simd.select_f32s(simd.and_m32s(in_market, stopped), held, blocked);
@@ -1009,7 +1001,8 @@ mod tests {
             let stop = |w: u32| if o.stops && w % 3 > 0 { 0.01 * (1 + w % 4) as f32 } else { crate::backtest::NO_STOP }.to_bits();
             let row = if o.sized && w[4] % 5 > 0 { w[4] % p.volatility_rows } else { OFF };
             let holding = if o.stops && w[7] % 2 > 0 { 1 + w[7] % 7 } else { OFF };
-            let head = [rows[i % rows.len()], w[1] % p.rows.min(20), w[2] % 4, w[3] % 4, 20 + w[0] % 40, (w[0] >> 8) % o.sides, 0.1f32.to_bits(), 1.5f32.to_bits()];
+            let head =
+                [rows[i % rows.len()], w[1] % p.rows.min(20), w[2] % 4, w[3] % 4, 20 + w[0] % 40, (w[0] >> 8) % o.sides, 0.1f32.to_bits(), 1.5f32.to_bits()];
             [&head[..], &[row, stop(w[5]), stop(w[6]), stop(w[7]), holding, 0, 0, 0]].concat()
         };
         let sets: Vec<u32> = (0..tiles * TILE).flat_map(set).collect();

@@ -31,6 +31,7 @@ use crate::{Error, Result};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 const OP: &str = "backtest_sweep";
 
@@ -147,6 +148,9 @@ pub struct Sweep<'a> {
     pub strategy: Strategy,
     /// Its parameters by name, each [S].
     pub parameters: &'a [(&'a str, &'a [f32])],
+    /// Ascending indices of the sets to run (`None`: all). Scales and key widths come from the whole columns whatever runs, so that
+    /// any split of the sets gives the same bits.
+    pub only: Option<&'a [u32]>,
     /// One-way costs in basis points of traded notional; each is a sweep of its own over the same indicators.
     pub cost_bps: &'a [f64],
     /// When decisions are traded.
@@ -190,8 +194,9 @@ pub struct Chunk {
     pub cost: usize,
     /// Assets.
     pub assets: Range<usize>,
-    /// Sets.
+    /// Sets, counted among those that run; [`Chunk::id`] is the index into the columns.
     pub sets: Range<usize>,
+    ids: Option<Arc<[u32]>>,
     tiles: usize,
     windows: usize,
     year: f64,
@@ -215,7 +220,12 @@ impl Values {
 }
 
 impl Chunk {
-    /// Statistics of a set on an asset, by their global indices.
+    /// Index into the parameter columns of the set at a position among those that run.
+    pub fn id(&self, set: usize) -> u32 {
+        id_of(self.ids.as_deref(), set as u32)
+    }
+
+    /// Statistics of a set on an asset, by their positions in the run.
     pub fn stats(&self, set: usize, asset: usize) -> SetStats {
         let (set, asset) = (set - self.sets.start, asset - self.assets.start);
         let at = (asset * self.tiles + set / TILE) * STATS * TILE + set % TILE;
@@ -234,8 +244,10 @@ impl Chunk {
 /// What a selection earned out of sample.
 #[derive(Debug, Clone, Default)]
 pub struct Selected {
-    /// Chosen set per window: [N,W], or [1,W] if pooled.
+    /// Chosen set per window, as index into the parameter columns: [N,W], or [1,W] if pooled.
     pub best: Vec<u32>,
+    /// Its selection key: the larger one wins, 0 if the ratio is undefined. Keys of different sets of the same sweep compare.
+    pub keys: Vec<u32>,
     /// Net returns of the chosen sets over the stitched bars [N,K].
     pub stitched: Vec<f32>,
     /// Weights held over them [N,K].
@@ -265,6 +277,20 @@ pub struct Outcome {
     pub profile: Vec<LaunchTime>,
 }
 
+/// What some sets did on every bar.
+#[derive(Debug, Clone)]
+pub struct Replay {
+    /// Net returns [N,sets,T−1].
+    pub net: Vec<f32>,
+    /// Weights held over the same bars [N,sets,T−1].
+    pub weight: Vec<f32>,
+}
+
+/// Index into the columns of the set at `position` among those that run.
+fn id_of(ids: Option<&[u32]>, position: u32) -> u32 {
+    ids.and_then(|ids| ids.get(position as usize)).copied().unwrap_or(position)
+}
+
 // ---- strategies as machines -------------------------------------------------------------------------------------------
 
 /// What the indicator kernels have to fill.
@@ -287,6 +313,14 @@ impl Table {
             Table::None => 0,
         }
     }
+
+    /// Longest window that sums run over.
+    fn longest(&self) -> u32 {
+        match self {
+            Table::Sma(p) | Table::Bollinger(p) => p.iter().copied().max().unwrap_or(1),
+            _ => 1,
+        }
+    }
 }
 
 /// A strategy's sets as words for the simulator, and the tables they read.
@@ -299,8 +333,10 @@ struct Machine {
     sets: Vec<Words>,
     /// Sizes and stops, where any set has them.
     overlays: Vec<Overlay>,
-    /// Largest weight that any set can hold.
+    /// Largest weight that any set of the whole columns can hold.
     heaviest: f64,
+    /// Longest windows of the whole columns' sums, of prices and of log returns.
+    longest: (u32, u32),
     /// Whether any set is sized, goes short or has stops.
     general: bool,
 }
@@ -472,7 +508,23 @@ impl Machine {
         let general = mode == MOMENTUM || !overlays.is_empty() || sets.iter().any(|w| w.side != LONG);
         let weights = overlays.iter().map(|o| if o.volatility_row == OFF { 1.0 } else { f64::from(f32::from_bits(o.leverage)) });
         let heaviest = if overlays.is_empty() { 1.0 } else { weights.fold(0.0, f64::max) };
-        Ok(Machine { mode, mask, table, volatility, sets, overlays, heaviest, general })
+        let longest = (table.longest(), volatility.last().copied().unwrap_or(1));
+        Ok(Machine { mode, mask, table, volatility, sets, overlays, heaviest, longest, general })
+    }
+
+    /// The sets that run, with rows for them alone; scales and key widths of all.
+    fn of_sweep(sweep: &Sweep<'_>) -> Result<Machine> {
+        let all = Machine::of(sweep.strategy, sweep.parameters)?;
+        let Some(only) = sweep.only else { return Ok(all) };
+        let count = all.count();
+        if only.is_empty() || only.windows(2).any(|pair| pair[0] >= pair[1]) || only.last().is_some_and(|&last| last as usize >= count) {
+            let got = format!("{} indices up to {:?}", only.len(), only.last());
+            return Err(Error::Shape { op: OP, arg: "only".into(), expected: format!("ascending indices below S = {count}, at least one"), got });
+        }
+        let columns: Vec<Vec<f32>> = sweep.parameters.iter().map(|(_, column)| only.iter().map(|&set| column[set as usize]).collect()).collect();
+        let parameters: Vec<(&str, &[f32])> = sweep.parameters.iter().zip(&columns).map(|(p, column)| (p.0, column.as_slice())).collect();
+        let Machine { heaviest, longest, .. } = all;
+        Ok(Machine { heaviest, longest, ..Machine::of(sweep.strategy, &parameters)? })
     }
 
     fn count(&self) -> usize {
@@ -559,6 +611,8 @@ struct Job<'a> {
     sweep: &'a Sweep<'a>,
     device: &'a Device,
     machine: Machine,
+    /// Indices into the columns of the sets that run, if not all do.
+    ids: Option<Arc<[u32]>>,
     /// Bars.
     t: usize,
     /// Window edges on the return index.
@@ -682,6 +736,27 @@ impl<'a> Sweep<'a> {
         Ok(())
     }
 
+    /// Net returns and weights of a few sets, by ascending index, over all bars at one cost: a window of all bars for each of them.
+    ///
+    /// # Errors
+    /// As [`Sweep::run`].
+    pub fn replay(&self, device: &Device, cost: usize, sets: &[u32]) -> Result<Replay> {
+        let bars = (self.close.len() / self.assets.max(1)).max(1) as u32 - 1;
+        let (windows, ends) = (vec![[0, bars, 0, bars]; sets.len()], vec![bars; sets.len()]);
+        let few = Sweep { only: Some(sets), windows: &windows, stitch_ends: Some(&ends), scores: false, ..self.clone() };
+        let mut job = Job::new(&few, device)?;
+        let words = job.machine.words(0..sets.len());
+        let choice = Choice { best: device.zeros_u32("best", 2 * sets.len() as u64)?, chosen: device.upload_u32("chosen", &words[..sets.len() * SET_WORDS])? };
+        for assets in job.plan()?.assets {
+            let tables = job.tables(assets)?;
+            job.stitch(&tables, cost, &choice, true)?;
+            job.flush_if(FLUSH_BYTES, &mut |_| Ok(()))?;
+        }
+        job.flush_if(0, &mut |_| Ok(()))?;
+        let replayed = job.outcome.pooled.into_iter().nth(cost).unwrap_or_default();
+        Ok(Replay { net: replayed.stitched, weight: replayed.weights })
+    }
+
     /// No choice yet, for each cost.
     fn choices(&self, device: &Device, slots: usize) -> Result<Vec<Choice>> {
         let count = slots * self.windows.len();
@@ -709,6 +784,16 @@ impl<'a> Job<'a> {
             let help = "prices must be positive, finite numbers; drop the asset or cut the range".into();
             return Err(Error::Parameter { op: OP, name: format!("close[{}, {}]", i / n, i % n), value: sweep.close[i].to_string(), help });
         }
+        if sweep.execution == Execution::NextOpen {
+            let open = sweep.open.ok_or_else(|| shape("open", "opens [T,N] for next_open".into(), "none; give them, or execute at next_close".into()))?;
+            if open.len() != sweep.close.len() {
+                return Err(shape("open", format!("{} values, as many as closes", sweep.close.len()), open.len().to_string()));
+            }
+            if let Some(i) = open.iter().position(|p| !(p.is_normal() && *p > 0.0)) {
+                let help = "opens must be positive, finite numbers; execute at next_close, or cut the range".into();
+                return Err(Error::Parameter { op: OP, name: format!("open[{}, {}]", i / n, i % n), value: open[i].to_string(), help });
+            }
+        }
         if let Some((i, c)) = sweep.cost_bps.iter().enumerate().find(|(_, c)| !(c.is_finite() && **c >= 0.0 && **c < 10_000.0)) {
             let help = "give basis points from 0 to below 10000".into();
             return Err(Error::Parameter { op: OP, name: format!("cost_bps[{i}]"), value: c.to_string(), help });
@@ -726,7 +811,7 @@ impl<'a> Job<'a> {
                 return Err(shape(&format!("windows[{w}]"), format!("two half-open ranges inside the {bars} returns"), format!("{window:?}")));
             }
         }
-        let machine = Machine::of(sweep.strategy, sweep.parameters)?;
+        let machine = Machine::of_sweep(sweep)?;
         let mut edges: Vec<u32> = sweep.windows.iter().flatten().copied().collect();
         edges.sort_unstable();
         edges.dedup();
@@ -753,6 +838,7 @@ impl<'a> Job<'a> {
             sweep,
             device,
             machine,
+            ids: sweep.only.map(Arc::from),
             t,
             train: device.upload_u32("train spans", &train)?,
             both: device.upload_u32("train and test spans", &both)?,
@@ -841,8 +927,8 @@ impl<'a> Job<'a> {
         let rows = self.machine.table.rows();
         let words = (a * t * rows) as u64;
         let (bits, extra) = match &self.machine.table {
-            Table::Sma(periods) => (sum_bits(periods.iter().copied().max().unwrap_or(1)), 1),
-            Table::Bollinger(periods) => (bollinger_bits(periods.last().copied().unwrap_or(1)), 3),
+            Table::Sma(_) => (sum_bits(self.machine.longest.0), 1),
+            Table::Bollinger(_) => (bollinger_bits(self.machine.longest.0), 3),
             Table::Donchian(cap) => (PRICE_BITS, *cap),
             _ => (PRICE_BITS, 0),
         };
@@ -861,7 +947,7 @@ impl<'a> Job<'a> {
         let inverse_volatility = device.zeros("inverse_volatility", ((a * t * windows.len()) as u64).max(4))?;
         self.pending.bytes += 4 * (words + inverse_volatility.len());
         if !windows.is_empty() {
-            let bits = log_bits(windows.last().copied().unwrap_or(1));
+            let bits = log_bits(self.machine.longest.1);
             let own = IndicatorParams { bits, rows: windows.len() as u32, ..params };
             let logs = device.upload_u32("logs", &log_prices(&columns[..a * t], t, bits)?)?;
             let windows = device.upload_u32("periods", windows)?;
@@ -959,6 +1045,7 @@ impl<'a> Job<'a> {
             cost,
             assets: tables.assets.clone(),
             sets,
+            ids: self.ids.clone(),
             tiles,
             windows: self.sweep.windows.len(),
             year: self.sweep.periods_per_year.sqrt(),
@@ -1010,7 +1097,7 @@ impl<'a> Job<'a> {
         let pass = &mut self.pending.pass;
         let statistics = if self.stitched > 0 {
             pass.launch(&BACKTEST_STITCH, &params, &args)?;
-            performance_read(pass, &net, a as u64, self.stitched as u64)?
+            performance_read(pass, net.view(0..(a * self.stitched) as u64), a as u64, self.stitched as u64)?
         } else {
             pass.read(&device.zeros("statistics", 0)?)?
         };
@@ -1046,12 +1133,14 @@ impl<'a> Job<'a> {
             let slot = &mut list[cost];
             let (slots, first) = if pooled { (1, 0) } else { (n, assets.start) };
             slot.best.resize(slots * w, 0);
+            slot.keys.resize(slots * w, 0);
             slot.stitched.resize(n * k, 0.0);
             slot.weights.resize(n * k, 0.0);
             slot.turnover.resize(n * w, 0.0);
             slot.trades.resize(n * w, 0);
             for (i, pair) in done.u32(best)?.chunks_exact(2).enumerate() {
-                slot.best[first * w + i] = pair[1];
+                slot.keys[first * w + i] = pair[0];
+                slot.best[first * w + i] = id_of(self.ids.as_deref(), pair[1]);
             }
             let net = done.f32(net)?;
             let (returns, weights) = net.split_at(net.len() / 2);
@@ -1112,9 +1201,11 @@ fn stitch_parts(sweep: &Sweep<'_>) -> Result<Vec<u32>> {
 fn scales(sweep: &Sweep<'_>, t: usize, heaviest: f64, cost: f64) -> Vec<u32> {
     let n = sweep.assets;
     let mut largest = vec![0f64; n];
+    let opens = sweep.open.filter(|_| sweep.execution == Execution::NextOpen);
+    let fill = |j: usize, a: usize| f64::from(opens.filter(|_| j + 1 < t).map_or(sweep.close[j * n + a], |open| open[(j + 1) * n + a]));
     for j in 1..t {
         for (a, largest) in largest.iter_mut().enumerate() {
-            let r = f64::from(sweep.close[j * n + a]) / f64::from(sweep.close[(j - 1) * n + a]) - 1.0;
+            let r = fill(j, a) / fill(j - 1, a) - 1.0;
             *largest = largest.max(r.abs());
         }
     }
@@ -1144,6 +1235,7 @@ pub(crate) fn verify(device: &Device, case: &Case) -> Result<Outputs> {
         assets,
         strategy: Strategy::named(case.text("strategy")?)?,
         parameters: &parameters,
+        only: None,
         cost_bps: &[case.number("cost_bps")?],
         execution: Execution::named(case.text("execution")?)?,
         start: 0,

@@ -7,7 +7,7 @@ mod common;
 
 use common::{Case, DEVICES, Rng, assert_bits, open, open_all, open_with, rolling, variants};
 use forback::kernels::backtest::{BACKTEST_STITCH, BACKTEST_SWEEP, BacktestParams, SCALE_BIAS, SET_WORDS, STATS, TILE};
-use forback::kernels::backtest_sweep::Strategy;
+use forback::kernels::backtest_sweep::{Chunk, Outcome, SetStats, Strategy, Sweep};
 use forback::kernels::ceilings::{CEILING_MULTIPLY_ADD, CeilingParams};
 use forback::kernels::fixed::exponent;
 use forback::kernels::indicators::{self, IndicatorParams, span_alpha, wilder_alpha};
@@ -179,6 +179,73 @@ fn limits_change_no_bit_of_a_sweep() {
                 }
             }
         }
+    }
+}
+
+#[test]
+fn any_choice_of_sets_has_the_bits_of_all() {
+    for spec in ["reference", "cpu", "wgpu", "cuda-host", "cuda"] {
+        let Some(device) = open(spec) else { continue };
+        let mut rng = Rng::new(33);
+        for strategy in Strategy::ALL {
+            let case = Case::random(&mut rng, strategy, 150, 3, 200);
+            let (all, n, bars, w) = (case.run(&device).unwrap(), 3, 149, case.windows.len());
+            // The longest window and the heaviest weight may be left out.
+            for few in [vec![7u32], (0..200).step_by(3).collect(), (64..130).collect()] {
+                let mut seen = 0;
+                case.with_sweep(|sweep| {
+                    let sweep = Sweep { only: Some(&few), ..sweep.clone() };
+                    let visit = &mut |chunk: &Chunk| {
+                        for set in chunk.sets.clone() {
+                            let id = chunk.id(set);
+                            assert_eq!(id, few[set]);
+                            for asset in chunk.assets.clone() {
+                                let (got, want) = (chunk.stats(set, asset), all.stats[chunk.cost][id as usize * n + asset]);
+                                let numbers = |s: SetStats| [s.sharpe, s.total_return, s.max_drawdown, s.turnover, s.trades as f64];
+                                assert_bits(&format!("set {id} of {} on {spec}", strategy.name()), &numbers(got), &numbers(want));
+                                seen += 1;
+                            }
+                        }
+                        Ok(())
+                    };
+                    let outcome = sweep.run(&device, visit).unwrap();
+                    for selected in outcome.per_asset.iter().chain(&outcome.pooled) {
+                        assert!(selected.best.iter().all(|id| few.contains(id)), "{:?}", selected.best);
+                    }
+                });
+                assert_eq!(seen, few.len() * n * 2);
+            }
+            // The winners of all win among themselves, with the same keys and series; replayed, they earn the same.
+            let lists = |outcome: &Outcome| [outcome.per_asset.clone(), outcome.pooled.clone()].concat();
+            let mut winners: Vec<u32> = lists(&all.outcome).into_iter().flat_map(|selected| selected.best).collect();
+            winners.sort_unstable();
+            winners.dedup();
+            let again = case.with_sweep(|sweep| Sweep { only: Some(&winners), ..sweep.clone() }.run(&device, &mut |_| Ok(())).unwrap());
+            for (again, want) in lists(&again).iter().zip(lists(&all.outcome)) {
+                assert_eq!((&again.best, &again.keys, &again.stitched), (&want.best, &want.keys, &want.stitched), "{} on {spec}", strategy.name());
+            }
+            for (cost, want) in all.outcome.per_asset.iter().enumerate() {
+                let replay = case.with_sweep(|sweep| sweep.replay(&device, cost, &winners).unwrap());
+                assert_eq!(replay.net.len(), n * winners.len() * bars);
+                let mut offset = 0;
+                for (i, &[_, _, from, to]) in case.windows.iter().enumerate() {
+                    for asset in 0..n {
+                        let at = winners.binary_search(&want.best[asset * w + i]).unwrap();
+                        let (from, to) = ((asset * winners.len() + at) * bars + from as usize, (asset * winners.len() + at) * bars + to as usize);
+                        let own = asset * (want.stitched.len() / n) + offset;
+                        assert_eq!(replay.net[from..to], want.stitched[own..own + to - from]);
+                        assert_eq!(replay.weight[from..to], want.weights[own..own + to - from]);
+                    }
+                    offset += (to - from) as usize;
+                }
+            }
+        }
+    }
+    let case = Case::random(&mut Rng::new(1), Strategy::SmaCross, 60, 1, 10);
+    let device = open("cpu").unwrap();
+    for few in [vec![], vec![3, 3], vec![4, 2], vec![9, 10]] {
+        let ran = case.with_sweep(|sweep| Sweep { only: Some(&few), ..sweep.clone() }.run(&device, &mut |_| Ok(())));
+        assert!(error(ran).to_string().contains("only must be ascending indices below S = 10"));
     }
 }
 
@@ -713,7 +780,7 @@ fn guarded(mut g: Guards) {
     let scores = g.out(Elem::F32, a * w * 2 * lanes);
     launch!(WALK_FORWARD_SCORES, select, [prefix, both, scores]);
     let windows = g.words(&[30, 50, 0, 50, 70, 20]);
-    let (net, activity) = (g.out(Elem::F32, a * 40), g.out(Elem::F32, 2 * a * w));
+    let (net, activity) = (g.out(Elem::F32, 2 * a * 40), g.out(Elem::F32, 2 * a * w));
     let params = BacktestParams { tiles: w as u32, per_asset: 1, stitched: 40, ..params };
     launch!(BACKTEST_STITCH, params, [price, earned, keys, unused, chosen, windows, net, activity]);
 

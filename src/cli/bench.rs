@@ -82,6 +82,7 @@ fn sweep_of(device: &Device, market: &Market, fast: &[f32], slow: &[f32], window
         assets: market.assets,
         strategy: Strategy::SmaCross,
         parameters: &parameters,
+        only: None,
         cost_bps: &[10.0],
         execution: Execution::SameClose,
         start: 0,

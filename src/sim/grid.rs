@@ -675,12 +675,15 @@ impl Grid {
         }
         let is_given = |name: &str| known.iter().zip(&given).any(|(p, text)| p.name == name && text.is_some());
         let sized = is_given(TARGET_VOL);
-        if let (false, Some(p)) = (sized, ["vol_window", "max_leverage"].into_iter().find(|p| is_given(p) && strategy.parameters.iter().all(|own| own.name != *p))) {
+        if let (false, Some(p)) =
+            (sized, ["vol_window", "max_leverage"].into_iter().find(|p| is_given(p) && strategy.parameters.iter().all(|own| own.name != *p)))
+        {
             return Err(strategy.bad(p, "", "sizes nothing without target_vol; write target_vol=0.15 too"));
         }
         // Its own parameters, and the overlays that are named or that a named one needs.
         let own = strategy.parameters.len();
-        let wanted = |i: usize, p: &ParameterSpec, text: &Option<String>| i < own || text.is_some() || (sized && OVERLAYS[6..].iter().any(|o| o.name == p.name));
+        let wanted =
+            |i: usize, p: &ParameterSpec, text: &Option<String>| i < own || text.is_some() || (sized && OVERLAYS[6..].iter().any(|o| o.name == p.name));
         let (mut specs, mut axes) = (Vec::new(), Vec::new());
         for (_, (spec, text)) in known.iter().copied().zip(&given).enumerate().filter(|(i, (p, text))| wanted(*i, p, text)) {
             axes.push(Axis::parse(strategy, spec, text.as_deref().unwrap_or(spec.default_values))?);
@@ -744,6 +747,24 @@ impl Grid {
                 }
             }
         })
+    }
+
+    /// The set of a combination, first parameter fastest; `None` if it is illegal or there is no such combination.
+    #[must_use]
+    pub fn at_raw(&self, index: u64) -> Option<Vec<f32>> {
+        let mut rest = index;
+        let mut set = Vec::with_capacity(self.axes.len());
+        for axis in &self.axes {
+            let n = axis.values.len().max(1);
+            set.push(axis.values.get(rest % n));
+            rest /= n;
+        }
+        (rest == 0 && self.is_legal(&set)).then(|| set.into_iter().map(|v| v as f32).collect())
+    }
+
+    /// Columns without a set.
+    pub(crate) fn no_sets(&self) -> ParameterSets {
+        ParameterSets { strategy: self.strategy, names: names(&self.specs), columns: vec![Vec::new(); self.axes.len()] }
     }
 
     /// All legal sets as columns.
@@ -984,7 +1005,10 @@ mod tests {
         assert_eq!((sets.first_bar(0), sets.first_bar(4), sets.first_bar(5)), (19, 63, 63));
         assert_eq!(Grid::parse("sma_cross", Some(&g.to_string())).unwrap().sets(100).unwrap().columns, sets.columns);
         // Its own parameter is not an overlay, and the order of the strategy stays.
-        assert_eq!(grid("ts_momentum", "lookback=10,max_holding=5").sets(1000).unwrap().names, ["lookback", "vol_window", "target_vol", "max_leverage", "max_holding"]);
+        assert_eq!(
+            grid("ts_momentum", "lookback=10,max_holding=5").sets(1000).unwrap().names,
+            ["lookback", "vol_window", "target_vol", "max_leverage", "max_holding"]
+        );
         assert!(error("macd", "vol_window=20").contains("sizes nothing without target_vol"));
         assert!(error("macd", "side=flat").contains("is not a number"));
         assert!(error("macd", "stop_los=0.1").contains("stop_loss"));
@@ -1093,7 +1117,10 @@ mod tests {
     #[test]
     fn errors_say_what_and_how() {
         for (text, want) in [
-            ("fsat=2:10", "unknown parameter 'fsat'; did you mean 'fast'? (known: fast, slow, short, side, stop_loss, take_profit, trailing_stop, max_holding, target_vol, vol_window, max_leverage)"),
+            (
+                "fsat=2:10",
+                "unknown parameter 'fsat'; did you mean 'fast'? (known: fast, slow, short, side, stop_loss, take_profit, trailing_stop, max_holding, target_vol, vol_window, max_leverage)",
+            ),
             ("lookback=5", "unknown parameter 'lookback' (known"),
             ("fsat<slow", "did you mean 'fast'?"),
             ("fast=100:2", "write the smaller end first, 2:100"),

@@ -158,14 +158,16 @@ impl Case {
         self.close.len() / self.assets
     }
 
-    pub(crate) fn run(&self, device: &Device) -> forback::Result<Swept> {
+    /// The sweep of these sets, for `use_it`.
+    pub(crate) fn with_sweep<T>(&self, use_it: impl FnOnce(&Sweep<'_>) -> T) -> T {
         let parameters: Vec<(&str, &[f32])> = self.parameters.iter().map(|(name, values)| (*name, &values[..])).collect();
-        let sweep = Sweep {
+        use_it(&Sweep {
             close: &self.close,
             open: None,
             assets: self.assets,
             strategy: self.strategy,
             parameters: &parameters,
+            only: None,
             cost_bps: &self.cost_bps,
             execution: self.execution,
             start: self.start,
@@ -176,19 +178,24 @@ impl Case {
             pooled: self.pooled,
             scores: true,
             profile: false,
-        };
+        })
+    }
+
+    pub(crate) fn run(&self, device: &Device) -> forback::Result<Swept> {
         let (sets, n, w, costs) = (self.sets(), self.assets, self.windows.len(), self.cost_bps.len());
         let unseen = SetStats { sharpe: -7.0, total_return: -7.0, max_drawdown: -7.0, turnover: -7.0, trades: 7_777_777 };
         let (mut stats, mut scores) = (vec![vec![unseen; sets * n]; costs], vec![vec![(-7.0, -7.0); sets * n * w]; costs]);
-        let outcome = sweep.run(device, &mut |chunk| {
-            for (set, asset) in chunk.sets.clone().flat_map(|s| chunk.assets.clone().map(move |a| (s, a))) {
-                assert_eq!(stats[chunk.cost][set * n + asset].trades, unseen.trades, "set {set} of asset {asset} came twice");
-                stats[chunk.cost][set * n + asset] = chunk.stats(set, asset);
-                for window in 0..w {
-                    scores[chunk.cost][(set * n + asset) * w + window] = chunk.scores(set, asset, window);
+        let outcome = self.with_sweep(|sweep| {
+            sweep.run(device, &mut |chunk| {
+                for (set, asset) in chunk.sets.clone().flat_map(|s| chunk.assets.clone().map(move |a| (s, a))) {
+                    assert_eq!(stats[chunk.cost][set * n + asset].trades, unseen.trades, "set {set} of asset {asset} came twice");
+                    stats[chunk.cost][set * n + asset] = chunk.stats(set, asset);
+                    for window in 0..w {
+                        scores[chunk.cost][(set * n + asset) * w + window] = chunk.scores(set, asset, window);
+                    }
                 }
-            }
-            Ok(())
+                Ok(())
+            })
         })?;
         assert!(stats.iter().flatten().all(|s| s.trades != unseen.trades), "a set was never handed out");
         Ok(Swept { stats, scores, outcome })
