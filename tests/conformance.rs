@@ -532,11 +532,12 @@ fn a_power_of_two_on_all_prices_changes_no_bit() {
 }
 
 /// Prices in ticks times a small whole number are exact in f32, but no longer have the same fixed-point bits: decisions are the same all
-/// the same, and so is what they earn but for rounding.
+/// the same, and so is what they earn but for rounding. Wilder's average rounds, so a strength exactly on its threshold is left out.
 #[test]
 fn a_factor_on_all_prices_changes_no_decision() {
     property(|device, label, case, rng| {
-        let (case, factor) = (ticks(case), rng.whole(3, 200) as f32);
+        let (mut case, factor) = (ticks(case), rng.whole(3, 200) as f32);
+        case.parameters.iter_mut().filter(|p| ["low", "high"].contains(&p.0)).flat_map(|p| &mut p.1).for_each(|x| *x += 0.317);
         let close = case.close.iter().map(|p| p * factor).collect();
         let (plain, scaled) = (case.run(device).unwrap(), Case { close, ..case.clone() }.run(device).unwrap());
         for (i, (got, want)) in scaled.stats.iter().flatten().zip(plain.stats.iter().flatten()).enumerate() {
