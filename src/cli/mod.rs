@@ -76,8 +76,19 @@ fn usage(error: &clap::Error) -> ExitCode {
     ExitCode::from(2)
 }
 
+/// Panics of the Parquet decoder become errors, and the error says it.
+fn quiet_decoder() {
+    let told = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        if !crate::data::decoding() {
+            told(panic);
+        }
+    }));
+}
+
 /// Runs the command line.
 pub fn main() -> ExitCode {
+    quiet_decoder();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
