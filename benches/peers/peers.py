@@ -160,6 +160,7 @@ SWEEPS = {
     "sweep_donchian": ("donchian_breakout", "entry=10:250:2,exit=2:100", 121 * 99, donchian),
     "sweep_momentum": ("ts_momentum", "lookback=10:260:2,vol_window=10:120:10,target_vol=0.1|0.15|0.2,max_leverage=1|2|3", 126 * 12 * 9, momentum),
 }
+WALK_GRID = "fast=2:101,slow=102:201"
 
 
 def market(assets):
@@ -232,8 +233,8 @@ class Walk:
 
 
 def compare_walk(folder, _):
-    grid, scheme = "fast=2:101,slow=102:201", f"train={TRAIN},test={TEST},step={STEP}"
-    report, columns = swept(folder, "sma_cross", grid, market(ASSETS), "--walk-forward", scheme)
+    scheme = f"train={TRAIN},test={TEST},step={STEP}"
+    report, columns = swept(folder, "sma_cross", WALK_GRID, market(ASSETS), "--walk-forward", scheme)
     walk = Walk(ASSETS, report["start"])
     walk()
     compared = differences(walk.out.transpose(1, 0, 2).reshape(-1, 3), columns)
@@ -368,6 +369,9 @@ def main():
         ours, theirs = [], []
         for _ in range(args.rounds):
             ours.append(forback("bench", workload, "--threads", str(args.threads), "--runs", "3")[0])
+            grid = SWEEPS[workload][1] if workload in SWEEPS else WALK_GRID
+            if ours[-1].get("grid", grid) != grid:
+                sys.exit(f"{workload}: forback bench runs {ours[-1]['grid']}, the peers {grid}; make them equal")
             theirs.append(work / seconds(run))
         ratio = statistics.median(o["rate"] / t for o, t in zip(ours, theirs))
         rate, peer_rate = statistics.median(o["rate"] for o in ours), statistics.median(theirs)

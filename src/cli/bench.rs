@@ -230,7 +230,7 @@ fn report(args: &Args, device: &Device, workload: &Workload, cost: &Cost, run: &
         let profile: Vec<Value> =
             run.profile.iter().map(|l| json!({ "kernel": l.kernel, "seconds": if l.seconds.is_nan() { Value::Null } else { json!(l.seconds) }, "bytes": l.bytes, "flops": l.flops })).collect();
         let mut line = json!({
-            "workload": workload.name, "shape": workload.shape, "device": device.info().kind.name(), "adapter": device.info().adapter,
+            "workload": workload.name, "strategy": workload.strategy.name(), "grid": workload.grid, "shape": workload.shape, "device": device.info().kind.name(), "adapter": device.info().adapter,
             "driver": device.info().driver, "threads": threads, "median_s": median, "min_s": seconds[0], "runs": seconds.len(), "work": cost.work,
             "unit": UNIT, "rate": rate, "bytes": cost.bytes, "flops": cost.flops, "bytes_share": cost.bytes / median / ceilings.0,
             "flops_share": cost.flops / median / ceilings.1, "check": run.check,
