@@ -158,6 +158,7 @@ fn sweeps(c: &mut Criterion) {
                     assets,
                     strategy,
                     parameters: &parameters,
+                    only: None,
                     cost_bps: &[10.0],
                     execution: Execution::SameClose,
                     start: 0,

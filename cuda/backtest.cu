@@ -213,6 +213,7 @@ extern "C" __global__ void __launch_bounds__(WG)
         }
         if (j >= from_bar) {
             out[j - from_bar] = earned;
+            out[(size_t)params.a * params.stitched + j - from_bar] = weight;
         }
     }
     activity[2 * slot] = turnover;

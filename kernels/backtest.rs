@@ -11,9 +11,10 @@
 //! Shapes   price [A,T]; returns [A,T−1]; keys, inverse_volatility [A,T,rows]; sets [tiles·TILE, 8] (row a, row b or lookback, threshold a,
 //!          threshold b, first bar, short, target, leverage); plan = edges [E] then scales [A]; stats [A,tiles,5,TILE] (sharpe per
 //!          bar, total return, max drawdown, turnover, trades); prefix [A,tiles,E,4,TILE]: sum and sum of squares of net returns before
-//!          each edge as 64-bit fixed-point, in units of 2^(scale−shift) and 2^(2·scale−shift).
+//!          each edge as 64-bit fixed-point, in units of 2^(scale−shift) and 2^(2·scale−shift); net [2,A,stitched]: net returns, then
+//!          the weights held.
 //! Launch   `backtest_sweep`: workgroup = (asset, tile of TILE sets), thread = set, sequential over bars: nothing of size sets × time.
-//!          `backtest_stitch`: thread = (asset, window) replays the chosen set and writes its net returns over the stitched bars.
+//!          `backtest_stitch`: thread = (asset, window) replays the chosen set and writes its net returns and weights over the stitched bars.
 //! Scratch  prefix; memory is inputs + sets × metrics, whatever T.
 //! Floor    10-13 instructions per set and bar: two key loads, compare, select, two sums, growth, drawdown.
 //! Numerics plain f32 inside blocks of 64 bars that restart at every edge, 64-bit integers across them: a window is an exact
@@ -418,8 +419,9 @@ fn backtest_stitch_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
     let (net, activity) = (launch.real_mut()?, launch.real_mut()?);
     let (count, stitched) = (p.tiles as usize, p.stitched as usize);
     let cost = R::of(f64::from(p.cost)) + R::of(f64::from(p.cost_low));
-    let rows = net.par_chunks_exact_mut(stitched).zip(activity.par_chunks_exact_mut(2 * count));
-    rows.enumerate().take(p.a as usize).for_each(|(a, (net, activity))| {
+    let (net, weight) = net.split_at_mut(p.a as usize * stitched);
+    let rows = net.par_chunks_exact_mut(stitched).zip(weight.par_chunks_exact_mut(stitched)).zip(activity.par_chunks_exact_mut(2 * count));
+    rows.enumerate().take(p.a as usize).for_each(|(a, ((net, weight), activity))| {
         let market = Market::of(&p, a, price, returns, keys, inverse_volatility);
         for (w, window) in windows.chunks_exact(3).take(count).enumerate() {
             let slot = a * p.per_asset as usize * count + w;
@@ -430,7 +432,8 @@ fn backtest_stitch_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
                 _ => replay::<R, MOMENTUM>,
             };
             let (from, to, offset) = (window[0] as usize, window[1] as usize, window[2] as usize);
-            let (turnover, trades) = replay(&p, cost, &set, &market, from..to, &mut net[offset..offset + to - from]);
+            let part = offset..offset + to - from;
+            let (turnover, trades) = replay(&p, cost, &set, &market, from..to, &mut net[part.clone()], &mut weight[part]);
             activity[2 * w] = turnover;
             activity[2 * w + 1] = R::of(f64::from(trades));
         }
@@ -438,8 +441,16 @@ fn backtest_stitch_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
     Ok(())
 }
 
-/// Net returns of lane 0 over `bars`, simulated from bar 0; turnover and trades inside `bars`.
-fn replay<R: Real, const MODE: u32>(p: &BacktestParams, cost: R, set: &Sets<R, 1>, m: &Market<'_, R>, bars: std::ops::Range<usize>, net: &mut [R]) -> (R, u32) {
+/// Net returns and weights of lane 0 over `bars`, simulated from bar 0; turnover and trades inside `bars`.
+fn replay<R: Real, const MODE: u32>(
+    p: &BacktestParams,
+    cost: R,
+    set: &Sets<R, 1>,
+    m: &Market<'_, R>,
+    bars: std::ops::Range<usize>,
+    net: &mut [R],
+    weight: &mut [R],
+) -> (R, u32) {
     let mut run = Run::new();
     for j in 0..bars.end {
         if j == bars.start {
@@ -449,6 +460,7 @@ fn replay<R: Real, const MODE: u32>(p: &BacktestParams, cost: R, set: &Sets<R, 1
         run.bar::<MODE>(p, cost, set, m, j);
         if j >= bars.start {
             net[j - bars.start] = run.sum[0];
+            weight[j - bars.start] = run.weight[0];
         }
     }
     (run.turnover[0], run.trades[0])

@@ -23,6 +23,7 @@ use crate::walk_forward_select::{NONE, SelectParams, WALK_FORWARD_SCORES, WALK_F
 use crate::{Error, Result};
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 const OP: &str = "backtest_sweep";
 
@@ -134,6 +135,9 @@ pub struct Sweep<'a> {
     pub strategy: Strategy,
     /// Its parameters by name, each [S].
     pub parameters: &'a [(&'a str, &'a [f32])],
+    /// Ascending indices of the sets to run (`None`: all). Scales and key widths come from the whole columns whatever runs, so that
+    /// any split of the sets gives the same bits.
+    pub only: Option<&'a [u32]>,
     /// One-way costs in basis points of traded notional; each is a sweep of its own over the same indicators.
     pub cost_bps: &'a [f64],
     /// When decisions are traded.
@@ -177,8 +181,9 @@ pub struct Chunk {
     pub cost: usize,
     /// Assets.
     pub assets: Range<usize>,
-    /// Sets.
+    /// Sets, counted among those that run; [`Chunk::id`] is the index into the columns.
     pub sets: Range<usize>,
+    ids: Option<Arc<[u32]>>,
     tiles: usize,
     windows: usize,
     year: f64,
@@ -202,7 +207,12 @@ impl Values {
 }
 
 impl Chunk {
-    /// Statistics of a set on an asset, by their global indices.
+    /// Index into the parameter columns of the set at a position among those that run.
+    pub fn id(&self, set: usize) -> u32 {
+        id_of(self.ids.as_deref(), set as u32)
+    }
+
+    /// Statistics of a set on an asset, by their positions in the run.
     pub fn stats(&self, set: usize, asset: usize) -> SetStats {
         let (set, asset) = (set - self.sets.start, asset - self.assets.start);
         let at = (asset * self.tiles + set / TILE) * STATS * TILE + set % TILE;
@@ -221,10 +231,14 @@ impl Chunk {
 /// What a selection earned out of sample.
 #[derive(Debug, Clone, Default)]
 pub struct Selected {
-    /// Chosen set per window: [N,W], or [1,W] if pooled.
+    /// Chosen set per window, as index into the parameter columns: [N,W], or [1,W] if pooled.
     pub best: Vec<u32>,
+    /// Its selection key: the larger one wins, 0 if the ratio is undefined. Keys of different sets of the same sweep compare.
+    pub keys: Vec<u32>,
     /// Net returns of the chosen sets over the stitched bars [N,K].
     pub stitched: Vec<f32>,
+    /// Weights held over them [N,K].
+    pub weights: Vec<f32>,
     /// Statistics of each asset's stitched series [N].
     pub performance: Vec<Performance>,
     /// Turnover inside each window's stitched part [N,W]; changing sets between windows is not charged.
@@ -250,6 +264,20 @@ pub struct Outcome {
     pub profile: Vec<LaunchTime>,
 }
 
+/// What one set did on every bar.
+#[derive(Debug, Clone)]
+pub struct Replay {
+    /// Net returns [N,T−1].
+    pub net: Vec<f32>,
+    /// Weights held over the same bars [N,T−1].
+    pub weight: Vec<f32>,
+}
+
+/// Index into the columns of the set at `position` among those that run.
+fn id_of(ids: Option<&[u32]>, position: u32) -> u32 {
+    ids.and_then(|ids| ids.get(position as usize)).copied().unwrap_or(position)
+}
+
 // ---- strategies as machines -------------------------------------------------------------------------------------------
 
 /// What the indicator kernels have to fill.
@@ -271,6 +299,14 @@ impl Table {
             Table::Donchian(_) => 2,
         }
     }
+
+    /// Longest window that sums run over.
+    fn longest(&self) -> u32 {
+        match self {
+            Table::Sma(p) | Table::Bollinger(p) | Table::Volatility(p) => p.last().copied().unwrap_or(1),
+            _ => 1,
+        }
+    }
 }
 
 /// A strategy's sets as words for the simulator, and the table they read.
@@ -279,8 +315,11 @@ struct Machine {
     mask: u32,
     table: Table,
     words: Vec<u32>,
-    /// Largest weight that any set can hold.
+    /// Largest weight that any set of the whole columns can hold.
     heaviest: f64,
+    /// Longest window of the whole columns' sums.
+    longest: u32,
+    /// Sets that run.
     count: usize,
 }
 
@@ -429,7 +468,22 @@ impl Machine {
             }
         };
         words.resize(count.next_multiple_of(TILE) * SET_WORDS, 0);
-        Ok(Machine { mode, mask, table, words, heaviest, count })
+        let longest = table.longest();
+        Ok(Machine { mode, mask, table, words, heaviest, longest, count })
+    }
+
+    /// The sets that run, with rows for them alone; scales and key widths of all.
+    fn of_sweep(sweep: &Sweep<'_>) -> Result<Machine> {
+        let all = Machine::of(sweep.strategy, sweep.parameters)?;
+        let Some(only) = sweep.only else { return Ok(all) };
+        if only.is_empty() || only.windows(2).any(|pair| pair[0] >= pair[1]) || only.last().is_some_and(|&last| last as usize >= all.count) {
+            let got = format!("{} indices up to {:?}", only.len(), only.last());
+            return Err(Error::Shape { op: OP, arg: "only".into(), expected: format!("ascending indices below S = {}, at least one", all.count), got });
+        }
+        let columns: Vec<Vec<f32>> = sweep.parameters.iter().map(|(_, column)| only.iter().map(|&set| column[set as usize]).collect()).collect();
+        let parameters: Vec<(&str, &[f32])> = sweep.parameters.iter().zip(&columns).map(|(p, column)| (p.0, column.as_slice())).collect();
+        let Machine { heaviest, longest, .. } = all;
+        Ok(Machine { heaviest, longest, ..Machine::of(sweep.strategy, &parameters)? })
     }
 }
 
@@ -440,6 +494,8 @@ struct Job<'a> {
     sweep: &'a Sweep<'a>,
     device: &'a Device,
     machine: Machine,
+    /// Indices into the columns of the sets that run, if not all do.
+    ids: Option<Arc<[u32]>>,
     /// Bars.
     t: usize,
     /// Window edges on the return index.
@@ -561,6 +617,26 @@ impl<'a> Sweep<'a> {
         Ok(())
     }
 
+    /// Net returns and weights of one set over all bars, at one cost.
+    ///
+    /// # Errors
+    /// As [`Sweep::run`].
+    pub fn replay(&self, device: &Device, cost: usize, set: u32) -> Result<Replay> {
+        let bars = (self.close.len() / self.assets.max(1)).max(1) as u32 - 1;
+        let (only, windows) = ([set], [[0, bars, 0, bars]]);
+        let one = Sweep { only: Some(&only), windows: &windows, stitch_ends: None, scores: false, ..self.clone() };
+        let mut job = Job::new(&one, device)?;
+        let choice = Choice { best: device.upload_u32("best", &[0, 0])?, chosen: device.upload_u32("chosen", &job.machine.words[..SET_WORDS])? };
+        for assets in job.plan()?.assets {
+            let tables = job.tables(assets)?;
+            job.stitch(&tables, cost, &choice, true)?;
+            job.flush_if(FLUSH_BYTES, &mut |_| Ok(()))?;
+        }
+        job.flush_if(0, &mut |_| Ok(()))?;
+        let replayed = job.outcome.pooled.into_iter().nth(cost).unwrap_or_default();
+        Ok(Replay { net: replayed.stitched, weight: replayed.weights })
+    }
+
     /// No choice yet, for each cost.
     fn choices(&self, device: &Device, slots: usize) -> Result<Vec<Choice>> {
         let count = slots * self.windows.len();
@@ -605,7 +681,7 @@ impl<'a> Job<'a> {
                 return Err(shape(&format!("windows[{w}]"), format!("two half-open ranges inside the {bars} returns"), format!("{window:?}")));
             }
         }
-        let machine = Machine::of(sweep.strategy, sweep.parameters)?;
+        let machine = Machine::of_sweep(sweep)?;
         let mut edges: Vec<u32> = sweep.windows.iter().flatten().copied().collect();
         edges.sort_unstable();
         edges.dedup();
@@ -632,6 +708,7 @@ impl<'a> Job<'a> {
             sweep,
             device,
             machine,
+            ids: sweep.only.map(Arc::from),
             t,
             train: device.upload_u32("train spans", &train)?,
             both: device.upload_u32("train and test spans", &both)?,
@@ -711,8 +788,8 @@ impl<'a> Job<'a> {
         let rows = self.machine.table.rows();
         let words = (a * t * rows) as u64;
         let (bits, extra) = match &self.machine.table {
-            Table::Sma(periods) => (sum_bits(periods.last().copied().unwrap_or(1)), 1),
-            Table::Bollinger(periods) => (bollinger_bits(periods.last().copied().unwrap_or(1)), 3),
+            Table::Sma(_) => (sum_bits(self.machine.longest), 1),
+            Table::Bollinger(_) => (bollinger_bits(self.machine.longest), 3),
             Table::Donchian(cap) => (PRICE_BITS, *cap),
             _ => (PRICE_BITS, 0),
         };
@@ -752,7 +829,7 @@ impl<'a> Job<'a> {
             }
             Table::Donchian(_) => pass.launch(&indicators::INDICATOR_DONCHIAN, &IndicatorParams { extra, ..params }, &[p, k])?,
             Table::Volatility(windows) => {
-                let bits = log_bits(windows.last().copied().unwrap_or(1));
+                let bits = log_bits(self.machine.longest);
                 let logs = device.upload_u32("logs", &log_prices(&columns, t, bits)?)?;
                 let windows = device.upload_u32("periods", windows)?;
                 let params = IndicatorParams { bits, ..params };
@@ -825,6 +902,7 @@ impl<'a> Job<'a> {
             cost,
             assets: tables.assets.clone(),
             sets,
+            ids: self.ids.clone(),
             tiles,
             windows: self.sweep.windows.len(),
             year: self.sweep.periods_per_year.sqrt(),
@@ -861,7 +939,7 @@ impl<'a> Job<'a> {
     fn stitch(&mut self, tables: &Tables, cost: usize, choice: &Choice, pooled: bool) -> Result<()> {
         let (device, a, w) = (self.device, tables.assets.len(), self.sweep.windows.len());
         let windows = device.upload_u32("stitched windows", &self.stitch)?;
-        let (net, activity) = (device.zeros("net", (a * self.stitched) as u64)?, device.zeros("activity", (2 * a * w) as u64)?);
+        let (net, activity) = (device.zeros("net", (2 * a * self.stitched) as u64)?, device.zeros("activity", (2 * a * w) as u64)?);
         let params = BacktestParams { tiles: w as u32, per_asset: u32::from(!pooled), ..self.backtest_params(tables, cost) };
         let view = View::from;
         let args = [
@@ -877,7 +955,7 @@ impl<'a> Job<'a> {
         let pass = &mut self.pending.pass;
         let statistics = if self.stitched > 0 {
             pass.launch(&BACKTEST_STITCH, &params, &args)?;
-            performance_read(pass, &net, a as u64, self.stitched as u64)?
+            performance_read(pass, net.view(0..(a * self.stitched) as u64), a as u64, self.stitched as u64)?
         } else {
             pass.read(&device.zeros("statistics", 0)?)?
         };
@@ -913,13 +991,19 @@ impl<'a> Job<'a> {
             let slot = &mut list[cost];
             let (slots, first) = if pooled { (1, 0) } else { (n, assets.start) };
             slot.best.resize(slots * w, 0);
+            slot.keys.resize(slots * w, 0);
             slot.stitched.resize(n * k, 0.0);
+            slot.weights.resize(n * k, 0.0);
             slot.turnover.resize(n * w, 0.0);
             slot.trades.resize(n * w, 0);
             for (i, pair) in done.u32(best)?.chunks_exact(2).enumerate() {
-                slot.best[first * w + i] = pair[1];
+                slot.keys[first * w + i] = pair[0];
+                slot.best[first * w + i] = id_of(self.ids.as_deref(), pair[1]);
             }
-            slot.stitched[assets.start * k..assets.end * k].copy_from_slice(&done.f32(net)?);
+            let net = done.f32(net)?;
+            let (net, weights) = net.split_at(assets.len() * k);
+            slot.stitched[assets.start * k..assets.end * k].copy_from_slice(net);
+            slot.weights[assets.start * k..assets.end * k].copy_from_slice(weights);
             for (i, pair) in done.f64(activity)?.chunks_exact(2).enumerate() {
                 slot.turnover[assets.start * w + i] = pair[0];
                 slot.trades[assets.start * w + i] = pair[1] as u64;
@@ -1008,6 +1092,7 @@ pub(crate) fn verify(device: &Device, case: &Case) -> Result<Outputs> {
         assets,
         strategy: Strategy::named(case.text("strategy")?)?,
         parameters: &parameters,
+        only: None,
         cost_bps: &[case.number("cost_bps")?],
         execution: Execution::named(case.text("execution")?)?,
         start: 0,

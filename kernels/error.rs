@@ -148,6 +148,12 @@ pub enum Error {
         /// The system's message, and what to do where that is clear.
         message: String,
     },
+    /// The user stopped the run.
+    #[error("interrupted: {message}")]
+    Interrupted {
+        /// What is finished, and how to go on.
+        message: String,
+    },
     // ---- ourselves ----------------------------------------------------------------------------------------------
     /// An invariant of the library does not hold: please report it.
     #[error("internal error, please report it: {0}")]

@@ -17,7 +17,7 @@
 //! Files    shaders/performance.wgsl · cuda/performance.cu · reference: `performance_cpu`
 
 use crate::conformance::{Case, Outputs, defined};
-use crate::device::{Buffer, Device, Pass, Read};
+use crate::device::{Buffer, Device, Pass, Read, View};
 use crate::kernel::{Cost, Cpu, CpuLaunch, Kernel, layout, params_of, reads, writes};
 use crate::real::Real;
 use crate::{Error, Result};
@@ -237,8 +237,9 @@ pub fn normal_cdf(x: f64) -> f64 {
 
 /// Records the statistics of `returns` [N,T]; finish the result with [`finish`].
 /// # Errors
-/// `Shape` if the buffer is not [N,T] or T is zero; `TooLarge` if one series exceeds a binding.
-pub fn performance(pass: &mut Pass, returns: &Buffer, n: u64, t: u64) -> Result<Buffer> {
+/// `Shape` if the values are not [N,T] or T is zero; `TooLarge` if one series exceeds a binding.
+pub fn performance(pass: &mut Pass, returns: impl Into<View>, n: u64, t: u64) -> Result<Buffer> {
+    let returns = returns.into();
     if t == 0 || returns.len() != n * t {
         let got = format!("{} values for N = {n}, T = {t}", returns.len());
         return Err(Error::Shape { op: "performance", arg: "returns".into(), expected: "[N,T] with T ≥ 1".into(), got });
@@ -248,7 +249,7 @@ pub fn performance(pass: &mut Pass, returns: &Buffer, n: u64, t: u64) -> Result<
     device.check_rounds("performance", 8 * t.div_ceil(u64::from(WG)) + 1200, "rounds")?;
     let statistics = device.zeros("statistics", n * STATISTICS)?;
     for run in device.plan("performance", n, t.max(STATISTICS), 1, 60 * t)? {
-        let x = pass.input(returns, run.start * t..run.end * t)?;
+        let x = pass.input(&returns.buffer, returns.range.start + run.start * t..returns.range.start + run.end * t)?;
         let out = pass.output(&statistics, run.start * STATISTICS..run.end * STATISTICS)?;
         let params = PerformanceParams { n: (run.end - run.start) as u32, t: t as u32, tail: (TAIL * t as f64).floor() as u32 };
         pass.launch(&PERFORMANCE, &params, &[x, out.view.clone()])?;
@@ -263,7 +264,7 @@ pub fn finish(statistics: &[f64], t: u64, periods_per_year: f64) -> Vec<Performa
 }
 
 /// [`performance`] and its download in one call: a read to be finished after the pass was submitted.
-pub fn performance_read(pass: &mut Pass, returns: &Buffer, n: u64, t: u64) -> Result<Read> {
+pub fn performance_read(pass: &mut Pass, returns: impl Into<View>, n: u64, t: u64) -> Result<Read> {
     let statistics = performance(pass, returns, n, t)?;
     pass.read(&statistics)
 }

@@ -231,6 +231,7 @@ fn backtest_stitch(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroup
             turnover += traded;
             trades += select(0.0, 1.0, traded > 0.0);
             net[out + j - from_bar] = held * returns[a * (params.t - 1u) + j] - params.cost * traded;
+            net[params.a * params.stitched + out + j - from_bar] = held;
         }
     }
     activity[2u * slot] = turnover;

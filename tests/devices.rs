@@ -713,7 +713,7 @@ fn guarded(mut g: Guards) {
     let scores = g.out(Elem::F32, a * w * 2 * lanes);
     launch!(WALK_FORWARD_SCORES, select, [prefix, both, scores]);
     let windows = g.words(&[30, 50, 0, 50, 70, 20]);
-    let (net, activity) = (g.out(Elem::F32, a * 40), g.out(Elem::F32, 2 * a * w));
+    let (net, activity) = (g.out(Elem::F32, 2 * a * 40), g.out(Elem::F32, 2 * a * w));
     let params = BacktestParams { tiles: w as u32, per_asset: 1, stitched: 40, ..params };
     launch!(BACKTEST_STITCH, params, [price, earned, keys, unused, chosen, windows, net, activity]);
 

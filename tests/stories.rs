@@ -250,7 +250,7 @@ fn out_writes_every_back_test_once_and_higher_costs_earn_less() {
     let path = |name: &str| Path::new(&out).join(name).display().to_string();
     let mut names: Vec<String> = std::fs::read_dir(&out).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
-    assert_eq!(names, ["out_of_sample.csv", "results.csv", "results.parquet", "run.json", "walk_forward.csv"]);
+    assert_eq!(names, ["config.toml", "out_of_sample.csv", "results.csv", "results.parquet", "run.json", "walk_forward.csv"]);
 
     let (sets, assets, costs) = (12, 3, 3);
     let results = rows(&path("results.csv"));
@@ -297,6 +297,411 @@ fn out_writes_every_back_test_once_and_higher_costs_earn_less() {
     assert_eq!((series.len(), series[0].len()), (50 * windows, 1 + 2 * costs + 1));
     let run: Value = serde_json::from_str(&std::fs::read_to_string(path("run.json")).unwrap()).unwrap();
     assert!(run["seconds"].as_f64().unwrap() > 0.0 && array(&run["command"]).iter().any(|word| word == "--out"));
+}
+
+// ---- parts -------------------------------------------------------------------------------------------------------
+
+/// A JSON result without what says how it was run.
+fn result_of(stdout: &str) -> Value {
+    let mut all: Value = serde_json::from_str(stdout.trim()).unwrap();
+    for name in ["seconds", "set_bars_per_second", "launches", "submits"] {
+        all.as_object_mut().unwrap().remove(name);
+    }
+    all["run"].as_object_mut().unwrap().remove("command");
+    all
+}
+
+/// The bytes of the files that hold results.
+fn bytes_of(dir: &str) -> Vec<(&'static str, Vec<u8>)> {
+    let read = |name| (name, std::fs::read(Path::new(dir).join(name)).unwrap_or_else(|e| panic!("{dir}/{name}: {e}")));
+    ["results.parquet", "results.csv", "walk_forward.csv", "out_of_sample.csv", "config.toml"].map(read).to_vec()
+}
+
+#[track_caller]
+fn assert_same_files(got: &str, want: &str) {
+    for ((name, got), (_, want)) in bytes_of(got).iter().zip(bytes_of(want)) {
+        assert!(*got == want, "{name} differs: {} bytes, {} wanted", got.len(), want.len());
+    }
+}
+
+fn names_in(dir: &str) -> Vec<String> {
+    let mut names: Vec<String> = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn parts_of_any_size_are_one_run() {
+    let cases = [
+        ("sma_cross", "fast=2:20:3,slow=30:90:20,short=0:1"),
+        ("ema_cross", "fast=5|10,slow=20:100:20"),
+        ("macd", "fast=8|12,slow=26:30:2,signal=5:9"),
+        ("rsi_reversion", "period=5:14:3,low=30|40,high=60|70"),
+        ("bollinger_reversion", "period=10:40:10,width=1|2|3"),
+        ("donchian_breakout", "entry=20:60:10,exit=5|10|15"),
+        ("ts_momentum", "lookback=20:100:20,vol_window=20|60,target_vol=0.1,max_leverage=1|2"),
+    ];
+    for device in ["cpu", "wgpu", "cuda-host"].into_iter().filter(|device| here(device)) {
+        // One strategy of each kind where a run is slow.
+        for (strategy, grid) in cases.into_iter().filter(|(strategy, _)| device == "cpu" || ["sma_cross", "ts_momentum"].contains(strategy)) {
+            let folder = Folder::new();
+            let run = |name: &str, parts: &[&str]| {
+                let out = folder.path(name);
+                let small = ["--assets", "2", "--bars", "600", "--walk-forward", "train=200,test=50", "--select", "both", "--cost-bps", "0,10"];
+                let args = ["sweep", "--json", "--strategy", strategy, "--grid", grid, "--device", device, "--out", &out];
+                let stdout = done(&[&args, &small[..], parts].concat());
+                (result_of(&stdout), out)
+            };
+            let (want, whole) = run("whole", &[]);
+            for size in ["1", "7", "1000"].into_iter().filter(|&size| device == "cpu" || size == "7") {
+                let (got, out) = run(size, &["--part-sets", size]);
+                assert_eq!(got, want, "{strategy} on {device} in parts of {size}");
+                assert_same_files(&out, &whole);
+                assert_eq!(names_in(&out), names_in(&whole), "parts are cleared away");
+            }
+        }
+    }
+}
+
+/// A sweep of 247 sets over a price file, its results in `whole`, its shards in `shards`.
+struct Sharded {
+    folder: Folder,
+    prices: String,
+    whole: Value,
+}
+
+impl Sharded {
+    const OPTIONS: [&'static str; 8] = ["--grid", "fast=2:20,slow=30:90:5", "--walk-forward", "train=150,test=50", "--select", "both", "--device", "cpu"];
+
+    fn sweep(prices: &str, out: &str, more: &[&str]) -> Ran {
+        run(&[&["sweep", prices, "--json", "--out", out], &Self::OPTIONS[..], more].concat())
+    }
+
+    fn new() -> Sharded {
+        let folder = Folder::new();
+        let prices = folder.text("prices.csv", &wide(&market(400)));
+        let whole = Self::sweep(&prices, &folder.path("whole"), &[]);
+        assert_eq!((whole.code, whole.stderr.as_str()), (0, ""));
+        let sharded = Sharded { prices, whole: result_of(&whole.stdout), folder };
+        for i in 1..=3 {
+            let ran = sharded.shard(&format!("{i}/3"), "shards", &["--part-sets", "31"]);
+            assert_eq!((ran.code, ran.stderr.as_str()), (0, ""));
+        }
+        sharded
+    }
+
+    fn shard(&self, shard: &str, out: &str, more: &[&str]) -> Ran {
+        Self::sweep(&self.prices, &self.folder.path(out), &[&["--shard", shard], more].concat())
+    }
+
+    fn merge(&self, args: &[&str]) -> Ran {
+        run(&[&["merge", "--json", "--out", &self.folder.path("merged")], args].concat())
+    }
+
+    #[track_caller]
+    fn refused(&self, args: &[&str], parts: &[&str]) {
+        let ran = self.merge(args);
+        assert_eq!((ran.code, ran.stdout.as_str(), ran.stderr.lines().count()), (2, "", 1), "{}", ran.stderr);
+        for part in parts {
+            assert!(ran.stderr.contains(part), "'{part}' is not in: {}", ran.stderr);
+        }
+    }
+}
+
+#[test]
+fn merged_shards_are_one_run() {
+    let s = Sharded::new();
+    let shards = s.folder.path("shards");
+    assert_eq!(names_in(&shards), ["shard-1-of-3", "shard-2-of-3", "shard-3-of-3"]);
+    let merged = s.merge(&[&shards]);
+    assert_eq!((merged.code, merged.stderr.as_str()), (0, ""));
+    assert_eq!(result_of(&merged.stdout), s.whole);
+    assert_same_files(&s.folder.path("merged"), &s.folder.path("whole"));
+
+    // In any order, by their own names, with the prices elsewhere.
+    std::fs::rename(&s.prices, s.folder.path("moved.csv")).unwrap();
+    let named: Vec<String> = [2, 3, 1].iter().map(|i| format!("{shards}/shard-{i}-of-3")).collect();
+    let names: Vec<&str> = named.iter().map(String::as_str).collect();
+    s.refused(&names, &["prices.csv", "file not found"]);
+    let moved = s.folder.path("moved.csv");
+    let merged = s.merge(&[&names[..], &["--data", &moved]].concat());
+    assert_eq!(merged.code, 0, "{}", merged.stderr);
+    let (mut got, mut want) = (result_of(&merged.stdout), s.whole.clone());
+    got["run"]["data"].take();
+    want["run"]["data"].take();
+    assert_eq!(got, want);
+    s.folder.text("moved.csv", &wide(&market(401)));
+    s.refused(&[&names[..], &["--data", &moved]].concat(), &["shard 1/3", "data", "--data"]);
+}
+
+#[test]
+fn shards_that_do_not_belong_together_are_named() {
+    let s = Sharded::new();
+    let shards = s.folder.path("shards");
+    let of = |i: u32| format!("{shards}/shard-{i}-of-3");
+    s.refused(&[&of(1), &of(3)], &["shard 2/3", "it is not there", "--shard 2/3"]);
+    s.refused(&[&of(1), &of(2), &of(3), &of(2)], &["shard 2/3", "twice"]);
+    s.refused(&[&s.folder.path("whole")], &["whole", "holds no shard"]);
+
+    let other = s.shard("2/3", "foreign", &["--cost-bps", "3"]);
+    assert_eq!(other.code, 0);
+    s.refused(&[&of(1), &s.folder.path("foreign"), &of(3)], &["shard 2/3", "another sweep", "cost_bps", "[3.0]", "[10.0]"]);
+    assert_eq!(s.shard("2/4", "foreign", &[]).code, 0);
+    s.refused(&[&of(1), &format!("{}/shard-2-of-4", s.folder.path("foreign")), &of(3)], &["shard 2/4", "one of 4 shards"]);
+
+    // Changed rows, a part that is gone, a shard that did not finish.
+    let part = |ending: &str| Path::new(&of(2)).join(format!("part-82-113.{ending}"));
+    let rows = std::fs::read(part("parquet")).unwrap();
+    let mut changed = rows.clone();
+    changed[100] ^= 1;
+    std::fs::write(part("parquet"), &changed).unwrap();
+    s.refused(&[&shards], &["part-82-113.parquet", "checksum"]);
+    std::fs::write(part("parquet"), rows).unwrap();
+    std::fs::rename(part("json"), s.folder.path("aside")).unwrap();
+    s.refused(&[&shards], &["shard 2/3", "sets 82 to 112 are missing", "--resume"]);
+    let job = Path::new(&of(2)).join("job.json");
+    let text = std::fs::read_to_string(&job).unwrap();
+    std::fs::write(&job, text.replace("\"partial\": false", "\"partial\": true")).unwrap();
+    s.refused(&[&shards], &["shard 2/3", "not finished", "--resume"]);
+
+    // Which mends all three.
+    let ran = s.shard("2/3", "shards", &["--resume"]);
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    assert_eq!(result_of(&s.merge(&[&shards]).stdout), s.whole);
+    let ran = s.shard("2/3", "shards", &[]);
+    assert!(ran.code == 2 && ran.stderr.contains("a finished shard"), "{}", ran.stderr);
+    for shard in ["0/3", "4/3", "1/0", "1/1000", "half"] {
+        let ran = s.shard(shard, "none", &[]);
+        assert!(ran.code == 2 && ran.stderr.contains("--shard") && ran.stderr.contains(shard), "{}", ran.stderr);
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupted_sweep_goes_on_where_it_was() {
+    let folder = Folder::new();
+    let (out, whole) = (folder.path("out"), folder.path("whole"));
+    let common = ["sweep", "--json", "--grid", "fast=2:60,slow=70:250:2", "--assets", "4", "--device", "cpu"];
+    let args = [&common[..], &["--part-sets", "200", "--out", &out]].concat();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_forback"));
+    command.args(&args).env_remove("FORBACK_DEVICE").stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+    let child = command.spawn().unwrap();
+    let parts = || {
+        std::fs::read_dir(Path::new(&out).join("parts"))
+            .map_or(0, |dir| dir.filter(|e| e.as_ref().unwrap().path().extension() == Some("json".as_ref())).count())
+    };
+    let start = Instant::now();
+    while parts() < 3 {
+        assert!(start.elapsed() < Duration::from_secs(120), "no part was written");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let ended = child.wait_with_output().unwrap();
+    let (stdout, stderr) = (String::from_utf8(ended.stdout).unwrap(), String::from_utf8(ended.stderr).unwrap());
+    assert_eq!(ended.status.code(), Some(130), "{stderr}");
+    assert!(stderr.starts_with("interrupted: ") && stderr.contains("--resume") && stderr.contains(&out), "{stderr}");
+    let partial: Value = serde_json::from_str(stdout.trim()).unwrap();
+    let finished = partial["finished"][0][1].as_u64().unwrap();
+    assert_eq!((&partial["partial"], &partial["finished"][0][0], &partial["resume"]), (&json!(true), &json!(0), &json!(true)));
+    assert!(finished >= 400 && finished < partial["sets"].as_u64().unwrap(), "{partial}");
+    assert!(array(&partial["costs"][0]["top"]).iter().all(|set| set["set"].as_u64().unwrap() < finished));
+    assert_eq!(names_in(&out), ["parts"]);
+
+    // Not over it, not with other options; a damaged part runs again.
+    let ran = run(&args);
+    assert!(ran.code == 2 && ran.stderr.contains("an interrupted sweep") && ran.stderr.contains("--resume"), "{}", ran.stderr);
+    let ran = run(&[&args[..], &["--resume", "--seed", "5"]].concat());
+    assert!(ran.code == 2 && ran.stderr.contains("data") && ran.stderr.contains("seed 5"), "{}", ran.stderr);
+    let ran = run(&[&args[..], &["--resume", "--execution", "same_close"]].concat());
+    assert!(ran.code == 2 && ran.stderr.contains("execution next_close, this one same_close"), "{}", ran.stderr);
+    std::fs::write(Path::new(&out).join("parts/part-0-200.parquet"), "no rows").unwrap();
+    let resumed = run(&[&args[..], &["--resume"]].concat());
+    assert_eq!(resumed.code, 0, "{}", resumed.stderr);
+    assert!(resumed.stderr.starts_with("note: ") && resumed.stderr.contains("sets 0 to 199 run again"), "{}", resumed.stderr);
+    let want = done(&[&common[..], &["--out", &whole]].concat());
+    assert_eq!(result_of(&resumed.stdout), result_of(&want));
+    assert_same_files(&out, &whole);
+    assert_eq!(names_in(&out), names_in(&whole));
+}
+
+/// A file system of 64 kB, unmounted with the test.
+#[cfg(target_os = "linux")]
+struct Tiny(String);
+
+#[cfg(target_os = "linux")]
+impl Drop for Tiny {
+    fn drop(&mut self) {
+        assert!(Command::new("umount").arg(&self.0).status().unwrap().success());
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_is_named_and_nothing_half_written_is_left() {
+    let folder = Folder::new();
+    let at = folder.path("tiny");
+    std::fs::create_dir(&at).unwrap();
+    let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=64k", "tmpfs", &at]).output();
+    if !mounted.as_ref().is_ok_and(|out| out.status.success()) {
+        println!("skipped: no tmpfs can be mounted: {mounted:?}");
+        return;
+    }
+    let tiny = Tiny(at.clone());
+    let args = ["sweep", "--grid", "fast=2:20,slow=30:90:2", "--assets", "3", "--bars", "500", "--walk-forward", "none", "--device", "cpu", "--out", &at];
+    let ran = run(&args);
+    assert_eq!((ran.code, ran.stderr.lines().count()), (2, 1), "{}", ran.stderr);
+    for part in [&format!("{at}/results."), "the disk is full", "takes about", " kB", "is removed"] {
+        assert!(ran.stderr.contains(part), "'{part}' is not in: {}", ran.stderr);
+    }
+    assert_eq!(names_in(&at), [""; 0]);
+    // In parts, the finished ones stay.
+    let ran = run(&[&args[..], &["--part-sets", "100"]].concat());
+    assert!(ran.code == 2 && ran.stderr.contains("the disk is full"), "{}", ran.stderr);
+    assert_eq!(names_in(&at), ["parts"]);
+    let parts = names_in(&format!("{at}/parts"));
+    assert!(parts.contains(&"part-0-100.json".to_string()) && parts.iter().all(|name| !name.starts_with('.')), "{parts:?}");
+    drop(tiny);
+}
+
+#[test]
+fn a_plan_runs_next_to_nothing() {
+    let folder = Folder::new();
+    let out = folder.path("out");
+    let args = ["sweep", "--plan", "--device", "cpu", "--assets", "60", "--grid", "fast=2:100,slow=110:1000", "--out", &out];
+    let line = done(&args);
+    for part in ["plan ", " sets, about ", " on cpu", " of memory", &format!(" in {out}")] {
+        assert!(line.contains(part), "'{part}' is not in: {line}");
+    }
+    let plan: Value = serde_json::from_str(done(&[&args[..], &["--json"]].concat()).trim()).unwrap();
+    let plan = &plan["plan"];
+    let (sets, parts, per_part) = (plan["sets"].as_u64().unwrap(), plan["parts"].as_u64().unwrap(), plan["sets_per_part"].as_u64().unwrap());
+    assert_eq!((sets, parts), (99 * 891, sets.div_ceil(per_part)));
+    assert!(plan["seconds"].as_f64().unwrap() > 0.0 && plan["memory_bytes"].as_f64().unwrap() < 2e9);
+    assert_eq!(names_in(&out), [""; 0], "nothing is written");
+}
+
+// ---- single sets -------------------------------------------------------------------------------------------------
+
+#[test]
+fn random_sets_are_rows_of_the_whole_sweep() {
+    let folder = Folder::new();
+    let args = ["--strategy", "bollinger_reversion", "--grid", "period=5:40,width=1:3:0.25", "--bars", "500", "--walk-forward", "none", "--device", "cpu"];
+    let sweep = |name: &str, more: &[&str]| {
+        let out = folder.path(name);
+        done(&[&["sweep", "--out", &out], &args[..], more].concat());
+        rows(&format!("{out}/results.csv"))
+    };
+    let (all, drawn) = (sweep("all", &[]), sweep("drawn", &["--random", "20"]));
+    assert_eq!((all.len(), drawn.len()), (36 * 9, 20));
+    let number = |row: &csv::StringRecord| row[1].parse::<usize>().unwrap();
+    assert!(drawn.windows(2).all(|pair| number(&pair[0]) < number(&pair[1])));
+    for row in &drawn {
+        assert_eq!(*row, all[number(row)]);
+    }
+    assert_eq!(drawn, sweep("again", &["--random", "20", "--part-sets", "6"]));
+    refused(&[&args[..], &["--random", "325"]].concat(), &["random = 325", "324 legal sets"]);
+    // A grid that could never be listed.
+    let huge = ["--strategy", "macd", "--grid", "fast=1:300,slow=1:300,signal=2:300", "--bars", "1500", "--random", "50", "--top", "50"];
+    let found = findings(&huge);
+    assert_eq!((&found["sets"], array(&found["costs"][0]["top"]).len()), (&json!(50), 50));
+}
+
+#[test]
+fn a_replay_is_the_row_of_its_set() {
+    let folder = Folder::new();
+    let cases = [
+        ("sma_cross", "fast=2:20:3,slow=30:90:20,short=1"),
+        ("rsi_reversion", "period=5:14:3,low=30|40,high=60|70"),
+        ("ts_momentum", "lookback=20:100:40,vol_window=20|30,target_vol=0.1,max_leverage=2"),
+    ];
+    for device in ["cpu", "wgpu", "cuda-host"].into_iter().filter(|device| here(device)) {
+        for (strategy, grid) in cases {
+            let args = ["--strategy", strategy, "--grid", grid, "--assets", "2", "--bars", "600", "--walk-forward", "none", "--cost-bps", "0,20"];
+            let (all, one) = (folder.path("all"), folder.path("one"));
+            done(&[&["sweep", "--device", device, "--out", &all], &args[..]].concat());
+            let stdout = done(&[&["sweep", "--device", device, "--json", "--replay", "3,5", "--out", &one], &args[..]].concat());
+            let found: Value = serde_json::from_str(stdout.trim()).unwrap();
+            let replays = array(&found["replays"]);
+            assert_eq!(replays.len(), 4, "two sets at two costs");
+            let (table, trades, equity) = (rows(&format!("{all}/results.csv")), rows(&format!("{one}/trades.csv")), rows(&format!("{one}/equity.csv")));
+            let header: Vec<String> = csv::Reader::from_path(format!("{all}/results.csv")).unwrap().headers().unwrap().iter().map(String::from).collect();
+            let at = |name: &str| header.iter().position(|column| column == name).unwrap();
+            for replay in replays {
+                let cost = replay["cost_bps"].as_f64().unwrap();
+                let same = |row: &csv::StringRecord, symbol: &Value, s: usize| {
+                    row[0].parse::<f64>().unwrap() == cost && row[1].parse().ok() == replay["set"].as_u64() && row[s] == *symbol.as_str().unwrap()
+                };
+                for asset in array(&replay["assets"]) {
+                    let row = table.iter().find(|row| same(row, &asset["symbol"], at("symbol"))).unwrap();
+                    for name in ["sharpe", "total_return", "max_drawdown", "turnover", "trades"] {
+                        let want = row[at(name)].parse::<f32>().ok();
+                        assert_eq!(asset[name].as_f64().map(|x| x as f32), want, "{name} of {strategy} on {device}");
+                    }
+                    // The path ends where the statistics say, and every trade is charged once.
+                    let total = asset["total_return"].as_f64().unwrap();
+                    let path: Vec<f64> = equity.iter().filter(|row| same(row, &asset["symbol"], 2)).map(|row| row[6].parse().unwrap()).collect();
+                    assert!((path.last().unwrap() - 1.0 - total).abs() < 2e-5 * (1.0 + total), "{path:?}");
+                    assert!((array(&asset["equity"]).last().unwrap().as_f64().unwrap() - path.last().unwrap()).abs() < 1e-14);
+                    let own: Vec<_> = trades.iter().filter(|row| same(row, &asset["symbol"], 2)).collect();
+                    let charged: f64 = own.iter().map(|row| row[12].parse::<f64>().unwrap()).sum();
+                    let turnover = asset["turnover"].as_f64().unwrap();
+                    assert!((charged - cost * 1e-4 * turnover).abs() < 1e-5 * (1.0 + turnover), "{charged} for a turnover of {turnover}");
+                    let compounded: f64 = own.iter().map(|row| 1.0 + row[11].parse::<f64>().unwrap()).product();
+                    assert!((compounded - 1.0 - total).abs() < 1e-3 * (1.0 + total), "{compounded} for {total}");
+                }
+            }
+        }
+    }
+    refused(&["--grid", "fast=5,slow=20", "--replay", "1"], &["--replay = 1", "numbered from 0 to 0"]);
+}
+
+// ---- config files ------------------------------------------------------------------------------------------------
+
+#[test]
+fn a_config_file_repeats_a_sweep_and_the_command_line_wins() {
+    let folder = Folder::new();
+    let (prices, out) = (folder.text("prices.csv", &wide(&market(400))), folder.path("out"));
+    let args =
+        ["sweep", &prices, "--grid", "fast=5|10,slow=20:60:20,slow>=3*fast", "--cost-bps", "0,7.5", "--symbols", "SYN003,SYN001", "--from", "2010-02-01"];
+    let more = ["--walk-forward", "train=100,test=50,anchored", "--top", "3", "--rank-by", "turnover", "--device", "cpu", "--json", "--out", &out];
+    let want = result_of(&done(&[&args[..], &more].concat()));
+    let config = format!("{out}/config.toml");
+    assert_eq!(result_of(&done(&["sweep", "--json", "--config", &config])), want);
+    // What is written is what was meant.
+    let again = folder.path("again");
+    done(&["sweep", "--json", "--config", &config, "--out", &again]);
+    assert_eq!(std::fs::read(format!("{again}/config.toml")).unwrap(), std::fs::read(&config).unwrap());
+    let got = result_of(&done(&["sweep", "--config", &config, "--json", "--cost-bps", "3", "--top", "1"]));
+    assert_eq!((&got["run"]["cost_bps"], array(&got["costs"][0]["top"]).len()), (&json!([3.0]), 1));
+    assert_eq!(got["run"]["rank_by"], "turnover");
+
+    let text =
+        "walk-forward = \"none\"\ndevice = \"cpu\"\njson = true\nbars = 300\n[grid]\nfast = [5, 10]\nslow = \"20:60:20\"\nconstraints = [\"slow>=3*fast\"]\n";
+    let table = result_of(&done(&["sweep", "--config", &folder.text("table.toml", text)]));
+    let line = ["sweep", "--walk-forward", "none", "--device", "cpu", "--json", "--bars", "300", "--grid", "fast=5|10,slow=20:60:20,slow>=3*fast"];
+    assert_eq!(table, result_of(&done(&line)));
+}
+
+#[test]
+fn a_config_file_is_refused_by_line() {
+    let folder = Folder::new();
+    let refused = |text: &str, parts: &[&str]| {
+        let file = folder.text("config.toml", text);
+        let ran = run(&["sweep", "--config", &file]);
+        assert_eq!((ran.code, ran.stdout.as_str(), ran.stderr.lines().count()), (2, "", 1), "{text}: {}", ran.stderr);
+        for part in parts.iter().chain(&[file.as_str()]) {
+            assert!(ran.stderr.contains(part), "'{part}' is not in: {}", ran.stderr);
+        }
+    };
+    refused("top = 5\ncost_bps = 5\n", &["row 2", "'cost_bps'", "did you mean 'cost-bps'?"]);
+    refused("# a note\n\nstratgy = \"macd\"\n", &["row 3", "did you mean 'strategy'?"]);
+    refused("bars = 100\ntop = \"many\"\n", &["row 2", "'top'", "invalid value 'many'"]);
+    refused("bars = 100\ntop = [1\n", &["row 2"]);
+    refused("resume = 3\n", &["row 1", "this is a switch"]);
+    refused("config = \"other.toml\"\n", &["row 1", "no option"]);
+    refused("[grid.fast]\nfrom = 2\n", &["row 1", "grid"]);
+    let ran = run(&["sweep", "--config", "no/such.toml"]);
+    assert!(ran.code == 2 && ran.stderr.contains("no/such.toml"), "{}", ran.stderr);
 }
 
 // ---- files in ----------------------------------------------------------------------------------------------------

@@ -131,6 +131,7 @@ impl Workload {
             assets: market.assets,
             strategy: self.strategy,
             parameters: &parameters,
+            only: None,
             cost_bps: &[10.0],
             execution: Execution::SameClose,
             start: 0,

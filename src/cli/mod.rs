@@ -1,16 +1,24 @@
-//! The command line. Results go to stdout, everything else to stderr; exit 0 done, 1 a check failed, 2 wrong usage or input.
+//! The command line. Results go to stdout, everything else to stderr; exit 0 done, 1 a check failed, 2 wrong usage or input, 130 stopped
+//! by the user.
 
 mod bench;
+mod config;
 mod devices;
 mod kernels;
+mod merge;
+mod plan;
+mod print;
+mod replay;
 mod results;
+mod store;
 mod sweep;
 mod verify;
 
-use crate::{Device, Result};
+use crate::{Device, Error, Result};
 use clap::{Parser, Subcommand};
 use std::io::Write;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Kernels that go forward and back: walk-forward back-test sweeps in one GPU pass.
 #[derive(Parser)]
@@ -24,6 +32,8 @@ struct Cli {
 enum Command {
     /// Back-test a grid of strategies walk-forward on a price file, or on a synthetic market without one.
     Sweep(Box<sweep::Args>),
+    /// Put the shards of a sweep together.
+    Merge(merge::Args),
     /// List the devices of this machine, and why the missing ones are missing.
     Devices(devices::Args),
     /// List the kernels: arguments, columns, launches and cost.
@@ -89,12 +99,14 @@ fn quiet_decoder() {
 /// Runs the command line.
 pub fn main() -> ExitCode {
     quiet_decoder();
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
-        Err(error) => return usage(&error),
+    let (command, options) = match config::parse(std::env::args_os().collect()) {
+        Ok(parsed) => parsed,
+        Err(config::Refusal::Usage(error)) => return usage(&error),
+        Err(config::Refusal::Config(error)) => return failed(&error),
     };
-    let result = match &cli.command {
-        Command::Sweep(args) => sweep::run(args),
+    let result = match &command {
+        Command::Sweep(args) => sweep::run(args, &options),
+        Command::Merge(args) => merge::run(args),
         Command::Devices(args) => devices::run(args),
         Command::Kernels(args) => kernels::run(args),
         Command::Verify(args) => verify::run(args),
@@ -102,9 +114,37 @@ pub fn main() -> ExitCode {
     };
     match result {
         Ok(code) => code,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::from(2)
-        }
+        Err(error) => failed(&error),
     }
+}
+
+fn failed(error: &Error) -> ExitCode {
+    if let Error::Interrupted { message } = error {
+        eprintln!("interrupted: {message}");
+        return ExitCode::from(STOPPED);
+    }
+    eprintln!("error: {error}");
+    ExitCode::from(2)
+}
+
+// ---- stopping ----------------------------------------------------------------------------------------------------
+
+/// Exit code of a run that the user stopped.
+const STOPPED: u8 = 130;
+
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// Lets Ctrl-C and SIGTERM stop a run at the next opportunity; a second one stops it at once.
+fn catch_interrupts() -> Result<()> {
+    let stop = || {
+        if INTERRUPTED.swap(true, Ordering::SeqCst) {
+            std::process::exit(STOPPED.into());
+        }
+    };
+    ctrlc::set_handler(stop).map_err(|e| Error::Internal(format!("Ctrl-C cannot be caught: {e}")))
+}
+
+/// Whether the user wants to stop.
+fn is_interrupted() -> bool {
+    INTERRUPTED.load(Ordering::SeqCst)
 }

@@ -1,21 +1,26 @@
 //! `forback sweep`: a grid of strategies, walk-forward, over a price file.
+//!
+//! options → [`Prepared`] (device, prices, config) → a run in one go, or in parts (`plan.rs` cuts, `store.rs` keeps) → report → files
+//! (`results.rs`) → what is printed (`print.rs`). `merge.rs` enters at the report with the parts of several shards.
 
-use super::results::Results;
-use super::say;
+use super::plan::{Cutter, Estimate, Progress};
+use super::print::{Printed, json_of_set};
+use super::results::{Rows, Subject};
+use super::store::{Job, Store, difference, hex, sha256};
+use super::{Common, catch_interrupts, replay, results, say};
 use crate::data::{Missing, Prices, ReadOptions, read_prices};
 use crate::kernels::backtest_sweep::{Execution, Strategy};
-use crate::kernels::performance::Performance;
-use crate::kernels::philox::{normals, philox4x32};
 use crate::kernels::{Device, DeviceKind};
 use crate::sim::grid::Grid;
-use crate::sim::market::regime_switching_market;
-use crate::sim::sweep::{OutOfSample, RankBy, Select, SweepConfig, SweepReport, first_return, sweep};
+use crate::sim::market;
+use crate::sim::parts::{Fold, shard};
+use crate::sim::sweep::{MOST_SETS, Random, RankBy, Select, SweepConfig, SweepReport, SweepRun, first_return};
 use crate::sim::walk_forward::WalkForward;
 use crate::{Error, Result};
-use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
-use std::io::IsTerminal;
-use std::path::PathBuf;
+use sha2::{Digest, Sha256};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -24,7 +29,7 @@ use std::time::Instant;
 pub(super) struct Args {
     /// Price files: CSV, CSV.gz or Parquet, wide (date,AAA,BBB,…) or long (date,symbol,open,high,low,close,volume).
     /// Without one, a seeded regime-switching market.
-    files: Vec<PathBuf>,
+    pub(super) files: Vec<PathBuf>,
     /// sma_cross, ema_cross, macd, rsi_reversion, bollinger_reversion, donchian_breakout or ts_momentum.
     #[arg(long, default_value = "sma_cross")]
     strategy: String,
@@ -36,7 +41,7 @@ pub(super) struct Args {
     cost_bps: Vec<f64>,
     /// same_close (earns the next bar; optimistic) or next_close (traded one close later).
     #[arg(long, default_value = "next_close")]
-    execution: String,
+    pub(super) execution: String,
     /// Walk-forward scheme, such as train=756,test=63,step=21,anchored,purge=5; `none` for in-sample only.
     #[arg(long)]
     walk_forward: Option<String>,
@@ -63,16 +68,37 @@ pub(super) struct Args {
     missing: String,
     /// Return periods per year; derived from the dates otherwise.
     #[arg(long, allow_negative_numbers = true)]
-    periods_per_year: Option<f64>,
+    pub(super) periods_per_year: Option<f64>,
     /// How many sets to print.
     #[arg(long, default_value_t = 10)]
-    top: usize,
+    pub(super) top: usize,
     /// sharpe, total_return, max_drawdown or turnover.
     #[arg(long, default_value = "sharpe")]
-    rank_by: String,
-    /// Write results.parquet, results.csv, walk_forward.csv, out_of_sample.csv and run.json into this folder.
+    pub(super) rank_by: String,
+    /// Write results.parquet, results.csv, walk_forward.csv, out_of_sample.csv, run.json and config.toml into this folder.
     #[arg(long, value_name = "DIR")]
-    out: Option<PathBuf>,
+    pub(super) out: Option<PathBuf>,
+    /// Run this many sets of the grid, drawn at random by --seed, instead of all.
+    #[arg(long, value_name = "N")]
+    random: Option<u64>,
+    /// Run share I of N of the sets into --out; `forback merge` puts the shares together.
+    #[arg(long, value_name = "I/N", requires = "out")]
+    shard: Option<String>,
+    /// Go on with the interrupted sweep in --out.
+    #[arg(long, requires = "out")]
+    resume: bool,
+    /// Sets of a part that is computed and kept at once (default: about 15 seconds of work).
+    #[arg(long, value_name = "SETS")]
+    part_sets: Option<usize>,
+    /// Print parts, time, memory and disk that the sweep would take, and stop.
+    #[arg(long, visible_alias = "dry-run")]
+    plan: bool,
+    /// Replay these sets, by number: every trade and the equity bar by bar.
+    #[arg(long, value_name = "SET", value_delimiter = ',')]
+    pub(super) replay: Vec<u64>,
+    /// Read options from a TOML file; the command line wins.
+    #[arg(long, value_name = "FILE")]
+    pub(super) config: Option<PathBuf>,
     /// Bars of the synthetic market.
     #[arg(long, default_value_t = 2520)]
     bars: usize,
@@ -80,60 +106,326 @@ pub(super) struct Args {
     #[arg(long, default_value_t = 1)]
     assets: usize,
     #[command(flatten)]
-    common: super::Common,
+    pub(super) common: Common,
 }
 
-/// Most sets of one sweep: 100 bytes of host memory each.
-const MOST_SETS: u64 = 50_000_000;
+/// Everything that a sweep is made of, read and checked.
+pub(super) struct Prepared {
+    pub(super) device: Device,
+    pub(super) prices: Prices,
+    pub(super) config: SweepConfig,
+    provenance: Value,
+}
 
-pub(super) fn run(args: &Args) -> Result<ExitCode> {
-    let strategy = strategy(&args.strategy)?;
-    let grid = Grid::parse(strategy.name(), args.grid.as_deref())?;
-    let execution = execution(&args.execution)?;
-    let rank_by = RankBy::named(&args.rank_by)?;
-    let select = select(&args.select)?;
-    let scheme = walk_forward(args.walk_forward.as_deref())?;
-    let missing = args.missing.parse::<Missing>()?;
-    if let Some(p) = args.periods_per_year.filter(|p| !(p.is_finite() && *p > 0.0)) {
-        let help = "give the number of bars per year, 252 for daily equities".into();
-        return Err(Error::Parameter { op: "sweep", name: "--periods-per-year".into(), value: p.to_string(), help });
-    }
-    let device = args.common.open()?;
-    let prices = if args.files.is_empty() { synthetic(args)? } else { read(args, missing)? };
-    refuse_absurd(&grid, &device, &prices, args.cost_bps.len())?;
-    let periods_per_year = args.periods_per_year.map_or_else(|| prices.periods_per_year(), Ok)?;
-    let walk_forward = fitting(scheme, &grid, &prices, args)?;
-    let config = SweepConfig { grid, cost_bps: args.cost_bps.clone(), execution, walk_forward, select, rank_by, periods_per_year, profile: false };
-
-    let provenance = provenance(args, &device, &prices, &config);
-    let sets = config.grid.sets(MOST_SETS)?;
-    let mut results = args.out.as_ref().map(|dir| Results::create(dir, &sets.names, &provenance)).transpose()?;
-    let total = sets.len() as u64 * prices.n_assets() as u64 * args.cost_bps.len() as u64;
-    let bar = progress(total, args.common.json);
-    let start = Instant::now();
-    let report = sweep(&device, prices.close.view(), &config, MOST_SETS, &mut |chunk| {
-        bar.inc((chunk.sets.len() * chunk.assets.len()) as u64);
-        match &mut results {
-            Some(results) => results.write(chunk, args.cost_bps[chunk.cost], &sets, &prices.symbols),
-            None => Ok(()),
+impl Prepared {
+    pub(super) fn of(args: &Args) -> Result<Prepared> {
+        let strategy = strategy(&args.strategy)?;
+        let grid = Grid::parse(strategy.name(), args.grid.as_deref())?;
+        let execution = execution(&args.execution)?;
+        let rank_by = RankBy::named(&args.rank_by)?;
+        let select = select(&args.select)?;
+        let scheme = walk_forward(args.walk_forward.as_deref())?;
+        let missing = args.missing.parse::<Missing>()?;
+        if let Some(p) = args.periods_per_year.filter(|p| !(p.is_finite() && *p > 0.0)) {
+            let help = "give the number of bars per year, 252 for daily equities".into();
+            return Err(Error::Parameter { op: "sweep", name: "--periods-per-year".into(), value: p.to_string(), help });
         }
-    })?;
-    let seconds = start.elapsed().as_secs_f64();
-    bar.finish_and_clear();
-    let printed = Printed { args, device: &device, prices: &prices, config: &config, report: &report, seconds };
-    if let Some(results) = results {
-        let mut provenance = provenance;
-        provenance["seconds"] = json!(seconds);
-        results.finish(&report, &prices, &provenance)?;
+        if args.part_sets == Some(0) {
+            return Err(Error::Parameter { op: "sweep", name: "--part-sets".into(), value: "0".into(), help: "give at least one set".into() });
+        }
+        let device = args.common.open()?;
+        let prices = if args.files.is_empty() { synthetic(args)? } else { read(args, missing)? };
+        refuse_absurd(&grid, &device, &prices, args)?;
+        let periods_per_year = args.periods_per_year.map_or_else(|| prices.periods_per_year(), Ok)?;
+        let walk_forward = fitting(scheme, &grid, &prices, args)?;
+        let random = args.random.map(|sets| Random { sets, seed: args.common.seed });
+        let config = SweepConfig {
+            cost_bps: args.cost_bps.clone(),
+            execution,
+            walk_forward,
+            select,
+            rank_by,
+            periods_per_year,
+            random,
+            limit: MOST_SETS,
+            ..SweepConfig::new(grid)
+        };
+        let provenance = provenance(args, &device, &prices, &config);
+        Ok(Prepared { device, prices, config, provenance })
     }
+
+    pub(super) fn run(&self) -> Result<SweepRun<'_>> {
+        SweepRun::new(&self.device, self.prices.close.view(), &self.config)
+    }
+
+    pub(super) fn subject<'a>(&'a self, run: &'a SweepRun<'a>) -> Subject<'a> {
+        Subject { run, prices: &self.prices, provenance: &self.provenance }
+    }
+
+    pub(super) fn provenance_with_command(&self) -> Value {
+        let mut provenance = self.provenance.clone();
+        provenance["command"] = json!(std::env::args().collect::<Vec<_>>());
+        provenance
+    }
+
+    /// Everything that decides the results, bit for bit.
+    pub(super) fn identity(&self) -> Value {
+        let (prices, p) = (&self.prices, &self.provenance);
+        let mut panel = Sha256::new();
+        for symbol in &prices.symbols {
+            panel.update(symbol.as_bytes());
+            panel.update([0]);
+        }
+        prices.times.iter().for_each(|t| panel.update(t.to_le_bytes()));
+        prices.close.iter().for_each(|x| panel.update(x.to_le_bytes()));
+        let data = if prices.sha256.is_empty() { prices.sources.join(", ") } else { prices.sha256.clone() };
+        json!({
+            "version": env!("CARGO_PKG_VERSION"), "device": self.device.info().kind.name(), "data": data, "assets": prices.n_assets(),
+            "bars": prices.n_bars(), "panel": hex(panel.finalize().as_slice()), "strategy": p["strategy"], "grid": p["grid"], "random": p["random"],
+            "cost_bps": p["cost_bps"], "execution": p["execution"], "walk_forward": p["walk_forward"], "select": p["select"],
+            "periods_per_year": p["periods_per_year"],
+        })
+    }
+}
+
+/// Runs the command; `config` is what it was asked for, as TOML.
+pub(super) fn run(args: &Args, config: &str) -> Result<ExitCode> {
+    let prepared = Prepared::of(args)?;
+    let run = prepared.run()?;
+    let config = &config.replace("device = \"auto\"", &format!("device = \"{}\"", prepared.device.info().kind.name()));
+    if let Some(dir) = &args.out {
+        results::folder(dir)?;
+    }
+    if !args.replay.is_empty() {
+        return replay::run(args, &prepared, &run);
+    }
+    let (share, sets) = share(args, &run)?;
+    let mut cutter = Cutter::of(&run, &prepared.device, args.part_sets, args.out.is_some());
+    if args.plan {
+        return print_plan(args, &prepared, &run, &sets, &mut cutter);
+    }
+    catch_interrupts()?;
+    let progress = Progress::new(&run, args.common.json);
+    let start = Instant::now();
+    let place = args.out.as_deref().map(|dir| share.map_or_else(|| dir.join("parts"), |(i, n)| dir.join(format!("shard-{i}-of-{n}"))));
+    let found = place.as_deref().filter(|place| Store::is_in(place));
+    if found.is_none() && share.is_none() && cutter.is_one_part(sets.len()) {
+        progress.expect(sets.len());
+        let kept = run.whole(args.out.is_some(), &mut |chunk| progress.visit(chunk));
+        let (report, rows) = match kept {
+            Err(Error::Interrupted { .. }) => return Err(interrupted(args, &prepared, &run, &Fold::new(run.len(), 0), None)),
+            other => other?,
+        };
+        let done = Done { args, prepared: &prepared, run: &run, report: &report, seconds: start.elapsed().as_secs_f64(), config };
+        progress.clear();
+        return done.deliver(args.out.as_deref(), &Rows::Kept(rows.as_ref().and_then(|rows| rows.as_slice()).unwrap_or_default()));
+    }
+    let mut fold = Fold::new(run.len(), prepared.config.cost_bps.len());
+    let mut before = 0.0;
+    let mut store = match (&place, found) {
+        (_, Some(found)) => {
+            let (store, seconds) = reopen(args, &prepared, found, &mut fold)?;
+            before = seconds;
+            Some(store)
+        }
+        (Some(place), None) => {
+            let identity = prepared.identity();
+            let hash = sha256(identity.to_string().as_bytes());
+            let job = Job { partial: true, shard: share, sets: sets.clone(), of: run.len(), identity, hash, config: config.into() };
+            Some(Store::create(place.clone(), job)?)
+        }
+        (None, None) => None,
+    };
+    progress.expect(fold.missing(sets.clone()).iter().map(Range::len).sum());
+    match run_parts(args, &prepared, &run, &sets, &mut cutter, &mut fold, store.as_mut(), &progress) {
+        Err(Error::Interrupted { .. }) => {
+            progress.clear();
+            return Err(interrupted(args, &prepared, &run, &fold, place.as_deref()));
+        }
+        other => other?,
+    }
+    if let (Some(share), Some(mut store)) = (share, store.take_if(|_| share.is_some())) {
+        store.complete()?;
+        progress.clear();
+        say_shard(args, &prepared, &run, &fold, share, &store);
+        return Ok(ExitCode::SUCCESS);
+    }
+    let report = run.finish(fold, &mut |chunk| progress.visit(chunk)).map_err(|error| match (error, &place) {
+        (Error::Interrupted { .. }, Some(place)) => {
+            Error::Interrupted { message: format!("all sets are kept in {}; the same command with --resume finishes", place.display()) }
+        }
+        (error, _) => error,
+    });
+    progress.clear();
+    let report = report?;
+    let done = Done { args, prepared: &prepared, run: &run, report: &report, seconds: before + start.elapsed().as_secs_f64(), config };
+    let stores: Vec<Store> = store.into_iter().collect();
+    let code = done.deliver(args.out.as_deref(), &Rows::Stored(&stores))?;
+    stores.into_iter().try_for_each(Store::remove)?;
+    Ok(code)
+}
+
+/// Which shard, and its sets.
+type Share = (Option<(usize, usize)>, Range<usize>);
+
+/// The sets of this run: all, or the shard that was asked for.
+fn share(args: &Args, run: &SweepRun<'_>) -> Result<Share> {
+    let Some(text) = &args.shard else { return Ok((None, 0..run.len())) };
+    let (i, n) = text.split_once('/').and_then(|(i, n)| Some((i.trim().parse().ok()?, n.trim().parse().ok()?))).unwrap_or((0, 0));
+    let refused = |_| {
+        let help = format!("write i/n with 1 ≤ i ≤ n ≤ {} (the sets), such as 1/3", run.len());
+        Error::Parameter { op: "sweep", name: "--shard".into(), value: text.clone(), help }
+    };
+    Ok((Some((i, n)), shard(run.len(), i, n).map_err(refused)?))
+}
+
+/// The parts that an interrupted run of the same sweep left, and the seconds that they took.
+fn reopen(args: &Args, prepared: &Prepared, place: &Path, fold: &mut Fold) -> Result<(Store, f64)> {
+    let refused = |name: &str, help: String| Error::Parameter { op: "sweep", name: name.into(), value: place.display().to_string(), help };
+    let mut store = Store::open(place.to_path_buf())?;
+    if !args.resume {
+        let state = if store.job().partial { "an interrupted sweep" } else { "a finished shard" };
+        return Err(refused("--out", format!("the folder holds {state}; go on with --resume, or remove it to start again")));
+    }
+    if let Some((field, theirs, ours)) = difference(&store.job().identity, &prepared.identity()) {
+        return Err(refused("--resume", format!("the interrupted sweep has {field} {theirs}, this one {ours}; repeat its options, or name another --out")));
+    }
+    let mut seconds = 0.0;
+    for sets in store.parts().to_vec() {
+        match store.load(&sets, prepared.prices.n_assets(), prepared.config.cost_bps.len()) {
+            Ok((part, took)) => {
+                fold.add(&part)?;
+                seconds += took;
+            }
+            Err(error) => {
+                eprintln!("note: {error}; sets {} to {} run again", sets.start, sets.end - 1);
+                store.discard(&sets);
+            }
+        }
+    }
+    Ok((store, seconds))
+}
+
+/// Runs what is missing of `sets`, part by part.
+fn run_parts(
+    args: &Args,
+    prepared: &Prepared,
+    run: &SweepRun<'_>,
+    sets: &Range<usize>,
+    cutter: &mut Cutter,
+    fold: &mut Fold,
+    mut store: Option<&mut Store>,
+    progress: &Progress,
+) -> Result<()> {
+    let mut said = false;
+    for gap in fold.missing(sets.clone()) {
+        let mut next = gap.start;
+        while next < gap.end {
+            let start = Instant::now();
+            let mut part = run.part(cutter.next(next, gap.end), store.is_some(), &mut |chunk| progress.visit(chunk))?;
+            let seconds = start.elapsed().as_secs_f64();
+            cutter.observe(part.sets.len(), seconds);
+            if let Some(store) = store.as_deref_mut() {
+                store.save(&part, seconds, prepared.subject(run))?;
+            }
+            part.rows = None;
+            fold.add(&part)?;
+            next = part.sets.end;
+            let left: usize = fold.missing(sets.clone()).iter().map(Range::len).sum();
+            if !said && cutter.is_long(left) {
+                progress.note(&format!("plan: {}", Estimate::of(run, prepared, left, cutter, args.out.as_deref())));
+            }
+            said = true;
+        }
+    }
+    Ok(())
+}
+
+/// Measures a few sets and says what the sweep would take.
+fn print_plan(args: &Args, prepared: &Prepared, run: &SweepRun<'_>, sets: &Range<usize>, cutter: &mut Cutter) -> Result<ExitCode> {
+    let probe = cutter.probe(sets);
+    let start = Instant::now();
+    run.part(probe.clone(), false, &mut |_| Ok(()))?;
+    cutter.observe(probe.len(), start.elapsed().as_secs_f64());
+    let estimate = Estimate::of(run, prepared, sets.len(), cutter, args.out.as_deref());
     if args.common.json {
-        printed.json(&provenance_of(&printed))
+        say(&json!({ "plan": estimate.json() }).to_string());
     } else {
-        printed.text()
+        say(&format!("plan     {estimate}"));
     }
     Ok(ExitCode::SUCCESS)
 }
 
+/// The best of the sets that are there, for a run that is not whole.
+fn partial(args: &Args, prepared: &Prepared, run: &SweepRun<'_>, fold: &Fold) -> Value {
+    let costs = &prepared.config.cost_bps;
+    let level = |(c, cost): (usize, &f64)| {
+        let best = fold.ranked(c, run.assets(), prepared.config.rank_by, args.top);
+        let top: Vec<Value> = best.into_iter().map(|(set, mean)| json_of_set(run.id(set), run.set(set), &mean)).collect();
+        json!({ "cost_bps": cost, "top": top })
+    };
+    let levels: Vec<Value> = costs.iter().enumerate().map(level).collect();
+    let finished: Vec<[usize; 2]> = fold.done().iter().map(|sets| [sets.start, sets.end]).collect();
+    json!({ "run": prepared.provenance_with_command(), "partial": true, "sets": run.len(), "finished": finished, "costs": levels })
+}
+
+/// Says what an interrupted run leaves, and how to go on.
+fn interrupted(args: &Args, prepared: &Prepared, run: &SweepRun<'_>, fold: &Fold, place: Option<&Path>) -> Error {
+    let finished: usize = fold.done().iter().map(Range::len).sum();
+    if args.common.json {
+        let mut line = partial(args, prepared, run, fold);
+        line["resume"] = json!(place.is_some());
+        say(&line.to_string());
+    }
+    let message = match place {
+        Some(place) => format!("{finished} of {} sets are kept in {}; the same command with --resume goes on", run.len(), place.display()),
+        None if args.out.is_some() => "the sweep was to run in one part and nothing of it is kept; --part-sets cuts it".to_string(),
+        None => format!("{finished} of {} sets were finished; with --out DIR they would be kept, and --resume would go on", run.len()),
+    };
+    Error::Interrupted { message }
+}
+
+fn say_shard(args: &Args, prepared: &Prepared, run: &SweepRun<'_>, fold: &Fold, (i, n): (usize, usize), store: &Store) {
+    if args.common.json {
+        let mut line = partial(args, prepared, run, fold);
+        line["shard"] = json!([i, n]);
+        line["folder"] = json!(store.dir().display().to_string());
+        say(&line.to_string());
+        return;
+    }
+    let sets = &store.job().sets;
+    say(&format!("device   {}", prepared.device.info()));
+    say(&format!("shard    {i} of {n}: sets {} to {} of {} in {}", sets.start, sets.end.saturating_sub(1), run.len(), store.dir().display()));
+    say("         forback merge DIR… --out OUT puts the shards together");
+}
+
+/// A finished sweep on its way out.
+pub(super) struct Done<'a> {
+    pub(super) args: &'a Args,
+    pub(super) prepared: &'a Prepared,
+    pub(super) run: &'a SweepRun<'a>,
+    pub(super) report: &'a SweepReport,
+    pub(super) seconds: f64,
+    pub(super) config: &'a str,
+}
+
+impl Done<'_> {
+    /// Files first, then what is printed.
+    pub(super) fn deliver(&self, dir: Option<&Path>, rows: &Rows<'_>) -> Result<ExitCode> {
+        if let Some(dir) = dir {
+            let mut run = self.prepared.provenance_with_command();
+            run["seconds"] = json!(self.seconds);
+            results::write(dir, self.prepared.subject(self.run), rows, self.report, &run, self.config)?;
+        }
+        let printed = Printed { args: self.args, prepared: self.prepared, report: self.report, seconds: self.seconds };
+        if self.args.common.json {
+            printed.json()
+        } else {
+            printed.text()
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
 fn strategy(name: &str) -> Result<Strategy> {
     Strategy::named(name).map_err(|_| unknown("strategy", name, Strategy::ALL.map(Strategy::name)))
 }
@@ -211,8 +503,7 @@ fn synthetic(args: &Args) -> Result<Prices> {
         let help = "needs a price file: forback sweep prices.csv".into();
         return Err(Error::Parameter { op: "sweep", name: (*name).into(), value: "given".into(), help });
     }
-    let key = [args.common.seed as u32, (args.common.seed >> 32) as u32];
-    let market = regime_switching_market(args.bars, args.assets, |path, block| normals(philox4x32([path as u32, (path >> 32) as u32, block, 1 << 16], key)))?;
+    let market = market::synthetic(args.bars, args.assets, args.common.seed)?;
     Ok(Prices {
         symbols: market.symbols,
         times: market.dates,
@@ -229,7 +520,7 @@ fn synthetic(args: &Args) -> Result<Prices> {
 }
 
 /// Set-bars a second that a first guess may count on.
-fn guess(device: &Device) -> f64 {
+pub(super) fn guess(device: &Device) -> f64 {
     match device.info().kind {
         DeviceKind::Cpu => 1e9 * rayon::current_num_threads() as f64,
         DeviceKind::Wgpu if !device.info().software => 5e10,
@@ -241,19 +532,21 @@ fn guess(device: &Device) -> f64 {
 }
 
 /// A grid that no machine would finish is refused with the time and the memory that it would take.
-fn refuse_absurd(grid: &Grid, device: &Device, prices: &Prices, costs: usize) -> Result<()> {
-    let sets = if grid.is_counted() { grid.len() as f64 } else { grid.raw_len() as f64 };
+fn refuse_absurd(grid: &Grid, device: &Device, prices: &Prices, args: &Args) -> Result<()> {
+    let costs = args.cost_bps.len();
+    let all = if grid.is_counted() { grid.len() as f64 } else { grid.raw_len() as f64 };
+    let sets = args.random.map_or(all, |n| n as f64);
     if sets <= MOST_SETS as f64 {
         return Ok(());
     }
     let seconds = sets * prices.n_assets() as f64 * prices.n_bars() as f64 * costs as f64 / guess(device);
     let bytes = sets * (100.0 + 20.0 * costs as f64);
     let what = format!("a grid of {sets:.3e} sets (about {} on {} and {} of memory)", duration(seconds), device.info().kind.name(), size(bytes));
-    let help = "widen the steps, or use lists or log ranges (fast=2:200:log20)".into();
+    let help = "widen the steps, use lists or log ranges (fast=2:200:log20), or draw sets with --random".into();
     Err(Error::TooLarge { what, needed: sets.min(u64::MAX as f64) as u64, limit: MOST_SETS, unit: "sets", help })
 }
 
-fn duration(seconds: f64) -> String {
+pub(super) fn duration(seconds: f64) -> String {
     match seconds {
         s if s < 120.0 => format!("{s:.0} seconds"),
         s if s < 7200.0 => format!("{:.0} minutes", s / 60.0),
@@ -263,230 +556,24 @@ fn duration(seconds: f64) -> String {
     }
 }
 
-fn size(bytes: f64) -> String {
+pub(super) fn size(bytes: f64) -> String {
     let units = ["B", "kB", "MB", "GB", "TB", "PB", "EB"];
     let power = ((bytes.max(1.0).log10() / 3.0).floor() as usize).min(units.len() - 1);
     format!("{:.0} {}", bytes / 1e3f64.powi(power as i32), units[power])
 }
 
-fn progress(total: u64, silent: bool) -> ProgressBar {
-    if silent || !std::io::stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    let style = ProgressStyle::with_template("{bar:40} {human_pos}/{human_len} back-tests, {eta} left").unwrap_or_else(|_| ProgressStyle::default_bar());
-    ProgressBar::new(total).with_style(style)
-}
-
 fn provenance(args: &Args, device: &Device, prices: &Prices, config: &SweepConfig) -> Value {
     json!({
         "version": env!("CARGO_PKG_VERSION"),
-        "command": std::env::args().collect::<Vec<_>>(),
         "device": device.info().to_string(),
         "seed": args.common.seed,
         "data": { "sources": prices.sources, "sha256": prices.sha256, "price": prices.price_column, "assets": prices.n_assets(), "bars": prices.n_bars(),
             "first": prices.times.first().map(|t| prices.format_time(*t)), "last": prices.times.last().map(|t| prices.format_time(*t)),
             "dropped": prices.dropped.iter().map(|d| json!({ "symbol": d.symbol, "reason": d.reason })).collect::<Vec<_>>(),
             "filled": prices.filled.iter().map(|(s, n)| json!({ "symbol": s, "cells": n })).collect::<Vec<_>>(), "notes": prices.notes },
-        "strategy": config.grid.strategy().name, "grid": config.grid.to_string(), "sets": config.grid.len(), "cost_bps": config.cost_bps,
+        "strategy": config.grid.strategy().name, "grid": config.grid.to_string(), "random": config.random.map(|r| json!({ "sets": r.sets, "seed": r.seed })), "sets": config.random.map_or(config.grid.len(), |r| r.sets),
+        "cost_bps": config.cost_bps,
         "execution": args.execution, "walk_forward": config.walk_forward.map(|w| w.to_string()), "select": args.select,
         "rank_by": args.rank_by, "periods_per_year": config.periods_per_year,
     })
-}
-
-fn provenance_of(p: &Printed<'_>) -> Value {
-    provenance(p.args, p.device, p.prices, p.config)
-}
-
-/// Everything that the two outputs are made of.
-struct Printed<'a> {
-    args: &'a Args,
-    device: &'a Device,
-    prices: &'a Prices,
-    config: &'a SweepConfig,
-    report: &'a SweepReport,
-    seconds: f64,
-}
-
-fn number(x: f64) -> Value {
-    if x.is_finite() { json!(x) } else { Value::Null }
-}
-
-fn percent(x: f64) -> String {
-    if x.is_nan() { "-".into() } else { format!("{:.1}%", 100.0 * x) }
-}
-
-fn ratio(x: f64) -> String {
-    if x.is_nan() { "-".into() } else { format!("{x:.2}") }
-}
-
-impl Printed<'_> {
-    /// Turnover per year from a total over all counted bars.
-    fn per_year(&self, turnover: f64) -> f64 {
-        let bars = (self.report.bars.saturating_sub(1) as f64 - f64::from(self.report.start)).max(1.0);
-        turnover / bars * self.config.periods_per_year
-    }
-
-    fn text(&self) {
-        let (report, prices) = (self.report, self.prices);
-        let (first, last) = (prices.times.first(), prices.times.last());
-        let time = |t: Option<&i64>| t.map(|t| prices.format_time(*t)).unwrap_or_default();
-        say(&format!("device   {}", self.device.info()));
-        say(&format!("data     {}: {} × {} bars, {} to {}", prices.sources.join(", "), assets(prices), report.bars, time(first), time(last)));
-        let derived = if self.args.periods_per_year.is_some() { "as given" } else { "derived from the dates" };
-        say(&format!("         {:.1} periods per year ({derived})", self.config.periods_per_year));
-        self.notes();
-        say(&format!(
-            "sweep    {} {}: {} sets × {} × {} bars{} in {:.2} s, {:.3e} set-bars/s",
-            self.config.grid.strategy().name,
-            self.config.grid,
-            report.sets.len(),
-            assets(prices),
-            report.bars,
-            if report.costs.len() > 1 { format!(" × {} costs", report.costs.len()) } else { String::new() },
-            self.seconds,
-            report.work() / self.seconds
-        ));
-        say(&format!("         {} after a warm-up of {} bars, {} bp one way", self.args.execution, report.start, costs(&self.config.cost_bps)));
-        self.ranking();
-        self.out_of_sample();
-        if let Some(dir) = &self.args.out {
-            say(&format!("\nwrote    {}", dir.display()));
-        }
-    }
-
-    fn notes(&self) {
-        for note in &self.prices.notes {
-            say(&format!("note     {note}"));
-        }
-        let dropped = &self.prices.dropped;
-        for d in dropped.iter().take(8) {
-            say(&format!("dropped  {}: {}", d.symbol, d.reason));
-        }
-        if dropped.len() > 8 {
-            say(&format!("dropped  {} more: {}", dropped.len() - 8, dropped[8..].iter().map(|d| d.symbol.as_str()).collect::<Vec<_>>().join(", ")));
-        }
-        if !self.prices.filled.is_empty() {
-            let cells: usize = self.prices.filled.iter().map(|(_, n)| n).sum();
-            say(&format!("filled   {cells} cells of {} assets with the last price", self.prices.filled.len()));
-        }
-    }
-
-    fn ranking(&self) {
-        let report = self.report;
-        let best = report.ranked(0, self.config.rank_by, self.args.top);
-        let mean = if report.assets > 1 { ", means over assets" } else { "" };
-        say(&format!("\nbest in sample by {} at {} bp{mean}", self.args.rank_by, self.config.cost_bps[0]));
-        let names: Vec<&str> = report.sets.names.clone();
-        let width = |name: &str| name.len().max(7);
-        let head: String = names.iter().map(|n| format!(" {n:>w$}", w = width(n))).collect();
-        say(&format!("{:>8}{head} {:>8} {:>10} {:>9} {:>11} {:>8}", "set", "sharpe", "return", "drawdown", "turnover/yr", "trades"));
-        for set in best {
-            let s = report.set(0, set);
-            let values: String = report.sets.get(set).iter().map(|(n, v)| format!(" {v:>w$}", w = width(n))).collect();
-            say(&format!(
-                "{set:>8}{values} {:>8} {:>10} {:>9} {:>11.1} {:>8}",
-                ratio(s.sharpe),
-                percent(s.total_return),
-                percent(s.max_drawdown),
-                self.per_year(s.turnover),
-                s.trades
-            ));
-        }
-    }
-
-    fn out_of_sample(&self) {
-        let report = self.report;
-        let many = report.assets > 1;
-        let bars = if report.windows.is_empty() {
-            "all counted bars".to_string()
-        } else {
-            format!("{} stitched bars of {} windows", report.stitched_bars.len(), report.windows.len())
-        };
-        if let Some(scheme) = &self.config.walk_forward {
-            say(&format!("\nout of sample, {scheme}: {bars}{}", if many { ", equal-weight portfolio" } else { "" }));
-        } else {
-            say(&format!("\nagainst {bars}{}", if many { ", equal-weight portfolio" } else { "" }));
-        }
-        let spread = if many { format!(" {:>22}", "asset sharpe 10-50-90%") } else { String::new() };
-        say(&format!("{:<28} {:>8} {:>10} {:>9} {:>8} {:>8} {:>11}{spread}", "", "sharpe", "return", "drawdown", "sortino", "P(SR>0)", "turnover/yr"));
-        for level in &report.costs {
-            for (name, chosen) in [("per asset", &level.per_asset), ("pooled", &level.pooled)] {
-                if let Some(chosen) = chosen {
-                    self.row(&format!("chosen {name}, {} bp", level.cost_bps), chosen, many);
-                }
-            }
-        }
-        if let Some(hold) = &report.buy_and_hold {
-            self.row("buy and hold", hold, many);
-        }
-        if report.costs.iter().any(|c| c.per_asset.is_some() || c.pooled.is_some()) {
-            say("changing sets between windows is not charged; each window's sets trade at the costs above");
-        }
-    }
-
-    fn row(&self, name: &str, o: &OutOfSample, many: bool) {
-        let p = &o.portfolio;
-        let spread = if many { format!(" {:>22}", deciles(&o.assets)) } else { String::new() };
-        say(&format!(
-            "{name:<28} {:>8} {:>10} {:>9} {:>8} {:>8} {:>11.1}{spread}",
-            ratio(p.sharpe),
-            percent(p.total_return),
-            percent(p.max_drawdown),
-            ratio(p.sortino),
-            ratio(p.probabilistic_sharpe),
-            o.turnover * self.config.periods_per_year
-        ));
-    }
-
-    fn json(&self, provenance: &Value) {
-        let report = self.report;
-        let performance = |p: &Performance| Value::Object(p.entries().into_iter().map(|(k, v)| (k.to_string(), number(v))).collect());
-        let out = |o: &Option<OutOfSample>| {
-            o.as_ref().map(|o| {
-                json!({ "portfolio": performance(&o.portfolio), "turnover_per_year": number(o.turnover * self.config.periods_per_year), "trades": o.trades,
-                    "assets": o.assets.iter().zip(&self.prices.symbols).map(|(p, s)| json!({ "symbol": s, "sharpe": number(p.sharpe),
-                        "total_return": number(p.total_return), "max_drawdown": number(p.max_drawdown) })).collect::<Vec<_>>(), "best": o.best })
-            })
-        };
-        let set = |cost: usize, s: usize| {
-            let m = report.set(cost, s);
-            let parameters: serde_json::Map<String, Value> = report.sets.get(s).into_iter().map(|(k, v)| (k.to_string(), json!(v))).collect();
-            json!({ "set": s, "parameters": parameters, "sharpe": number(m.sharpe), "total_return": number(m.total_return),
-                "max_drawdown": number(m.max_drawdown), "turnover": number(m.turnover), "trades": m.trades })
-        };
-        let levels: Vec<Value> = report
-            .costs
-            .iter()
-            .enumerate()
-            .map(|(c, level)| {
-                let top: Vec<Value> = report.ranked(c, self.config.rank_by, self.args.top).into_iter().map(|s| set(c, s)).collect();
-                json!({ "cost_bps": level.cost_bps, "top": top, "per_asset": out(&level.per_asset), "pooled": out(&level.pooled) })
-            })
-            .collect();
-        let line = json!({
-            "run": provenance, "sets": report.sets.len(), "assets": report.assets, "bars": report.bars, "start": report.start, "windows": report.windows.len(),
-            "stitched_bars": report.stitched_bars.len(), "seconds": self.seconds, "set_bars_per_second": report.work() / self.seconds,
-            "launches": report.launches, "submits": report.submits, "costs": levels, "buy_and_hold": out(&report.buy_and_hold),
-        });
-        say(&line.to_string());
-    }
-}
-
-fn assets(prices: &Prices) -> String {
-    match prices.symbols.as_slice() {
-        [one] => one.clone(),
-        many => format!("{} assets", many.len()),
-    }
-}
-
-fn costs(bps: &[f64]) -> String {
-    bps.iter().map(f64::to_string).collect::<Vec<_>>().join(", ")
-}
-
-/// Deciles of the assets' Sharpe ratios.
-fn deciles(assets: &[Performance]) -> String {
-    let mut sharpes: Vec<f64> = assets.iter().map(|p| p.sharpe).filter(|s| !s.is_nan()).collect();
-    sharpes.sort_by(f64::total_cmp);
-    let at = |q: f64| sharpes.get(((sharpes.len().max(1) - 1) as f64 * q).round() as usize).copied().unwrap_or(f64::NAN);
-    format!("{} {} {}", ratio(at(0.1)), ratio(at(0.5)), ratio(at(0.9)))
 }

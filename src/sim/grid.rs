@@ -697,6 +697,24 @@ impl Grid {
         })
     }
 
+    /// The set of a combination, first parameter fastest; `None` if it is illegal or there is no such combination.
+    #[must_use]
+    pub fn at_raw(&self, index: u64) -> Option<Vec<f32>> {
+        let mut rest = index;
+        let mut set = Vec::with_capacity(self.axes.len());
+        for axis in &self.axes {
+            let n = axis.values.len().max(1);
+            set.push(axis.values.get(rest % n));
+            rest /= n;
+        }
+        (rest == 0 && self.is_legal(&set)).then(|| set.into_iter().map(|v| v as f32).collect())
+    }
+
+    /// Columns without a set.
+    pub(crate) fn no_sets(&self) -> ParameterSets {
+        ParameterSets { strategy: self.strategy, names: self.strategy.names(), columns: vec![Vec::new(); self.axes.len()] }
+    }
+
     /// All legal sets as columns.
     ///
     /// # Errors

@@ -19,9 +19,12 @@
 
 use ndarray::Array2;
 
+use crate::kernels::philox::{normals, philox4x32};
 use crate::{Error, Result};
 
 const OP: &str = "regime_switching_market";
+/// Stream of [`synthetic`]'s normals.
+const STREAM: u32 = 1 << 16;
 const BARS_PER_YEAR: f64 = 252.0;
 const SPOT: f64 = 100.0;
 const LOWEST: f64 = 0.01;
@@ -134,6 +137,15 @@ pub fn regime_switching_market(n_bars: usize, n_assets: usize, mut normals: impl
     let symbols = (1..=n_assets).map(|i| format!("SYN{i:03}")).collect();
     let dates = (0..n_bars as i64).map(|t| FIRST_DAY + DAY * (7 * (t / 5) + t % 5)).collect();
     Ok(Market { symbols, dates, close, regimes })
+}
+
+/// [`regime_switching_market`] with Philox normals: the same seed is the same market, bit for bit, on every machine.
+///
+/// # Errors
+/// As [`regime_switching_market`].
+pub fn synthetic(n_bars: usize, n_assets: usize, seed: u64) -> Result<Market> {
+    let key = [seed as u32, (seed >> 32) as u32];
+    regime_switching_market(n_bars, n_assets, |path, block| normals(philox4x32([path as u32, (path >> 32) as u32, block, STREAM], key)))
 }
 
 fn regime(state: u8) -> &'static Regime {

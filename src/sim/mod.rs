@@ -1,6 +1,9 @@
-//! Simulation: grids of strategies, walk-forward windows, a synthetic market.
+//! Simulation: grids of strategies, walk-forward windows, a synthetic market, sweeps whole and in parts.
 
 pub mod grid;
 pub mod market;
+pub mod parts;
+pub mod replay;
+pub mod sample;
 pub mod sweep;
 pub mod walk_forward;

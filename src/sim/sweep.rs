@@ -1,13 +1,26 @@
 //! A walk-forward sweep over a panel of prices: the grid back-tested on every asset, the choice per window replayed out of sample,
 //! and what it has to be compared with.
+//!
+//! [`sweep`] is the whole of it in one call. A [`SweepRun`] is the same made ready, to be run whole ([`SweepRun::whole`]) or in
+//! [`parts`](super::parts), with the same bits, and to replay single sets.
+//!
+//! Sets  a position counts the sets that run, 0 to S−1; [`SweepRun::id`] is the set's number in the grid. They differ where sets were
+//!       drawn at random.
 
 use super::grid::{Grid, ParameterSets};
+use super::parts::{Fold, Part, Row, SetSum, Winner, Winners};
+use super::sample::{LISTED, sample};
 use super::walk_forward::WalkForward;
-use crate::kernels::backtest_sweep::{Chunk, Execution, Outcome, Selected, SetStats, Strategy, Sweep};
+use crate::kernels::backtest_sweep::{Chunk, Execution, Outcome, Replay, Selected, Strategy, Sweep};
 use crate::kernels::performance::{Performance, finish, performance_read};
 use crate::{Device, Error, Result};
-use ndarray::ArrayView2;
+use ndarray::{Array3, ArrayView2};
+use std::borrow::Cow;
 use std::cmp::Ordering;
+use std::ops::Range;
+
+/// Most sets of one sweep unless `SweepConfig::limit` says otherwise: 100 bytes of host memory each.
+pub const MOST_SETS: u64 = 50_000_000;
 
 /// What to sweep, beside the prices.
 #[derive(Debug, Clone)]
@@ -26,8 +39,39 @@ pub struct SweepConfig {
     pub rank_by: RankBy,
     /// Return periods per year.
     pub periods_per_year: f64,
+    /// Sets drawn from the grid, instead of all.
+    pub random: Option<Random>,
+    /// Most sets to run.
+    pub limit: u64,
     /// Time every launch.
     pub profile: bool,
+}
+
+impl SweepConfig {
+    /// The grid at 10 bp, traded at the next close, chosen anew per asset for every quarter on three years of daily bars, by Sharpe ratio.
+    pub fn new(grid: Grid) -> SweepConfig {
+        SweepConfig {
+            grid,
+            cost_bps: vec![10.0],
+            execution: Execution::NextClose,
+            walk_forward: Some(WalkForward::default()),
+            select: Select::default(),
+            rank_by: RankBy::default(),
+            periods_per_year: 252.0,
+            random: None,
+            limit: MOST_SETS,
+            profile: false,
+        }
+    }
+}
+
+/// A draw of sets without replacement; see [`sample`](mod@super::sample).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Random {
+    /// How many.
+    pub sets: u64,
+    /// Seed of the draw.
+    pub seed: u64,
 }
 
 /// Which choices the walk-forward makes.
@@ -102,41 +146,6 @@ pub struct SetMean {
     pub trades: u64,
 }
 
-/// Sums over assets, 24 bytes a set.
-#[derive(Debug, Clone, Copy, Default)]
-struct SetSum {
-    sharpe: f32,
-    defined: u32,
-    total_return: f32,
-    max_drawdown: f32,
-    turnover: f32,
-    trades: u32,
-}
-
-impl SetSum {
-    fn add(&mut self, s: &SetStats) {
-        if !s.sharpe.is_nan() {
-            self.sharpe += s.sharpe as f32;
-            self.defined += 1;
-        }
-        self.total_return += s.total_return as f32;
-        self.max_drawdown += s.max_drawdown as f32;
-        self.turnover += s.turnover as f32;
-        self.trades = self.trades.saturating_add(s.trades.min(u64::from(u32::MAX)) as u32);
-    }
-
-    fn mean(&self, assets: usize) -> SetMean {
-        let n = assets as f64;
-        SetMean {
-            sharpe: if self.defined == 0 { f64::NAN } else { f64::from(self.sharpe) / f64::from(self.defined) },
-            total_return: f64::from(self.total_return) / n,
-            max_drawdown: f64::from(self.max_drawdown) / n,
-            turnover: f64::from(self.turnover) / n,
-            trades: u64::from(self.trades),
-        }
-    }
-}
-
 /// An equal-weight portfolio and its assets, over the stitched out-of-sample bars.
 #[derive(Debug, Clone)]
 pub struct OutOfSample {
@@ -150,7 +159,7 @@ pub struct OutOfSample {
     pub turnover: f64,
     /// Trades on all assets.
     pub trades: u64,
-    /// Chosen set per window: [N,W], [W] if pooled, empty for buy-and-hold.
+    /// Position of the chosen set per window: [N,W], [W] if pooled, empty for buy-and-hold.
     pub best: Vec<u32>,
 }
 
@@ -169,8 +178,10 @@ pub struct CostLevel {
 /// What a sweep found.
 #[derive(Debug)]
 pub struct SweepReport {
-    /// The sets.
+    /// The sets that ran, by position.
     pub sets: ParameterSets,
+    /// Their numbers in the grid, where sets were drawn at random.
+    pub ids: Option<Vec<u64>>,
     /// Assets N.
     pub assets: usize,
     /// Bars T.
@@ -199,6 +210,11 @@ impl SweepReport {
         self.sets.len() as f64 * self.assets as f64 * self.bars.saturating_sub(1) as f64 * self.costs.len() as f64
     }
 
+    /// Number of a set in the grid.
+    pub fn id(&self, set: usize) -> u64 {
+        self.ids.as_ref().and_then(|ids| ids.get(set)).copied().unwrap_or(set as u64)
+    }
+
     /// Statistics of a set at a cost level.
     pub fn set(&self, cost: usize, set: usize) -> SetMean {
         self.costs[cost].sums[set].mean(self.assets)
@@ -206,20 +222,25 @@ impl SweepReport {
 
     /// The best `top` sets at a cost level; ties: lowest index first, undefined last.
     pub fn ranked(&self, cost: usize, rank_by: RankBy, top: usize) -> Vec<usize> {
-        let scores: Vec<f64> = (0..self.sets.len()).map(|s| rank_by.score(&self.set(cost, s))).collect();
-        let order = |a: &usize, b: &usize| match (scores[*a].is_nan(), scores[*b].is_nan()) {
-            (false, false) => scores[*b].total_cmp(&scores[*a]).then(a.cmp(b)),
-            (x, y) => x.cmp(&y).then(Ordering::Equal).then(a.cmp(b)),
-        };
-        let mut sets: Vec<usize> = (0..self.sets.len()).collect();
-        let top = top.min(sets.len());
-        if top < sets.len() && top > 0 {
-            sets.select_nth_unstable_by(top - 1, order);
-        }
-        sets.truncate(top);
-        sets.sort_by(order);
-        sets
+        ranked(&self.costs[cost].sums, self.assets, rank_by, top)
     }
+}
+
+/// Positions of the best `top` of some sets; ties: lowest index first, undefined last.
+pub(super) fn ranked(sums: &[SetSum], assets: usize, rank_by: RankBy, top: usize) -> Vec<usize> {
+    let scores: Vec<f64> = sums.iter().map(|sum| rank_by.score(&sum.mean(assets))).collect();
+    let order = |a: &usize, b: &usize| match (scores[*a].is_nan(), scores[*b].is_nan()) {
+        (false, false) => scores[*b].total_cmp(&scores[*a]).then(a.cmp(b)),
+        (x, y) => x.cmp(&y).then(Ordering::Equal).then(a.cmp(b)),
+    };
+    let mut sets: Vec<usize> = (0..sums.len()).collect();
+    let top = top.min(sets.len());
+    if top < sets.len() && top > 0 {
+        sets.select_nth_unstable_by(top - 1, order);
+    }
+    sets.truncate(top);
+    sets.sort_by(order);
+    sets
 }
 
 /// First counted return: the longest warm-up of the grid.
@@ -240,64 +261,310 @@ pub fn first_return(grid: &Grid, bars: usize) -> Result<u32> {
 
 /// Sweeps a panel of closes [T,N].
 ///
-/// `visit` sees every chunk of statistics once, as soon as it is there (progress, files).
 /// # Errors
 /// As [`Sweep::run`]; `Parameter` if the history is too short for the grid's windows or a walk-forward window.
-pub fn sweep(
-    device: &Device,
-    close: ArrayView2<'_, f32>,
-    config: &SweepConfig,
-    limit: u64,
-    visit: &mut dyn FnMut(&Chunk) -> Result<()>,
-) -> Result<SweepReport> {
-    let (bars, assets) = close.dim();
-    let sets = config.grid.sets(limit)?;
-    let returns = bars.saturating_sub(1) as u32;
-    let start = first_return(&config.grid, bars)?;
-    let windows = match &config.walk_forward {
-        Some(scheme) => scheme.windows(start, returns)?,
-        None => Vec::new(),
-    };
-    let close = close.as_standard_layout();
-    let close = close.as_slice().ok_or_else(|| Error::Internal("a standard layout is contiguous".into()))?;
-    let columns: Vec<(&str, &[f32])> = sets.names.iter().copied().zip(sets.columns.iter().map(Vec::as_slice)).collect();
-    let job = Sweep {
-        close,
-        assets,
-        strategy: Strategy::named(sets.strategy.name)?,
-        parameters: &columns,
-        cost_bps: &config.cost_bps,
-        execution: config.execution,
-        start,
-        periods_per_year: config.periods_per_year,
-        windows: &windows,
-        stitch_ends: None,
-        per_asset: config.select != Select::Pooled,
-        pooled: config.select != Select::PerAsset,
-        scores: false,
-        profile: config.profile,
-    };
-    let mut sums = vec![vec![SetSum::default(); sets.len()]; config.cost_bps.len()];
-    let outcome = job.run(device, &mut |chunk| {
-        for set in chunk.sets.clone() {
-            for asset in chunk.assets.clone() {
-                sums[chunk.cost][set].add(&chunk.stats(set, asset));
+pub fn sweep(device: &Device, close: ArrayView2<'_, f32>, config: &SweepConfig) -> Result<SweepReport> {
+    let (report, _) = SweepRun::new(device, close, config)?.whole(false, &mut |_| Ok(()))?;
+    Ok(report)
+}
+
+/// Which sets run, and where their parameters stand in the columns.
+enum Chosen {
+    /// All of the columns.
+    All,
+    /// These of the columns, which hold the whole grid.
+    Picked(Vec<u32>),
+    /// All of the columns, which hold sets of these numbers.
+    Drawn(Vec<u64>),
+}
+
+/// A sweep made ready: prices, sets and windows are checked, nothing has run.
+pub struct SweepRun<'a> {
+    device: &'a Device,
+    config: &'a SweepConfig,
+    close: Cow<'a, [f32]>,
+    bars: usize,
+    assets: usize,
+    strategy: Strategy,
+    columns: ParameterSets,
+    chosen: Chosen,
+    start: u32,
+    windows: Vec<[u32; 4]>,
+}
+
+/// What some sets gave.
+struct Executed {
+    sums: Vec<Vec<SetSum>>,
+    rows: Option<Array3<Row>>,
+    outcome: Outcome,
+}
+
+impl<'a> SweepRun<'a> {
+    /// A sweep over closes [T,N].
+    /// # Errors
+    /// `Parameter` if the history is too short for the grid's windows or a walk-forward window; `TooLarge` above the config's limit.
+    pub fn new(device: &'a Device, close: ArrayView2<'a, f32>, config: &'a SweepConfig) -> Result<SweepRun<'a>> {
+        let (bars, assets) = close.dim();
+        let start = first_return(&config.grid, bars)?;
+        let windows = match &config.walk_forward {
+            Some(scheme) => scheme.windows(start, bars.saturating_sub(1) as u32)?,
+            None => Vec::new(),
+        };
+        let (columns, chosen) = match config.random {
+            None => (config.grid.sets(config.limit)?, Chosen::All),
+            Some(Random { sets, seed }) => {
+                let drawn = sample(&config.grid, sets, seed, config.limit)?;
+                // Beside the whole columns a set gives the same bits as in the whole sweep.
+                if config.grid.is_counted() && config.grid.raw_len() <= LISTED {
+                    (config.grid.sets(LISTED as u64)?, Chosen::Picked(drawn.ids.iter().map(|&id| id as u32).collect()))
+                } else {
+                    (drawn.sets, Chosen::Drawn(drawn.ids))
+                }
             }
-        }
-        visit(chunk)
-    })?;
-    let Outcome { per_asset, pooled, stitched_bars, launches, submits, profile } = outcome;
-    let counted: Vec<u32> = if windows.is_empty() { (start..returns).collect() } else { stitched_bars.clone() };
-    let mut compare = Comparison { device, assets, periods_per_year: config.periods_per_year };
-    let (mut per_asset, mut pooled) = (per_asset.into_iter(), pooled.into_iter());
-    let mut costs = Vec::with_capacity(sums.len());
-    for (sums, &cost_bps) in sums.into_iter().zip(&config.cost_bps) {
-        let per_asset = per_asset.next().filter(|s| !s.stitched.is_empty()).map(|s| compare.selected(s)).transpose()?;
-        let pooled = pooled.next().filter(|s| !s.stitched.is_empty()).map(|s| compare.selected(s)).transpose()?;
-        costs.push(CostLevel { cost_bps, per_asset, pooled, sums });
+        };
+        let close = close.to_slice().map_or_else(|| Cow::Owned(close.iter().copied().collect()), Cow::Borrowed);
+        let strategy = Strategy::named(columns.strategy.name)?;
+        Ok(SweepRun { device, config, close, bars, assets, strategy, columns, chosen, start, windows })
     }
-    let buy_and_hold = if counted.is_empty() { None } else { Some(compare.buy_and_hold(close, &counted)?) };
-    Ok(SweepReport { sets, assets, bars, start, windows, stitched_bars, costs, buy_and_hold, launches, submits, profile })
+
+    /// Sets that run, S.
+    #[allow(clippy::len_without_is_empty, reason = "a sweep has at least one set")]
+    pub fn len(&self) -> usize {
+        match &self.chosen {
+            Chosen::Picked(ids) => ids.len(),
+            _ => self.columns.len(),
+        }
+    }
+
+    /// Assets N.
+    pub fn assets(&self) -> usize {
+        self.assets
+    }
+
+    /// The config that it was made of.
+    pub fn config(&self) -> &SweepConfig {
+        self.config
+    }
+
+    /// Windows [W].
+    pub fn windows(&self) -> &[[u32; 4]] {
+        &self.windows
+    }
+
+    /// First counted return.
+    pub fn start(&self) -> u32 {
+        self.start
+    }
+
+    /// Set-bars of one set: assets × returns × cost levels.
+    pub fn work_per_set(&self) -> f64 {
+        self.assets as f64 * self.bars.saturating_sub(1) as f64 * self.config.cost_bps.len() as f64
+    }
+
+    /// Number in the grid of the set at a position.
+    pub fn id(&self, position: usize) -> u64 {
+        match &self.chosen {
+            Chosen::All => position as u64,
+            Chosen::Picked(ids) => ids.get(position).map_or(u64::MAX, |&id| u64::from(id)),
+            Chosen::Drawn(ids) => ids.get(position).copied().unwrap_or(u64::MAX),
+        }
+    }
+
+    /// Position of the set of that number in the grid.
+    pub fn position(&self, id: u64) -> Option<usize> {
+        match &self.chosen {
+            Chosen::All => (id < self.columns.len() as u64).then_some(id as usize),
+            Chosen::Picked(ids) => u32::try_from(id).ok().and_then(|id| ids.binary_search(&id).ok()),
+            Chosen::Drawn(ids) => ids.binary_search(&id).ok(),
+        }
+    }
+
+    /// Names and values of the set at a position.
+    pub fn set(&self, position: usize) -> Vec<(&'static str, f32)> {
+        self.columns.get(self.column(position) as usize)
+    }
+
+    /// The sets that run, by position.
+    pub fn sets(&self) -> ParameterSets {
+        match &self.chosen {
+            Chosen::Picked(ids) => {
+                let mut sets = self.config.grid.no_sets();
+                for (to, from) in sets.columns.iter_mut().zip(&self.columns.columns) {
+                    to.extend(ids.iter().map(|&id| from[id as usize]));
+                }
+                sets
+            }
+            _ => self.columns.clone(),
+        }
+    }
+
+    /// Index into the columns.
+    fn column(&self, position: usize) -> u32 {
+        match &self.chosen {
+            Chosen::Picked(ids) => ids.get(position).copied().unwrap_or(u32::MAX),
+            _ => position as u32,
+        }
+    }
+
+    fn position_of_column(&self, column: u32) -> u32 {
+        match &self.chosen {
+            Chosen::Picked(ids) => ids.binary_search(&column).map_or(u32::MAX, |position| position as u32),
+            _ => column,
+        }
+    }
+
+    fn job<R>(&self, only: Option<&[u32]>, stitch: bool, run: impl FnOnce(&Sweep<'_>) -> Result<R>) -> Result<R> {
+        let parameters: Vec<(&str, &[f32])> = self.columns.names.iter().copied().zip(self.columns.columns.iter().map(Vec::as_slice)).collect();
+        let nothing: Vec<u32> = self.windows.iter().map(|w| w[2]).collect();
+        run(&Sweep {
+            close: &self.close,
+            assets: self.assets,
+            strategy: self.strategy,
+            parameters: &parameters,
+            only,
+            cost_bps: &self.config.cost_bps,
+            execution: self.config.execution,
+            start: self.start,
+            periods_per_year: self.config.periods_per_year,
+            windows: &self.windows,
+            stitch_ends: (!stitch).then_some(&nothing),
+            per_asset: self.config.select != Select::Pooled,
+            pooled: self.config.select != Select::PerAsset,
+            scores: false,
+            profile: self.config.profile,
+        })
+    }
+
+    /// Runs the sets at ascending positions (`None`: all). Choices in the outcome are positions.
+    fn execute(&self, positions: Option<&[u32]>, stitch: bool, keep: bool, visit: &mut dyn FnMut(&Chunk) -> Result<()>) -> Result<Executed> {
+        let only: Option<Vec<u32>> = match (positions, &self.chosen) {
+            (Some(positions), _) => Some(positions.iter().map(|&p| self.column(p as usize)).collect()),
+            (None, Chosen::Picked(ids)) => Some(ids.clone()),
+            (None, _) => None,
+        };
+        let (sets, assets, costs) = (positions.map_or(self.len(), <[u32]>::len), self.assets, self.config.cost_bps.len());
+        let mut sums = vec![vec![SetSum::default(); sets]; costs];
+        let mut rows = keep.then(|| Array3::from_elem((costs, sets, assets), Row::default()));
+        let mut outcome = self.job(only.as_deref(), stitch, |job| {
+            job.run(self.device, &mut |chunk| {
+                for set in chunk.sets.clone() {
+                    for asset in chunk.assets.clone() {
+                        let row = Row::of(&chunk.stats(set, asset));
+                        sums[chunk.cost][set].add(&row);
+                        if let Some(rows) = &mut rows {
+                            rows[[chunk.cost, set, asset]] = row;
+                        }
+                    }
+                }
+                visit(chunk)
+            })
+        })?;
+        for best in outcome.per_asset.iter_mut().chain(&mut outcome.pooled).flat_map(|selected| &mut selected.best) {
+            *best = self.position_of_column(*best);
+        }
+        Ok(Executed { sums, rows, outcome })
+    }
+
+    /// Runs all sets at once. `visit` sees every chunk of statistics once, as soon as it is there; `keep` hands out the rows
+    /// [cost, set, asset].
+    /// # Errors
+    /// As [`Sweep::run`], and those of `visit`.
+    pub fn whole(&self, keep: bool, visit: &mut dyn FnMut(&Chunk) -> Result<()>) -> Result<(SweepReport, Option<Array3<Row>>)> {
+        let Executed { sums, rows, outcome } = self.execute(None, true, keep, visit)?;
+        Ok((self.report(sums, outcome)?, rows))
+    }
+
+    /// Runs the sets at positions `sets`: statistics, and winners among them.
+    /// # Errors
+    /// As [`Sweep::run`], and those of `visit`; `Shape` for an empty range or one past the sets.
+    pub fn part(&self, sets: Range<usize>, keep: bool, visit: &mut dyn FnMut(&Chunk) -> Result<()>) -> Result<Part> {
+        if sets.is_empty() || sets.end > self.len() {
+            let expected = format!("a range of sets inside 0..{}", self.len());
+            return Err(Error::Shape { op: "sweep", arg: "part".into(), expected, got: format!("{sets:?}") });
+        }
+        let positions: Vec<u32> = (sets.start as u32..sets.end as u32).collect();
+        let Executed { sums, rows, outcome } = self.execute(Some(&positions), false, keep, visit)?;
+        Ok(Part { sets, winners: winners(&outcome), rows, sums, launches: outcome.launches, submits: outcome.submits })
+    }
+
+    /// The report of parts that together hold every set: the winners run once more for the out-of-sample series, so that the result is
+    /// that of [`SweepRun::whole`], bit for bit.
+    /// # Errors
+    /// `Parameter` if sets are missing; as [`Sweep::run`].
+    pub fn finish(&self, fold: Fold, visit: &mut dyn FnMut(&Chunk) -> Result<()>) -> Result<SweepReport> {
+        if let Some(gap) = fold.missing(0..self.len()).first() {
+            let help = "run the missing sets, then finish".into();
+            return Err(Error::Parameter { op: "sweep", name: "parts".into(), value: format!("without sets {} to {}", gap.start, gap.end - 1), help });
+        }
+        let Fold { sums, winners: wanted, launches, submits, .. } = fold;
+        let mut positions: Vec<u32> = wanted.per_asset.iter().chain(&wanted.pooled).flatten().map(|winner| winner.set).collect();
+        positions.sort_unstable();
+        positions.dedup();
+        let mut outcome = if positions.is_empty() { Outcome::default() } else { self.execute(Some(&positions), true, false, visit)?.outcome };
+        if winners(&outcome) != wanted {
+            return Err(Error::Internal("the winners of all parts do not win among themselves".into()));
+        }
+        outcome.launches += launches;
+        outcome.submits += submits;
+        self.report(sums, outcome)
+    }
+
+    /// Net returns and weights of the set at a position on every bar, for each cost.
+    pub(super) fn replayed(&self, position: usize) -> Result<Vec<Replay>> {
+        let column = self.column(position);
+        self.job(None, true, |job| (0..self.config.cost_bps.len()).map(|cost| job.replay(self.device, cost, column)).collect())
+    }
+
+    /// Rows (cost, asset) of the set at a position.
+    pub(super) fn rows_of(&self, position: usize) -> Result<Vec<Row>> {
+        Ok(self.execute(Some(&[position as u32]), false, true, &mut |_| Ok(()))?.rows.map(|rows| rows.into_raw_vec_and_offset().0).unwrap_or_default())
+    }
+
+    /// Closes [T,N], row-major.
+    pub(super) fn close(&self) -> &[f32] {
+        &self.close
+    }
+
+    fn report(&self, sums: Vec<Vec<SetSum>>, outcome: Outcome) -> Result<SweepReport> {
+        let Outcome { per_asset, pooled, stitched_bars, launches, submits, profile } = outcome;
+        let returns = self.bars.saturating_sub(1) as u32;
+        let counted: Vec<u32> = if self.windows.is_empty() { (self.start..returns).collect() } else { stitched_bars.clone() };
+        let mut compare = Comparison { device: self.device, assets: self.assets, periods_per_year: self.config.periods_per_year };
+        let (mut per_asset, mut pooled) = (per_asset.into_iter(), pooled.into_iter());
+        let mut costs = Vec::with_capacity(sums.len());
+        for (sums, &cost_bps) in sums.into_iter().zip(&self.config.cost_bps) {
+            let per_asset = per_asset.next().filter(|s| !s.stitched.is_empty()).map(|s| compare.selected(s)).transpose()?;
+            let pooled = pooled.next().filter(|s| !s.stitched.is_empty()).map(|s| compare.selected(s)).transpose()?;
+            costs.push(CostLevel { cost_bps, per_asset, pooled, sums });
+        }
+        let buy_and_hold = if counted.is_empty() { None } else { Some(compare.buy_and_hold(&self.close, &counted)?) };
+        let ids = match &self.chosen {
+            Chosen::All => None,
+            Chosen::Picked(ids) => Some(ids.iter().map(|&id| u64::from(id)).collect()),
+            Chosen::Drawn(ids) => Some(ids.clone()),
+        };
+        Ok(SweepReport {
+            sets: self.sets(),
+            ids,
+            assets: self.assets,
+            bars: self.bars,
+            start: self.start,
+            windows: self.windows.clone(),
+            stitched_bars,
+            costs,
+            buy_and_hold,
+            launches,
+            submits,
+            profile,
+        })
+    }
+}
+
+fn winners(outcome: &Outcome) -> Winners {
+    let of = |selected: &Selected| selected.best.iter().zip(&selected.keys).map(|(&set, &key)| Winner { key, set }).collect();
+    // Without windows nothing is chosen.
+    let all = |list: &[Selected]| list.iter().map(of).filter(|winners: &Vec<Winner>| !winners.is_empty()).collect();
+    Winners { per_asset: all(&outcome.per_asset), pooled: all(&outcome.pooled) }
 }
 
 /// Turns stitched series into what is printed.

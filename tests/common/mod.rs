@@ -165,6 +165,7 @@ impl Case {
             assets: self.assets,
             strategy: self.strategy,
             parameters: &parameters,
+            only: None,
             cost_bps: &self.cost_bps,
             execution: self.execution,
             start: self.start,
