@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Fuzzes everything that reads a user's bytes (fuzz/targets): prices as CSV and Parquet, grids, walk-forward schemes. Needs a C++
-# compiler, which builds libFuzzer, and the stable Rust compiler: coverage comes from LLVM's own pass.
+# Fuzzes everything that reads a user's bytes (fuzz/targets): prices as CSV and Parquet, grids, walk-forward schemes,
+# config files. Needs a C++ compiler, which builds libFuzzer, and the stable Rust compiler: coverage comes from LLVM's own pass.
 #
 #   scripts/fuzz.sh                    every target, from its seeds, for FUZZ_SECONDS
 #   scripts/fuzz.sh csv grid           some of them

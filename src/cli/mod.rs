@@ -96,6 +96,13 @@ fn quiet_decoder() {
     }));
 }
 
+/// Reads a config text as `--config` does, up to the sweep itself: what a fuzzer may try.
+/// # Errors
+/// `Data` with the line of what is no TOML, no option of a sweep or no value of it.
+pub fn check_config(text: &str) -> Result<()> {
+    config::command(text, std::path::Path::new("sweep.toml")).map(drop)
+}
+
 /// Runs the command line.
 pub fn main() -> ExitCode {
     quiet_decoder();
