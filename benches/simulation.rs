@@ -6,11 +6,10 @@
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use forback::Device;
-use forback::kernels::backtest_sweep::Execution;
 use forback::kernels::philox::{normals, philox4x32};
 use forback::sim::grid::Grid;
 use forback::sim::market::regime_switching_market;
-use forback::sim::sweep::{RankBy, Select, SweepConfig, sweep};
+use forback::sim::sweep::{Select, SweepConfig, sweep};
 use std::time::Duration;
 
 /// Name, grid of sma_cross, assets, walk-forward scheme, choice.
@@ -24,20 +23,12 @@ fn simulation(c: &mut Criterion) {
     for (name, grid, assets, scheme, select) in CASES {
         let numbers = |path: u64, block: u32| normals(philox4x32([path as u32, (path >> 32) as u32, block, 1 << 16], [1, 0]));
         let market = regime_switching_market(2520, assets, numbers).unwrap();
-        let config = SweepConfig {
-            grid: Grid::parse("sma_cross", Some(grid)).unwrap(),
-            cost_bps: vec![10.0],
-            execution: Execution::NextClose,
-            walk_forward: scheme.map(|text| text.parse().unwrap()),
-            select,
-            rank_by: RankBy::Sharpe,
-            periods_per_year: 252.0,
-            profile: false,
-        };
+        let grid = Grid::parse("sma_cross", Some(grid)).unwrap();
+        let config = SweepConfig { walk_forward: scheme.map(|text| text.parse().unwrap()), select, periods_per_year: 252.0, ..SweepConfig::new(grid) };
         let mut group = c.benchmark_group(name);
         group.throughput(Throughput::Elements(config.grid.len() * assets as u64 * 2519)).sample_size(10).measurement_time(Duration::from_secs(3));
         for device in ["cpu", "wgpu"].iter().filter_map(|name| Device::open(name).ok()) {
-            let run = || sweep(&device, market.close.view(), &config, u64::MAX, &mut |_| Ok(())).unwrap();
+            let run = || sweep(&device, market.close.view(), &config).unwrap();
             group.bench_function(BenchmarkId::from_parameter(device.info().kind.name()), |b| b.iter(run));
         }
         group.finish();
