@@ -1168,8 +1168,10 @@ fn log_prices(prices: &[f32], t: usize, bits: u32) -> Result<Vec<u32>> {
             let help = "a price moved 3000-fold in one bar; check the data, or cut the range".into();
             return Err(Error::Parameter { op: OP, name: format!("close[{}]", j + 1), value: column[j + 1].to_string(), help });
         }
+        // In units of the first price's power of two, so that a power of two on all prices changes no bit.
+        let unit = 2f64.powi(127 - exponent(column[0]) as i32);
         for &p in column {
-            let x = (f64::from(p).ln() * 2f64.powi(bits as i32)).round() as i64 as u64;
+            let x = ((f64::from(p) * unit).ln() * 2f64.powi(bits as i32)).round() as i64 as u64;
             words.extend([x as u32, (x >> 32) as u32]);
         }
     }

@@ -5,13 +5,15 @@
 
 mod common;
 
-use common::{Case, DEVICES, Rng, assert_bits, open, open_all, open_with, parameters, variants};
+use common::{Case, DEVICES, Rng, Swept, assert_bits, open, open_all, open_with, parameters, variants};
 use forback::kernels::backtest_sweep::{Execution, Strategy};
 use forback::kernels::conformance::{self, defined};
 use forback::kernels::performance::{finish, performance_read};
 use forback::kernels::philox::philox;
 use forback::kernels::walk_forward_sharpe::{walk_forward_sharpe, walk_forward_sharpe_backward};
 use forback::kernels::{Device, OPS, OpenOptions};
+use proptest::prelude::any;
+use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use std::path::PathBuf;
 
 // ---- files ------------------------------------------------------------------------------------------------------------
@@ -451,6 +453,151 @@ fn permuting_assets_permutes_results() {
             }
         }
     }
+}
+
+/// Random sweeps of every strategy on every device: few and small ones where a launch is slow. A failing case is shrunk.
+fn property(holds: impl Fn(&Device, &str, Case, &mut Rng)) {
+    for (spec, cases, most_bars, most_sets) in
+        [("reference", 8, 150usize, 150), ("cpu", 24, 200, 200), ("wgpu", 6, 120, 140), ("cuda-host", 2, 60, 66), ("cuda", 8, 200, 200)]
+    {
+        let Some(device) = open(spec) else { continue };
+        let config = Config { cases, failure_persistence: None, max_shrink_iters: 30, ..Config::default() };
+        let mut runner = TestRunner::new_with_rng(config, TestRng::deterministic_rng(RngAlgorithm::ChaCha));
+        let draw = (any::<u32>(), 45..=most_bars, 1usize..4, 1usize..=most_sets);
+        let outcome = runner.run(&draw, |(seed, bars, assets, sets)| {
+            for strategy in Strategy::ALL {
+                let mut rng = Rng::new(seed);
+                let case = Case::random(&mut rng, strategy, bars, assets, sets);
+                let label = format!("{} on {spec}, seed {seed}, T {bars}, N {assets}, S {sets}", strategy.name());
+                holds(&device, &label, case, &mut rng);
+            }
+            Ok(())
+        });
+        outcome.unwrap_or_else(|e| panic!("{e}"));
+    }
+}
+
+/// A set on an asset: its statistics, then its train and test scores.
+fn of_set(case: &Case, swept: &Swept, cost: usize, set: usize, asset: usize) -> Vec<f64> {
+    let (at, w) = (set * case.assets + asset, case.windows.len());
+    let s = swept.stats[cost][at];
+    let stats = [s.sharpe, s.total_return, s.max_drawdown, s.turnover, s.trades as f64];
+    stats.into_iter().chain(swept.scores[cost][at * w..(at + 1) * w].iter().flat_map(|s| [s.0, s.1])).collect()
+}
+
+#[test]
+fn permuting_sets_permutes_results() {
+    property(|device, label, case, rng| {
+        let mut order: Vec<usize> = (0..case.sets()).collect();
+        for i in (1..order.len()).rev() {
+            order.swap(i, rng.whole(0, i as u32 + 1) as usize);
+        }
+        let parameters = case.parameters.iter().map(|(name, x)| (*name, order.iter().map(|&s| x[s]).collect())).collect();
+        let (plain, permuted) = (case.run(device).unwrap(), Case { parameters, ..case.clone() }.run(device).unwrap());
+        let (n, w, k) = (case.assets, case.windows.len(), plain.outcome.stitched_bars.len());
+        for cost in 0..case.cost_bps.len() {
+            for (set, &from) in order.iter().enumerate() {
+                for asset in 0..n {
+                    assert_bits(label, &of_set(&case, &permuted, cost, set, asset), &of_set(&case, &plain, cost, from, asset));
+                }
+            }
+            let (is, was) = (&permuted.outcome.per_asset[cost], &plain.outcome.per_asset[cost]);
+            for asset in 0..n {
+                let choices = |x: &[u32]| x[asset * w..(asset + 1) * w].to_vec();
+                let (is_best, was_best): (Vec<usize>, Vec<usize>) =
+                    (choices(&is.best).iter().map(|&b| order[b as usize]).collect(), choices(&was.best).iter().map(|&b| b as usize).collect());
+                // Of sets that tie the first is taken, and which that is depends on the order: they are as good in sample.
+                for window in 0..w {
+                    let score = |set: usize| plain.scores[cost][(set * n + asset) * w + window].0;
+                    let (a, b) = (score(is_best[window]), score(was_best[window]));
+                    assert!(close_to(a, b, 1e-6), "{label}: asset {asset}, window {window}: {a} was chosen, {b} before");
+                }
+                if is_best == was_best {
+                    assert_eq!(is.stitched[asset * k..(asset + 1) * k], was.stitched[asset * k..(asset + 1) * k], "{label}");
+                }
+            }
+        }
+    });
+}
+
+/// Multiplying all prices by a power of two is exact, so nothing may notice it.
+#[test]
+fn a_power_of_two_on_all_prices_changes_no_bit() {
+    property(|device, label, case, rng| {
+        let factor = 2f32.powi(rng.whole(0, 41) as i32 - 20);
+        let close = case.close.iter().map(|p| p * factor).collect();
+        let scaled = Case { close, ..case.clone() }.run(device).unwrap();
+        assert_bits(&format!("{label}, prices times {factor}"), &scaled.numbers(), &case.run(device).unwrap().numbers());
+    });
+}
+
+/// Prices in ticks times a small whole number are exact in f32, but no longer have the same fixed-point bits: decisions are the same all
+/// the same, and so is what they earn but for rounding. Wilder's average rounds, so a strength exactly on its threshold is left out.
+#[test]
+fn a_factor_on_all_prices_changes_no_decision() {
+    property(|device, label, case, rng| {
+        let (mut case, factor) = (ticks(case), rng.whole(3, 200) as f32);
+        case.parameters.iter_mut().filter(|p| ["low", "high"].contains(&p.0)).flat_map(|p| &mut p.1).for_each(|x| *x += 0.317);
+        let close = case.close.iter().map(|p| p * factor).collect();
+        let (plain, scaled) = (case.run(device).unwrap(), Case { close, ..case.clone() }.run(device).unwrap());
+        for (i, (got, want)) in scaled.stats.iter().flatten().zip(plain.stats.iter().flatten()).enumerate() {
+            let label = format!("{label}, prices times {factor}, result {i}");
+            // Momentum's weights are real numbers: a last bit of them may count as a trade.
+            assert!(got.trades == want.trades || case.strategy == Strategy::TsMomentum, "{label}: {} trades, {} before", got.trades, want.trades);
+            for (name, got, want) in [
+                ("turnover", got.turnover, want.turnover),
+                ("total_return", got.total_return, want.total_return),
+                ("max_drawdown", got.max_drawdown, want.max_drawdown),
+            ] {
+                assert!((got - want).abs() <= 2e-5 * want.abs().max(1.0), "{label}: {name} {got:e}, {want:e} before");
+            }
+        }
+    });
+}
+
+/// Prices after bar t change: scores of windows that end by then, what was chosen and what it earned keep their bits. A jump at the
+/// first bars is the largest move and the highest price of all, so that fixed-point numbers have the same unit in both runs.
+#[test]
+fn no_score_knows_the_future() {
+    property(|device, label, mut case, rng| {
+        let highest = case.close.iter().copied().fold(0.0, f32::max);
+        let n = case.assets;
+        case.close[n..2 * n].fill(64.0 * highest);
+        let t = rng.whole(case.bars() as u32 / 3, case.bars() as u32 - 1);
+        let mut other = case.clone();
+        for (i, price) in other.close.iter_mut().enumerate().skip((t as usize + 1) * n) {
+            *price *= 0.5 + (i as f32 * 0.37) % 2.5;
+        }
+        let (before, after) = (case.run(device).unwrap(), other.run(device).unwrap());
+        let label = format!("{label}, prices after bar {t}");
+        let (w, k) = (case.windows.len(), before.outcome.stitched_bars.len());
+        let known = before.outcome.stitched_bars.iter().take_while(|&&j| j < t).count();
+        for cost in 0..case.cost_bps.len() {
+            for (i, (is, was)) in after.scores[cost].iter().zip(&before.scores[cost]).enumerate() {
+                let window = case.windows[i % w];
+                if window[1] <= t {
+                    assert_bits(&format!("{label}: train score {i}"), &[is.0], &[was.0]);
+                }
+                if window[3] <= t {
+                    assert_bits(&format!("{label}: test score {i}"), &[is.1], &[was.1]);
+                }
+            }
+            for (pooled, is, was) in
+                [(false, &after.outcome.per_asset[cost], &before.outcome.per_asset[cost]), (true, &after.outcome.pooled[cost], &before.outcome.pooled[cost])]
+            {
+                for (i, (is, was)) in is.best.iter().zip(&was.best).enumerate().filter(|(i, _)| case.windows[i % w][1] <= t) {
+                    assert_eq!(is, was, "{label}: choice {i} (pooled: {pooled})");
+                }
+                for i in (0..n * w).filter(|i| case.windows[i % w][3] <= t) {
+                    assert_eq!((is.trades[i], is.turnover[i]), (was.trades[i], was.turnover[i]), "{label}: activity {i} (pooled: {pooled})");
+                }
+                for asset in 0..n {
+                    let part = asset * k..asset * k + known;
+                    assert_eq!(is.stitched[part.clone()], was.stitched[part], "{label}: net returns of asset {asset} (pooled: {pooled})");
+                }
+            }
+        }
+    });
 }
 
 // ---- parity -----------------------------------------------------------------------------------------------------------

@@ -2,13 +2,20 @@
 //!
 //! Timed is the whole op from host arrays to host results: uploads of prices and sets (a few megabytes) and the download of the
 //! statistics are part of it. Ceilings are measured in the same run: a buffer copy for bytes, multiply-adds in registers for flops.
+//!
+//! Workloads  S sets × N assets × T bars: a grid whose sets (first parameter fastest) are repeated from the front until there are S;
+//!            same_close, 10 bp, first counted return 0; Sharpe ratio, total return, max drawdown, turnover and trades of each.
+//!            sweep_walk_forward also chooses a set per window and asset (train 756, test 63, step 21) and replays it.
+//! Prices     geometric Brownian motion, drift 3e-4 and volatility 1 % a bar.
 
 use super::say;
 use crate::kernels::backtest_sweep::{Execution, Strategy, Sweep};
 use crate::kernels::ceilings::{copy_rate, multiply_add_rate};
 use crate::kernels::philox::{normals, philox4x32};
+use crate::sim::grid::Grid;
 use crate::{Device, Error, Result};
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -33,27 +40,53 @@ pub(super) struct Args {
 /// One standard workload.
 struct Workload {
     name: &'static str,
-    shape: &'static [usize],
-    unit: &'static str,
-    run: fn(&Device, &Market, bool) -> Result<Run>,
+    /// Sets, assets, bars.
+    shape: [usize; 3],
+    strategy: Strategy,
+    grid: &'static str,
+    /// Train, test and step of a walk-forward; none if 0.
+    windows: [u32; 3],
 }
+
+const UNIT: &str = "pair-bars";
+
+const fn million(name: &'static str, strategy: Strategy, grid: &'static str) -> Workload {
+    Workload { name, shape: [1_000_000, 1, 2520], strategy, grid, windows: [0; 3] }
+}
+
+/// Pair i = (fast 2 + i mod 100, slow 102 + (i / 100) mod 400).
+const PAIRS: &str = "fast=2:101,slow=102:501";
+
+static WORKLOADS: [Workload; 8] = [
+    million("sweep_sma", Strategy::SmaCross, PAIRS),
+    million("sweep_ema", Strategy::EmaCross, PAIRS),
+    million("sweep_rsi", Strategy::RsiReversion, "period=2:30,low=5:45:2,high=55:95:2"),
+    million("sweep_bollinger", Strategy::BollingerReversion, "period=5:200,width=0.5:3.5:0.05"),
+    million("sweep_macd", Strategy::Macd, "fast=4:30,slow=31:79:2,signal=3:20"),
+    million("sweep_donchian", Strategy::DonchianBreakout, "entry=10:250:2,exit=2:100"),
+    million("sweep_momentum", Strategy::TsMomentum, "lookback=10:260:2,vol_window=10:120:10,target_vol=0.1|0.15|0.2,max_leverage=1|2|3"),
+    Workload { name: "sweep_walk_forward", shape: [10_000, 100, 2520], strategy: Strategy::SmaCross, grid: "fast=2:101,slow=102:201", windows: [756, 63, 21] },
+];
 
 /// What a run did.
 struct Run {
-    work: f64,
-    bytes: f64,
-    flops: f64,
     profile: Vec<crate::kernels::LaunchTime>,
     /// A result that the timed run must reproduce: no timing of unchecked output.
     check: f64,
 }
 
-static WORKLOADS: [Workload; 2] = [
-    Workload { name: "sweep_sma", shape: &[1_000_000, 1, 2520], unit: "pair-bars", run: sweep_sma },
-    Workload { name: "sweep_walk_forward", shape: &[10_000, 100, 2520], unit: "pair-bars", run: sweep_walk_forward },
-];
+/// What a workload asks for.
+struct Cost {
+    work: f64,
+    /// What must move at least: prices, the table of indicators out and in once, sets in, statistics out.
+    bytes: f64,
+    flops: f64,
+}
 
-/// Closes of geometric Brownian motion [T,N], drift 3e-4 and volatility 1 % a bar.
+/// Parameter columns, each [S].
+type Columns = Vec<(&'static str, Vec<f32>)>;
+
+/// Closes [T,N].
 struct Market {
     close: Vec<f32>,
     assets: usize,
@@ -74,60 +107,79 @@ impl Market {
     }
 }
 
-fn sweep_of(device: &Device, market: &Market, fast: &[f32], slow: &[f32], windows: &[[u32; 4]], profile: bool) -> Result<Run> {
-    let parameters = [("fast", fast), ("slow", slow)];
-    let sweep = Sweep {
-        close: &market.close,
-        open: None,
-        assets: market.assets,
-        strategy: Strategy::SmaCross,
-        parameters: &parameters,
-        only: None,
-        cost_bps: &[10.0],
-        execution: Execution::SameClose,
-        start: 0,
-        periods_per_year: 252.0,
-        windows,
-        stitch_ends: None,
-        per_asset: true,
-        pooled: false,
-        scores: false,
-        profile,
-    };
-    let mut check = 0.0;
-    let outcome = sweep.run(device, &mut |chunk| {
-        for set in chunk.sets.clone().step_by(997) {
-            let s = chunk.stats(set, chunk.assets.start);
-            check += s.sharpe + s.max_drawdown + s.turnover;
-        }
-        Ok(())
-    })?;
-    // Without windows there is nothing out of sample.
-    check += outcome.per_asset.iter().filter(|s| !s.stitched.is_empty()).flat_map(|s| &s.performance).map(|p| p.sharpe).sum::<f64>();
-    if !check.is_finite() {
-        return Err(Error::Internal(format!("the bench's results are not finite: {check}")));
+impl Workload {
+    /// Set i is set i mod n of the grid.
+    fn columns(&self) -> Result<Columns> {
+        let sets = Grid::parse(self.strategy.name(), Some(self.grid))?.sets(self.shape[0] as u64)?;
+        let tiled = |column: Vec<f32>| column.iter().copied().cycle().take(self.shape[0]).collect();
+        Ok(sets.names.into_iter().zip(sets.columns.into_iter().map(tiled)).collect())
     }
-    let work = fast.len() as f64 * market.assets as f64 * (market.close.len() / market.assets - 1) as f64;
-    // What must move at least: prices, the table of indicators out and in once, sets in, statistics out.
-    let rows = fast.iter().chain(slow).map(|&x| x as u32).collect::<std::collections::BTreeSet<_>>().len() as f64;
-    let bytes = 4.0 * market.close.len() as f64 * (1.0 + 2.0 * rows) + fast.len() as f64 * (32.0 + 20.0 * market.assets as f64);
-    Ok(Run { work, bytes, flops: 13.0 * work, profile: outcome.profile, check })
+
+    fn walk_forward(&self) -> Vec<[u32; 4]> {
+        let ([train, test, step], returns) = (self.windows, self.shape[2] as u32 - 1);
+        if train == 0 {
+            return Vec::new();
+        }
+        (0..).map(|k| step * k).map(|s| [s, s + train, s + train, s + train + test]).take_while(|w| w[3] <= returns).collect()
+    }
+
+    fn run(&self, device: &Device, market: &Market, columns: &Columns, profile: bool) -> Result<Run> {
+        let parameters: Vec<(&str, &[f32])> = columns.iter().map(|(name, values)| (*name, &values[..])).collect();
+        let windows = self.walk_forward();
+        let sweep = Sweep {
+            close: &market.close,
+            open: None,
+            assets: market.assets,
+            strategy: self.strategy,
+            parameters: &parameters,
+            only: None,
+            cost_bps: &[10.0],
+            execution: Execution::SameClose,
+            start: 0,
+            periods_per_year: 252.0,
+            windows: &windows,
+            stitch_ends: None,
+            per_asset: true,
+            pooled: false,
+            scores: false,
+            profile,
+        };
+        let mut check = 0.0;
+        let outcome = sweep.run(device, &mut |chunk| {
+            for set in chunk.sets.clone().step_by(997) {
+                let s = chunk.stats(set, chunk.assets.start);
+                // A set that never traded has no Sharpe ratio.
+                check += if s.sharpe.is_nan() { 0.0 } else { s.sharpe } + s.max_drawdown + s.turnover;
+            }
+            Ok(())
+        })?;
+        // Without windows there is nothing out of sample.
+        check += outcome.per_asset.iter().filter(|s| !s.stitched.is_empty()).flat_map(|s| &s.performance).map(|p| p.sharpe).sum::<f64>();
+        if !check.is_finite() {
+            return Err(Error::Internal(format!("the bench's results are not finite: {check}")));
+        }
+        Ok(Run { profile: outcome.profile, check })
+    }
+
+    fn cost(&self, columns: &Columns) -> Cost {
+        let [sets, assets, bars] = self.shape.map(|n| n as f64);
+        let work = sets * assets * (bars - 1.0);
+        let bytes = 4.0 * bars * assets * (1.0 + 2.0 * rows(self.strategy, columns) as f64) + sets * (32.0 + 20.0 * assets);
+        Cost { work, bytes, flops: 13.0 * work }
+    }
 }
 
-fn sweep_sma(device: &Device, market: &Market, profile: bool) -> Result<Run> {
-    let (fast, slow) = pairs(1_000_000);
-    sweep_of(device, market, &fast, &slow, &[], profile)
-}
-
-fn sweep_walk_forward(device: &Device, market: &Market, profile: bool) -> Result<Run> {
-    let (fast, slow) = pairs(10_000);
-    let windows: Vec<[u32; 4]> = (0..).map(|k| [21 * k, 21 * k + 756, 21 * k + 756, 21 * k + 819]).take_while(|w| w[3] <= 2519).collect();
-    sweep_of(device, market, &fast, &slow, &windows, profile)
-}
-
-/// Pair i = (fast 2 + i mod 100, slow 102 + (i / 100) mod 400).
-fn pairs(n: usize) -> (Vec<f32>, Vec<f32>) {
-    (0..n).map(|i| ((2 + i % 100) as f32, (102 + (i / 100) % 400) as f32)).unzip()
+/// Rows of the table of indicators that the sets share.
+fn rows(strategy: Strategy, columns: &Columns) -> usize {
+    let column = |name: &'static str| columns.iter().filter(move |c| c.0 == name).flat_map(|c| c.1.iter().map(|&x| x as u32));
+    let distinct = |values: &mut dyn Iterator<Item = u32>| values.collect::<BTreeSet<_>>().len();
+    match strategy {
+        Strategy::SmaCross | Strategy::EmaCross => distinct(&mut column("fast").chain(column("slow"))),
+        Strategy::Macd => column("fast").zip(column("signal")).chain(column("slow").zip(column("signal"))).collect::<BTreeSet<_>>().len(),
+        Strategy::RsiReversion | Strategy::BollingerReversion => distinct(&mut column("period")),
+        Strategy::DonchianBreakout => 2,
+        Strategy::TsMomentum => distinct(&mut column("vol_window")),
+    }
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
@@ -145,19 +197,20 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     }
     for workload in chosen {
         let market = Market::of(workload.shape[2], workload.shape[1], args.common.seed);
-        let first = (workload.run)(&device, &market, args.profile)?;
+        let columns = workload.columns()?;
+        let cost = workload.cost(&columns);
+        let first = workload.run(&device, &market, &columns, args.profile)?;
         let mut seconds = Vec::with_capacity(args.runs.max(1));
         for _ in 0..args.runs.max(1) {
             let start = Instant::now();
-            let again = (workload.run)(&device, &market, false)?;
+            let again = workload.run(&device, &market, &columns, false)?;
             seconds.push(start.elapsed().as_secs_f64());
             if again.check.to_bits() != first.check.to_bits() {
                 return Err(Error::Internal(format!("{}: two runs gave different results", workload.name)));
             }
         }
         seconds.sort_by(f64::total_cmp);
-        let median = seconds[seconds.len() / 2];
-        report(args, &device, workload, &first, &seconds, median, threads, ceilings);
+        report(args, &device, workload, &cost, &first, &seconds, threads, ceilings);
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -172,23 +225,24 @@ fn named(name: &str) -> Result<&'static Workload> {
     })
 }
 
-fn report(args: &Args, device: &Device, workload: &Workload, run: &Run, seconds: &[f64], median: f64, threads: usize, ceilings: (f64, f64)) {
-    let rate = run.work / median;
+fn report(args: &Args, device: &Device, workload: &Workload, cost: &Cost, run: &Run, seconds: &[f64], threads: usize, ceilings: (f64, f64)) {
+    let median = seconds[seconds.len() / 2];
+    let rate = cost.work / median;
     if args.common.json {
         let profile: Vec<Value> =
             run.profile.iter().map(|l| json!({ "kernel": l.kernel, "seconds": if l.seconds.is_nan() { Value::Null } else { json!(l.seconds) }, "bytes": l.bytes, "flops": l.flops })).collect();
         let mut line = json!({
-            "workload": workload.name, "shape": workload.shape, "device": device.info().kind.name(), "adapter": device.info().adapter,
-            "driver": device.info().driver, "threads": threads, "median_s": median, "min_s": seconds[0], "runs": seconds.len(), "work": run.work,
-            "unit": workload.unit, "rate": rate, "bytes": run.bytes, "flops": run.flops, "bytes_share": run.bytes / median / ceilings.0,
-            "flops_share": run.flops / median / ceilings.1, "check": run.check,
+            "workload": workload.name, "strategy": workload.strategy.name(), "grid": workload.grid, "shape": workload.shape, "device": device.info().kind.name(), "adapter": device.info().adapter,
+            "driver": device.info().driver, "threads": threads, "median_s": median, "min_s": seconds[0], "runs": seconds.len(), "work": cost.work,
+            "unit": UNIT, "rate": rate, "bytes": cost.bytes, "flops": cost.flops, "bytes_share": cost.bytes / median / ceilings.0,
+            "flops_share": cost.flops / median / ceilings.1, "check": run.check,
         });
         if args.profile {
             line["profile"] = Value::Array(profile);
         }
         say(&line.to_string());
     } else {
-        say(&format!("{:<20} {:?}: {:.1} ms (min {:.1}), {:.3e} {}/s", workload.name, workload.shape, median * 1e3, seconds[0] * 1e3, rate, workload.unit));
+        say(&format!("{:<20} {:?}: {:.1} ms (min {:.1}), {:.3e} {}/s", workload.name, workload.shape, median * 1e3, seconds[0] * 1e3, rate, UNIT));
         for l in &run.profile {
             say(&format!("  {:<24} {:>10.3} ms {:>10.2} G instructions/s", l.kernel, l.seconds * 1e3, l.flops / l.seconds / 1e9));
         }

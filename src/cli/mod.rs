@@ -86,8 +86,26 @@ fn usage(error: &clap::Error) -> ExitCode {
     ExitCode::from(2)
 }
 
+/// Panics of the Parquet decoder become errors, and the error says it.
+fn quiet_decoder() {
+    let told = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        if !crate::data::decoding() {
+            told(panic);
+        }
+    }));
+}
+
+/// Reads a config text as `--config` does, up to the sweep itself: what a fuzzer may try.
+/// # Errors
+/// `Data` with the line of what is no TOML, no option of a sweep or no value of it.
+pub fn check_config(text: &str) -> Result<()> {
+    config::command(text, std::path::Path::new("sweep.toml")).map(drop)
+}
+
 /// Runs the command line.
 pub fn main() -> ExitCode {
+    quiet_decoder();
     let (command, options) = match config::parse(std::env::args_os().collect()) {
         Ok(parsed) => parsed,
         Err(config::Refusal::Usage(error)) => return usage(&error),

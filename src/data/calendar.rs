@@ -136,6 +136,11 @@ fn day_start(year: i32, month: u32, day: u32) -> Option<i64> {
     Some((i64::from(date.to_julian_day()) - UNIX_EPOCH_JULIAN_DAY) * DAY)
 }
 
+/// Whether the calendar has this second: years −9999 to 9999.
+pub(super) fn is_time(seconds: i64) -> bool {
+    OffsetDateTime::from_unix_timestamp(seconds).is_ok()
+}
+
 /// `YYYY-MM-DD`, or `YYYY-MM-DDTHH:MM:SS` if asked for.
 pub(super) fn format(seconds: i64, with_clock: bool) -> String {
     let Ok(t) = OffsetDateTime::from_unix_timestamp(seconds) else { return seconds.to_string() };

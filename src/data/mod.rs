@@ -29,6 +29,7 @@ use ndarray::Array2;
 use sha2::{Digest, Sha256};
 
 use crate::{Error, Result};
+pub use parquet::decoding;
 use series::Collector;
 
 /// A panel of prices, T bars by N assets, without a missing cell.

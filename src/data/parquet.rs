@@ -1,7 +1,9 @@
 //! Parquet, wide or long, read batch by batch; only the columns that are needed.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io::Seek;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use ::parquet::arrow::ProjectionMask;
 use ::parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
@@ -12,7 +14,7 @@ use arrow_cast::cast;
 use arrow_schema::{DataType, Schema, TimeUnit};
 use sha2::Sha256;
 
-use super::calendar::{DAY, TIME_HELP};
+use super::calendar::{DAY, TIME_HELP, is_time};
 use super::columns::{Columns, Layout, Open};
 use super::csv::scaled;
 use super::series::{Collector, stem, time_of};
@@ -20,6 +22,26 @@ use super::{ReadOptions, data_error};
 use crate::{Error, Result};
 
 const BATCH: usize = 1 << 14;
+
+thread_local! {
+    static DECODING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether this thread is inside the Parquet decoder, whose panics become errors: a panic hook has nothing to say about them.
+pub fn decoding() -> bool {
+    DECODING.get()
+}
+
+/// What a step of the decoder gives. On some damaged files the decoder panics instead of returning an error; both are an error here.
+fn decode<T, E: std::fmt::Display>(damaged: &dyn Fn(&dyn std::fmt::Display) -> Error, step: impl FnOnce() -> std::result::Result<T, E>) -> Result<T> {
+    DECODING.set(true);
+    let outcome = catch_unwind(AssertUnwindSafe(step));
+    DECODING.set(false);
+    match outcome {
+        Ok(result) => result.map_err(|error| damaged(&error)),
+        Err(_) => Err(damaged(&"its parts contradict each other")),
+    }
+}
 
 /// Reads one file into the collector. Rows are records, the first is row 1.
 pub(super) fn read(mut file: File, name: &str, options: &ReadOptions, collector: &mut Collector<'_>, hasher: &mut Sha256) -> Result<()> {
@@ -29,7 +51,7 @@ pub(super) fn read(mut file: File, name: &str, options: &ReadOptions, collector:
     let damaged = |error: &dyn std::fmt::Display| {
         data_error(name, format!("the Parquet file cannot be read ({error})"), "write it again, uncompressed or with snappy or zstd".into())
     };
-    let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|error| damaged(&error))?;
+    let builder = decode(&damaged, || ParquetRecordBatchReaderBuilder::try_new(file))?;
     let schema = builder.schema().clone();
     let names: Vec<String> = schema.fields().iter().map(|field| field.name().clone()).collect();
     if names.is_empty() {
@@ -39,10 +61,9 @@ pub(super) fn read(mut file: File, name: &str, options: &ReadOptions, collector:
     let mut table = Table { file: name, columns: &columns, schema: &schema, wanted: vec![columns.time], slots: Vec::new() };
     table.prepare(collector)?;
     let mask = ProjectionMask::roots(builder.parquet_schema(), table.wanted.iter().copied());
-    let reader = builder.with_batch_size(BATCH).with_projection(mask).build().map_err(|error| damaged(&error))?;
+    let mut reader = decode(&damaged, || builder.with_batch_size(BATCH).with_projection(mask).build())?;
     let mut rows = 0;
-    for batch in reader {
-        let batch = batch.map_err(|error| damaged(&error))?;
+    while let Some(batch) = decode(&damaged, || reader.next().transpose())? {
         match &columns.layout {
             Layout::Wide { .. } => table.wide(&batch, rows, collector)?,
             Layout::Long { symbol, price, open } => table.long(&batch, rows, *symbol, *price, *open, collector)?,
@@ -147,7 +168,12 @@ impl Table<'_> {
             };
             let values = array.as_primitive::<Int64Type>();
             let seconds = |v: i64| if per_second > 0 { v.div_euclid(per_second) } else { v * DAY };
-            return (0..n).map(|row| if values.is_valid(row) { Ok(seconds(values.value(row))) } else { Err(bad(row, None)) }).collect();
+            return (0..n)
+                .map(|row| {
+                    let value = values.is_valid(row).then(|| values.value(row));
+                    value.map(seconds).filter(|&s| is_time(s)).ok_or_else(|| bad(row, value.map(|v| v.to_string())))
+                })
+                .collect();
         }
         let array = self.column(batch, column, &DataType::Utf8)?;
         let texts = array.as_string::<i32>();

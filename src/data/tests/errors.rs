@@ -38,6 +38,41 @@ fn files_that_are_no_tables() {
     assert!(read_prices(&[], &ReadOptions::default()).is_err());
 }
 
+/// Every byte of a Parquet file changed in several ways: an error, or prices that keep their promises, and never a panic. (The Parquet
+/// crate panics on some of these.)
+#[test]
+fn damaged_parquet_files_are_errors() {
+    let files = Files::new();
+    let days = Arc::new(Date32Array::from(vec![18263, 18264, 18267, 18268])) as ArrayRef;
+    let prices = Arc::new(Float64Array::from(vec![10.0, 10.5, 11.0, 11.5])) as ArrayRef;
+    let whole = std::fs::read(files.parquet("whole.parquet", vec![("date", days), ("A", prices)])).unwrap();
+    let (mut refused, mut read) = (0, 0);
+    for at in 0..whole.len() {
+        for change in [0x01, 0x80, 0xFF] {
+            let mut bytes = whole.clone();
+            bytes[at] ^= change;
+            match read_prices(&[files.bytes("damaged.parquet", &bytes)], &ReadOptions::default()) {
+                Ok(prices) => {
+                    assert!(prices.close.iter().all(|p| p.is_normal() && *p > 0.0) && prices.times.is_sorted(), "byte {at} ^ {change}");
+                    assert!(prices.periods_per_year().is_ok_and(|p| p > 0.0), "byte {at} ^ {change}");
+                    read += 1;
+                }
+                Err(Error::Internal(message)) => panic!("byte {at} ^ {change}: {message}"),
+                Err(_) => refused += 1,
+            }
+        }
+    }
+    assert!(refused > 100 && read > 100, "{refused} refused, {read} read");
+}
+
+#[test]
+fn times_outside_the_calendar_are_errors() {
+    let files = Files::new();
+    let stamps = Arc::new(TimestampSecondArray::from(vec![i64::MIN, i64::MAX])) as ArrayRef;
+    let prices = Arc::new(Float64Array::from(vec![10.0, 10.5])) as ArrayRef;
+    file_refused(files.parquet("far.parquet", vec![("time", stamps), ("A", prices)]), &["row 1", "this is not a time"]);
+}
+
 #[test]
 fn too_few_rows() {
     plain("date,A\n", &["a header and no rows"]);

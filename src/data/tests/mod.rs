@@ -11,7 +11,7 @@ use ::parquet::arrow::ArrowWriter;
 use arrow_array::types::Int32Type;
 use arrow_array::{
     ArrayRef, Date32Array, DictionaryArray, Float32Array, Float64Array, Int64Array, LargeStringArray, RecordBatch, StringArray, StringViewArray,
-    TimestampMicrosecondArray, TimestampNanosecondArray,
+    TimestampMicrosecondArray, TimestampNanosecondArray, TimestampSecondArray,
 };
 use ndarray::array;
 use tempfile::TempDir;

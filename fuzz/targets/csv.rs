@@ -1,0 +1,8 @@
+//! Delimited text, plain or gzipped.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    if !bytes.starts_with(b"PAR1") {
+        forback_fuzz::read_as("prices.csv", bytes);
+    }
+});
