@@ -1,6 +1,7 @@
 //! Simulation: grids of strategies, walk-forward windows, a synthetic market.
 
 pub mod grid;
+pub mod luck;
 pub mod market;
 pub mod sweep;
 pub mod walk_forward;
