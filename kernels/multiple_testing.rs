@@ -560,7 +560,7 @@ impl<'a> Work<'a> {
     /// Runs of trials whose returns, sums and loops fit one launch.
     fn runs(&self, s: u64) -> Result<Vec<Range<u64>>> {
         let rounds = self.device.limits().loop_rounds.saturating_sub(400) / (self.splits / 2 + 36);
-        let most = rounds.saturating_mul(u64::from(WG)).max(1);
+        let most = rounds.saturating_mul(u64::from(WG)).clamp(1, u64::from(u32::MAX));
         let planned = self.device.plan(OP, s, self.t.max(4 * self.splits), 1, 150 * self.t)?;
         let parts = planned.into_iter().flat_map(|run| {
             let parts = (run.end - run.start).div_ceil(most);
