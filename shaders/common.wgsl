@@ -1,4 +1,4 @@
-// Helpers of every WGSL unit: the linear workgroup index, undefined values, and the wide integers of kernels/fixed.rs.
+// Helpers of every WGSL unit: the linear workgroup index, undefined values, Philox, and the wide integers of kernels/fixed.rs.
 // 64-bit numbers are vec2<u32>, 128-bit numbers vec4<u32>, least significant word first.
 
 // Undefined statistics; the host turns them into NaN.
