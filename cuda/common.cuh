@@ -245,6 +245,21 @@ __device__ __forceinline__ uint128 scaled_variance(uint64_t n, int64_t sum, uint
     return less128(shr128(total, 20), variance) ? variance : make128(0);
 }
 
+// ---- random numbers (kernels/philox.rs) ------------------------------------------------------------------------------
+
+__device__ __forceinline__ void philox4x32(uint32_t c[4], uint32_t k0, uint32_t k1) {
+    for (int round = 0; round < 10; round++) {
+        const uint32_t a_hi = __umulhi(0xD2511F53u, c[0]), a_lo = 0xD2511F53u * c[0];
+        const uint32_t b_hi = __umulhi(0xCD9E8D57u, c[2]), b_lo = 0xCD9E8D57u * c[2];
+        c[0] = b_hi ^ c[1] ^ k0;
+        c[1] = b_lo;
+        c[2] = a_hi ^ c[3] ^ k1;
+        c[3] = a_lo;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+}
+
 // ---- reals ----------------------------------------------------------------------------------------------------------
 
 // Per-bar Sharpe ratio of n bars from their fixed-point sum and scaled variance (kernels/fixed.rs): sum·√((n-1) / (n·variance)).

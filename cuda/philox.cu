@@ -6,19 +6,6 @@ struct PhiloxParams {
     uint32_t n;
 };
 
-__device__ __forceinline__ void philox4x32(uint32_t c[4], uint32_t k0, uint32_t k1) {
-    for (int round = 0; round < 10; round++) {
-        const uint32_t a_hi = __umulhi(0xD2511F53u, c[0]), a_lo = 0xD2511F53u * c[0];
-        const uint32_t b_hi = __umulhi(0xCD9E8D57u, c[2]), b_lo = 0xCD9E8D57u * c[2];
-        c[0] = b_hi ^ c[1] ^ k0;
-        c[1] = b_lo;
-        c[2] = a_hi ^ c[3] ^ k1;
-        c[3] = a_lo;
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
-    }
-}
-
 // 2·atanh(s) for |s| ≤ 1/3.
 __device__ __forceinline__ float two_atanh(float s) {
     const float q = s * s;

@@ -12,12 +12,14 @@ pub mod kernel;
 pub mod backtest;
 mod backtest_lanes;
 pub mod backtest_sweep;
+pub mod block_bootstrap;
 pub mod ceilings;
 pub mod conformance;
 pub mod device;
 pub mod error;
 pub mod fixed;
 pub mod indicators;
+pub mod multiple_testing;
 pub mod performance;
 pub mod philox;
 pub mod real;
@@ -45,7 +47,7 @@ pub struct Op {
 }
 
 /// Every op, in the order that data flows.
-pub static OPS: [Op; 4] = [
+pub static OPS: [Op; 5] = [
     Op { name: "philox", about: "counter-based random numbers", kernels: &[&philox::PHILOX], differentiable: false, verify: philox::verify },
     Op { name: "performance", about: "statistics of return series", kernels: &[&performance::PERFORMANCE], differentiable: false, verify: performance::verify },
     Op {
@@ -62,10 +64,17 @@ pub static OPS: [Op; 4] = [
         differentiable: false,
         verify: backtest_sweep::verify,
     },
+    Op {
+        name: "multiple_testing",
+        about: "how much of the best of many trials is luck",
+        kernels: &[&multiple_testing::CSCV_BLOCKS, &multiple_testing::CSCV_BEST, &multiple_testing::CSCV_RANK, &block_bootstrap::BLOCK_BOOTSTRAP],
+        differentiable: false,
+        verify: multiple_testing::verify,
+    },
 ];
 
 /// Every kernel: those of the ops, then the ceiling that `forback bench` measures.
-pub static KERNELS: [&Kernel; 17] = [
+pub static KERNELS: [&Kernel; 21] = [
     &philox::PHILOX,
     &performance::PERFORMANCE,
     &walk_forward_sharpe::SEGMENT_MOMENTS,
@@ -82,5 +91,9 @@ pub static KERNELS: [&Kernel; 17] = [
     &backtest::BACKTEST_STITCH,
     &walk_forward_select::WALK_FORWARD_SELECT,
     &walk_forward_select::WALK_FORWARD_SCORES,
+    &multiple_testing::CSCV_BLOCKS,
+    &multiple_testing::CSCV_BEST,
+    &multiple_testing::CSCV_RANK,
+    &block_bootstrap::BLOCK_BOOTSTRAP,
     &ceilings::CEILING_MULTIPLY_ADD,
 ];

@@ -193,7 +193,6 @@ impl Performance {
         let (cagr, max_drawdown) = ((log_growth * periods_per_year / n).exp_m1(), s[8]);
         let (skew, kurtosis) = (ratio(s[2] / n, m2 * m2.sqrt()), ratio(s[3] / n, m2 * m2));
         let per_bar = ratio(s[0], deviation);
-        let spread = 1.0 - skew * per_bar + (kurtosis - 1.0) / 4.0 * per_bar * per_bar;
         let tail = TAIL * n;
         Performance {
             mean: s[0] * periods_per_year,
@@ -208,9 +207,16 @@ impl Performance {
             kurtosis,
             hit_rate: s[5] / n,
             cvar_95: -(s[9] + (tail - s[10]) * s[11]) / tail,
-            probabilistic_sharpe: normal_cdf(ratio(per_bar * (n - 1.0).sqrt(), spread.sqrt())),
+            probabilistic_sharpe: probabilistic_sharpe(per_bar, 0.0, skew, kurtosis, t),
         }
     }
+}
+
+/// Probability that the true Sharpe ratio is above `benchmark`, from the measured ratio (both per period), skewness, kurtosis (not
+/// excess) and the number of periods; NaN where one is undefined.
+pub fn probabilistic_sharpe(sharpe: f64, benchmark: f64, skew: f64, kurtosis: f64, periods: u64) -> f64 {
+    let spread = 1.0 - skew * sharpe + (kurtosis - 1.0) / 4.0 * sharpe * sharpe;
+    if spread > 0.0 { normal_cdf((sharpe - benchmark) * (periods as f64 - 1.0).sqrt() / spread.sqrt()) } else { f64::NAN }
 }
 
 /// Φ, the standard normal distribution function, to about 1e-15 (complementary error function by series and continued fraction).

@@ -1,4 +1,4 @@
-// Helpers of every WGSL unit: the linear workgroup index, undefined values, and the wide integers of kernels/fixed.rs.
+// Helpers of every WGSL unit: the linear workgroup index, undefined values, Philox, and the wide integers of kernels/fixed.rs.
 // 64-bit numbers are vec2<u32>, 128-bit numbers vec4<u32>, least significant word first.
 
 // Undefined statistics; the host turns them into NaN.
@@ -267,6 +267,20 @@ fn scaled_variance(n: u32, sum: vec2<u32>, squares: vec2<u32>, shift: u32) -> ve
         return vec4<u32>(0u, 0u, 0u, 0u);
     }
     return variance;
+}
+
+// ---- random numbers (kernels/philox.rs) ----------------------------------------------------------------------------
+
+fn philox4x32(counter_in: vec4<u32>, key_in: vec2<u32>) -> vec4<u32> {
+    var c = counter_in;
+    var k = key_in;
+    for (var round = 0; round < 10; round++) {
+        let a = mul32(0xD2511F53u, c.x);
+        let b = mul32(0xCD9E8D57u, c.z);
+        c = vec4<u32>(b.y ^ c.y ^ k.x, b.x, a.y ^ c.w ^ k.y, a.x);
+        k += vec2<u32>(0x9E3779B9u, 0xBB67AE85u);
+    }
+    return c;
 }
 
 // ---- reals --------------------------------------------------------------------------------------------------------

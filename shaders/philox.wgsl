@@ -15,18 +15,6 @@ struct PhiloxParams {
 
 override WG: u32 = 64u;
 
-fn philox4x32(counter_in: vec4<u32>, key_in: vec2<u32>) -> vec4<u32> {
-    var c = counter_in;
-    var k = key_in;
-    for (var round = 0; round < 10; round++) {
-        let a = mul32(0xD2511F53u, c.x);
-        let b = mul32(0xCD9E8D57u, c.z);
-        c = vec4<u32>(b.y ^ c.y ^ k.x, b.x, a.y ^ c.w ^ k.y, a.x);
-        k += vec2<u32>(0x9E3779B9u, 0xBB67AE85u);
-    }
-    return c;
-}
-
 // 2·atanh(s) for |s| ≤ 1/3.
 fn two_atanh(s: f32) -> f32 {
     let q = s * s;

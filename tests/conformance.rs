@@ -7,7 +7,9 @@ mod common;
 
 use common::{Case, DEVICES, Rng, Swept, assert_bits, open, open_all, open_with, parameters, variants};
 use forback::kernels::backtest_sweep::{Execution, Strategy};
+use forback::kernels::block_bootstrap::{Bootstrap, Kind, bootstrap_sharpe, replicates};
 use forback::kernels::conformance::{self, defined};
+use forback::kernels::multiple_testing::{MultipleTesting, Tested, combinations, expected_max_sharpe, multiple_testing};
 use forback::kernels::performance::{finish, performance_read};
 use forback::kernels::philox::philox;
 use forback::kernels::walk_forward_sharpe::{walk_forward_sharpe, walk_forward_sharpe_backward};
@@ -804,4 +806,211 @@ fn near_ties(label: &str, case: &Case, got: &common::Swept, want: &common::Swept
         }
     }
     ties
+}
+
+// ---- multiple testing -------------------------------------------------------------------------------------------------
+
+/// Sharpe ratio per bar, undefined where the deviation is none, as the cross-validation has it.
+fn bar_sharpe(x: &[f64]) -> Option<f64> {
+    let ratio = sharpe(x) / 252f64.sqrt();
+    (!ratio.is_nan()).then_some(ratio)
+}
+
+/// Choices and the share of combinations in which they end at or below the middle, straight from the definition.
+fn naive_overfitting(x: &[f32], trials: usize, splits: usize) -> (Vec<u32>, f64) {
+    let t = x.len() / trials;
+    let edge = |b: usize| b * (t / splits) + b.min(t % splits);
+    let (mut chosen, mut overfit) = (Vec::new(), 0);
+    let masks: Vec<usize> = (0..1usize << splits).filter(|m| m.count_ones() as usize == splits / 2).collect();
+    for &mask in &masks {
+        let ratios = |inside: bool| -> Vec<f64> {
+            let bars: Vec<usize> = (0..splits).filter(|b| (mask >> b & 1 == 1) == inside).flat_map(|b| edge(b)..edge(b + 1)).collect();
+            let one = |s: usize| bar_sharpe(&bars.iter().map(|&j| f64::from(x[s * t + j])).collect::<Vec<_>>()).unwrap_or(f64::NEG_INFINITY);
+            (0..trials).map(one).collect()
+        };
+        let (inside, outside) = (ratios(true), ratios(false));
+        let best = (1..trials).fold(0, |best, s| if inside[s] > inside[best] { s } else { best });
+        let below = outside.iter().filter(|&&r| r < outside[best]).count() as f64;
+        let level = outside.iter().filter(|&&r| r == outside[best]).count() as f64;
+        let omega = (below + (level + 1.0) / 2.0) / (trials as f64 + 1.0);
+        overfit += usize::from((omega / (1.0 - omega)).ln() <= 0.0);
+        chosen.push(best as u32);
+    }
+    (chosen, overfit as f64 / masks.len() as f64)
+}
+
+fn tested(device: &Device, x: &[f32], trials: usize, splits: u32) -> Tested {
+    multiple_testing(device, x, trials, &MultipleTesting { splits, ..MultipleTesting::default() }).unwrap()
+}
+
+/// Trials with a duplicate, one that stands still, one that never moves, and one a million times smaller.
+fn trials(rng: &mut Rng, n: usize, t: usize) -> Vec<f32> {
+    let mut x: Vec<f32> = (0..n).flat_map(|i| rng.returns(t, 2e-4 * (i % 3) as f64, 0.01)).collect();
+    if n > 6 {
+        x.copy_within(2 * t..3 * t, 4 * t);
+        x[3 * t..4 * t].fill(0.0);
+        x[5 * t..6 * t].fill(0.0012);
+        x[6 * t..7 * t].iter_mut().for_each(|r| *r *= 1e-6);
+    }
+    x
+}
+
+#[test]
+fn overfitting_is_what_naive_enumeration_finds() {
+    let (devices, mut rng) = (devices(), Rng::new(40));
+    for (n, t, splits) in [(2, 4, 2), (3, 8, 4), (5, 17, 4), (7, 41, 6), (33, 50, 8), (129, 30, 4), (260, 64, 2)] {
+        let x = trials(&mut rng, n, t);
+        let (chosen, pbo) = naive_overfitting(&x, n, splits);
+        let first = tested(&devices[0], &x, n, splits as u32);
+        for device in &devices {
+            let label = format!("S {n}, T {t}, {splits} splits on {}", device.info());
+            let got = tested(device, &x, n, splits as u32);
+            assert_eq!((&got.chosen, got.pbo), (&chosen, pbo), "{label}");
+            assert_bits(&label, &got.logits, &first.logits);
+            assert_eq!(got.loss, first.loss, "{label}");
+        }
+    }
+}
+
+#[test]
+fn multiple_testing_has_parity() {
+    let (devices, mut rng) = (devices(), Rng::new(41));
+    for (n, t, splits) in [(1, 5, 2), (2, 127, 4), (9, 128, 6), (131, 129, 4), (7, 2003, 2)] {
+        let x = trials(&mut rng, n, t);
+        let run = |device: &Device| {
+            let got = tested(device, &x, n, splits);
+            [got.sharpe, got.probabilistic_sharpe, got.deflated_sharpe, vec![got.expected_max_sharpe, got.pbo]].concat()
+        };
+        parity(&format!("multiple_testing, S {n}, T {t}"), 2e-5, &run, &devices);
+    }
+}
+
+#[test]
+fn permuting_trials_permutes_their_results() {
+    let mut rng = Rng::new(42);
+    let (n, t) = (23, 96);
+    // No two trials alike: ties go to the lowest index, which a permutation moves.
+    let x: Vec<f32> = rng.returns(n * t, 1e-4, 0.01);
+    let order: Vec<usize> = (0..n).map(|i| i * 7 % n).collect();
+    let permuted: Vec<f32> = order.iter().flat_map(|&i| x[i * t..(i + 1) * t].to_vec()).collect();
+    for device in open_all(&DEVICES) {
+        let (was, is) = (tested(&device, &x, n, 8), tested(&device, &permuted, n, 8));
+        let label = format!("{}", device.info());
+        let moved = |v: &[f64]| order.iter().map(|&i| v[i]).collect::<Vec<_>>();
+        assert_bits(&label, &is.sharpe, &moved(&was.sharpe));
+        assert_bits(&label, &is.probabilistic_sharpe, &moved(&was.probabilistic_sharpe));
+        assert_eq!(is.chosen.iter().map(|&i| order[i as usize] as u32).collect::<Vec<_>>(), was.chosen, "{label}");
+        assert_bits(&label, &is.logits, &was.logits);
+        assert_eq!((is.pbo, is.loss), (was.pbo, was.loss), "{label}");
+        // The last ulp of a sum depends on its order.
+        assert!((is.expected_max_sharpe - was.expected_max_sharpe).abs() < 1e-12);
+        // Scale is no skill: a power of two moves nothing.
+        let scaled = tested(&device, &x.iter().map(|v| v * 1024.0).collect::<Vec<_>>(), n, 8);
+        assert_eq!((scaled.chosen, scaled.pbo), (was.chosen, was.pbo), "{label}");
+    }
+}
+
+#[test]
+fn one_trial_is_no_choice_and_flat_trials_never_win() {
+    let mut rng = Rng::new(43);
+    for device in open_all(&DEVICES) {
+        let alone = tested(&device, &rng.returns(60, 1e-3, 0.01), 1, 6);
+        assert!(alone.pbo.is_nan() && alone.loss.is_nan() && alone.expected_max_sharpe == 0.0 && alone.trials == 1);
+        assert_bits("one trial", &alone.deflated_sharpe, &alone.probabilistic_sharpe);
+        let mut x = vec![0.0; 60];
+        x.extend(rng.returns(60, -2e-3, 0.01));
+        x.extend(vec![0.001; 60]);
+        let got = tested(&device, &x, 3, 6);
+        assert!(got.chosen.iter().all(|&c| c == 1) && got.pbo == 0.0, "{:?}", got.chosen);
+        assert!(got.sharpe[0].is_nan() && got.sharpe[2].is_nan() && got.deflated_sharpe[0].is_nan() && got.trials == 1);
+        let flat = tested(&device, &[0.0; 180], 3, 6);
+        assert!(flat.chosen.iter().all(|&c| c == 0) && flat.pbo == 1.0 && flat.logits.iter().all(|&l| l == 0.0), "equal trials share their mean rank");
+    }
+}
+
+/// The expected best of N against the mean best of many draws of N.
+#[test]
+fn the_expected_best_is_what_luck_gives() {
+    let mut rng = Rng::new(44);
+    for (n, tolerance) in [(10, 0.06), (50, 0.05), (300, 0.05)] {
+        let best = |rng: &mut Rng| (0..n).map(|_| rng.normal()).fold(f64::MIN, f64::max);
+        let mean = (0..1500).map(|_| best(&mut rng)).sum::<f64>() / 1500.0;
+        let formula = expected_max_sharpe(n, 1.0);
+        assert!((mean - formula).abs() < tolerance, "best of {n}: {mean}, formula {formula}");
+    }
+    assert_eq!(combinations(10).len(), 252);
+}
+
+/// Returns whose mean is zero and whose squares sum exactly in f32: a replicate that took one other bar would differ.
+fn exact_returns(rng: &mut Rng, t: usize) -> Vec<f32> {
+    let half: Vec<f32> = (0..t / 2).map(|_| rng.whole(1, 64) as f32 / 64.0).collect();
+    let middle = if t % 2 == 1 { vec![0.0] } else { Vec::new() };
+    half.iter().copied().chain(middle).chain(half.iter().map(|v| -v)).collect()
+}
+
+#[test]
+fn replicates_take_the_same_bars_everywhere() {
+    let (devices, mut rng) = (devices(), Rng::new(45));
+    for (n, t, block, kind) in [
+        (1, 2, Some(1.0), Kind::Stationary),
+        (3, 63, Some(5.0), Kind::Circular),
+        (2, 64, None, Kind::Stationary),
+        (5, 301, Some(1.0), Kind::Circular),
+        (2, 1001, Some(20.5), Kind::Stationary),
+        (1, 700, Some(333.0), Kind::Circular),
+    ] {
+        let x: Vec<f32> = (0..n).flat_map(|_| exact_returns(&mut rng, t)).collect();
+        let config = Bootstrap { replicates: 37, block, seed: 0x1234_5678_9abc_def0, kind, ..Bootstrap::default() };
+        let want = replicates(&devices[0], &x, n, &config).unwrap();
+        for device in &devices {
+            let got = replicates(device, &x, n, &config).unwrap();
+            assert_eq!(got.2, want.2, "block lengths");
+            for (i, (g, w)) in got.0.iter().zip(&want.0).enumerate() {
+                let close = (g.is_nan() && w.is_nan()) || (g - w).abs() <= 4e-7 * w.abs();
+                assert!(close, "{kind:?} {block:?}, T {t}, replicate {} of series {}: {g}, expected {w} on {}", i / n, i % n, device.info());
+            }
+        }
+        assert!(want.0.iter().filter(|x| x.is_finite()).count() * 2 > want.0.len() || t == 2);
+        let other = replicates(&devices[0], &x, n, &Bootstrap { seed: 1, ..config }).unwrap();
+        assert!(t == 2 || other.0 != want.0, "another seed draws other bars");
+    }
+}
+
+/// A block as long as the series is the series itself, from another start: every replicate has its ratio.
+#[test]
+fn one_circular_block_is_the_series() {
+    let x = Rng::new(46).returns(250, 5e-4, 0.01);
+    for device in open_all(&DEVICES) {
+        let config = Bootstrap { replicates: 20, block: Some(250.0), kind: Kind::Circular, ..Bootstrap::default() };
+        let got = bootstrap_sharpe(&device, &x, 1, &config).unwrap()[0];
+        let want = sharpe(&x.iter().map(|&v| f64::from(v)).collect::<Vec<_>>()) / 252f64.sqrt();
+        for end in [got.sharpe, got.lower, got.upper] {
+            assert!((end - want).abs() < 2e-6, "{got:?}, expected {want}");
+        }
+    }
+}
+
+/// Share of 95 % intervals that hold the true ratio, for independent returns and for an autoregression.
+#[test]
+fn intervals_hold_the_true_ratio() {
+    let (device, mut rng) = (open("cpu").unwrap(), Rng::new(47));
+    let (n, t) = (300, 400);
+    let mut coverage = |phi: f64, block: Option<f64>| {
+        let (mean, innovation) = (0.1, (1.0 - phi * phi).sqrt());
+        let mut x = Vec::with_capacity(n * t);
+        for _ in 0..n {
+            let mut state = rng.normal();
+            for _ in 0..t {
+                x.push((mean + state) as f32);
+                state = phi * state + innovation * rng.normal();
+            }
+        }
+        let config = Bootstrap { replicates: 500, block, ..Bootstrap::default() };
+        let found = bootstrap_sharpe(&device, &x, n, &config).unwrap();
+        found.iter().filter(|i| i.lower <= mean && mean <= i.upper).count() as f64 / n as f64
+    };
+    let independent = coverage(0.0, None);
+    assert!((0.90..=0.985).contains(&independent), "independent returns: {independent}");
+    let (blocks, single) = (coverage(0.4, None), coverage(0.4, Some(1.0)));
+    assert!(blocks > 0.86 && single < 0.86 && blocks > single + 0.06, "autoregression: blocks {blocks}, single bars {single}");
 }

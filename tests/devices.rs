@@ -6,12 +6,14 @@
 mod common;
 
 use common::{Case, DEVICES, Rng, assert_bits, open, open_all, open_with, rolling, variants};
-use forback::kernels::backtest::{BACKTEST_STITCH, BACKTEST_SWEEP, BacktestParams, SCALE_BIAS, SET_WORDS, STATS, TILE};
+use forback::kernels::backtest::{BACKTEST_STITCH, BACKTEST_SWEEP, BacktestParams, NO_STOP, OFF, SCALE_BIAS, SET_WORDS, STATS, TILE};
 use forback::kernels::backtest_sweep::{Chunk, Outcome, SetStats, Strategy, Sweep};
+use forback::kernels::block_bootstrap::{self, BLOCK_BOOTSTRAP, Bootstrap, BootstrapParams, bootstrap_sharpe};
 use forback::kernels::ceilings::{CEILING_MULTIPLY_ADD, CeilingParams};
 use forback::kernels::fixed::exponent;
 use forback::kernels::indicators::{self, IndicatorParams, span_alpha, wilder_alpha};
 use forback::kernels::kernel::{Access, Elem, Kernel, Params, Source};
+use forback::kernels::multiple_testing::{self, CSCV_BEST, CSCV_BLOCKS, CSCV_RANK, CscvParams, MultipleTesting, multiple_testing};
 use forback::kernels::performance::{PERFORMANCE, PerformanceParams, STATISTICS, performance, performance_read};
 use forback::kernels::philox::{PHILOX, PhiloxParams, philox};
 use forback::kernels::walk_forward_select::{NONE, SelectParams, WALK_FORWARD_SCORES, WALK_FORWARD_SELECT};
@@ -95,7 +97,7 @@ fn an_unknown_device_on_the_command_line_is_wrong_usage() {
 
 // ---- limits -----------------------------------------------------------------------------------------------------------
 
-/// Philox, performance, walk_forward_sharpe and its gradient of the same data on a device.
+/// Philox, performance, walk_forward_sharpe and its gradient, multiple_testing and the bootstrap of the same data on a device.
 fn small_ops(device: &Device) -> forback::Result<Vec<(&'static str, Vec<f64>)>> {
     let mut rng = Rng::new(20);
     let rows = 5000u32;
@@ -122,7 +124,12 @@ fn small_ops(device: &Device) -> forback::Result<Vec<(&'static str, Vec<f64>)>> 
     let words = done.u32(bits)?.into_iter().map(f64::from).collect();
     let names = [("uniform", uniform), ("normal", normal), ("performance", statistics), ("walk_forward_sharpe", sharpe), ("grad_returns", grad)];
     let reals = names.into_iter().map(|(name, read)| Ok((name, done.f64(read)?))).collect::<forback::Result<Vec<_>>>()?;
-    Ok([("bits", words)].into_iter().chain(reals).collect())
+    // More combinations than 27 groups, more trials than 64 KiB.
+    let tested = multiple_testing(device, &x[..40 * 500], 40, &MultipleTesting { splits: 8, ..MultipleTesting::default() })?;
+    let chosen = tested.chosen.iter().map(|&c| f64::from(c)).chain(tested.logits).chain(tested.deflated_sharpe).chain([tested.pbo]).collect();
+    let config = Bootstrap { replicates: 31, ..Bootstrap::default() };
+    let (replicates, ..) = block_bootstrap::replicates(device, &x[..50 * 400], 50, &config)?;
+    Ok([("bits", words)].into_iter().chain(reals).chain([("multiple_testing", chosen), ("block_bootstrap", replicates)]).collect())
 }
 
 const MIB: u64 = 1 << 20;
@@ -446,6 +453,34 @@ fn wrong_calls_of_ops_are_named() {
     let words = device.zeros_u32("counter", 7).unwrap();
     assert!(matches!(error(philox(&mut pass, &words, &words)), Error::Shape { .. }));
 
+    let tests = |x: &[f32], trials: usize, config: MultipleTesting| error(multiple_testing(&device, x, trials, &config)).to_string();
+    let (mut returns, plain) = (Rng::new(22).returns(3 * 20, 0.0, 0.01), MultipleTesting { splits: 4, ..MultipleTesting::default() });
+    for splits in [0, 1, 3, 22, 40] {
+        assert!(tests(&returns, 3, MultipleTesting { splits, ..plain }).contains(&format!("splits = {splits}: must be even, 2 to 20")));
+    }
+    assert!(tests(&returns, 6, MultipleTesting { splits: 16, ..plain }).contains("10 bars give blocks without a bar"));
+    assert!(tests(&returns[..6], 2, MultipleTesting { splits: 2, ..plain }).contains("4 bars are the least"));
+    assert!(tests(&returns, 7, plain).contains("60 values for 7 rows") && tests(&[], 0, plain).contains("0 values for 0 rows"));
+    assert!(tests(&returns, 3, MultipleTesting { level: 0.5, ..plain }).contains("level = 0.5"));
+    assert!(tests(&returns, 3, MultipleTesting { benchmark: f64::NAN, ..plain }).contains("benchmark = NaN"));
+    assert!(tests(&returns, 3, MultipleTesting { trials: Some(0), ..plain }).contains("trials = 0"));
+    let draws = |x: &[f32], config: Bootstrap| error(bootstrap_sharpe(&device, x, 3, &config)).to_string();
+    let bootstrap = Bootstrap { replicates: 5, ..Bootstrap::default() };
+    for (wrong, part) in [
+        (Bootstrap { replicates: 0, ..bootstrap }, "replicates = 0"),
+        (Bootstrap { replicates: block_bootstrap::MAX_REPLICATES + 1, ..bootstrap }, "replicates = 1048577"),
+        (Bootstrap { block: Some(0.5), ..bootstrap }, "block = 0.5: must be 1 to 20 bars"),
+        (Bootstrap { block: Some(21.0), ..bootstrap }, "block = 21"),
+        (Bootstrap { level: 1.0, ..bootstrap }, "level = 1"),
+    ] {
+        assert!(draws(&returns, wrong).contains(part), "{part}");
+    }
+    for (at, value) in [(27, f32::NAN), (27, f32::NEG_INFINITY)] {
+        returns[at] = value;
+        assert!(tests(&returns, 3, plain).contains(&format!("returns[1, 7] = {value}: returns must be finite")));
+        assert!(draws(&returns, bootstrap).contains("returns[1, 7]"));
+    }
+
     let mut rng = Rng::new(23);
     let fine = Case::random(&mut rng, Strategy::SmaCross, 60, 2, 4);
     let refused = |change: &dyn Fn(&mut Case)| {
@@ -718,12 +753,24 @@ fn guarded(mut g: Guards) {
     let grad = g.out(Elem::F32, n * t);
     launch!(wfs::WALK_FORWARD_SHARPE_BACKWARD, params, [returns, pairs, upstream, edges, spans, segment_of, covers, grad]);
 
+    // multiple_testing: three combinations of four blocks; bootstrap with blocks of two bars
+    let params = CscvParams { n: n as u32, t: t as u32, splits: 4, shift: 50, combinations: 3, first: 0 };
+    let (sums, masks) = (g.out(Elem::U32, 16 * n), g.words(&[0b0011, 0b0101, 0b0110]));
+    launch!(CSCV_BLOCKS, params, [returns, sums]);
+    let (best, counts) = (g.words(&[0, multiple_testing::NONE, 0].repeat(3)), g.words(&[0; 6]));
+    launch!(CSCV_BEST, params, [sums, masks, best]);
+    launch!(CSCV_RANK, params, [sums, masks, best, counts]);
+    let (lengths, sharpe) = (g.words(&[0, u32::MAX].repeat(n)), g.out(Elem::F32, 7 * n));
+    let params = BootstrapParams { n: n as u32, t: t as u32, table: 2, replicates: 7, first: 2, seed: 1, seed_high: 2 };
+    launch!(BLOCK_BOOTSTRAP, params, [returns, statistics, lengths, sharpe]);
+
     // indicators
     let (a, t, rows) = (3usize, 71usize, 5usize);
     let market = rng.market(t, a);
     let columns: Vec<f32> = (0..a * t).map(|i| market[i % t * a + i / t]).collect();
     let highest: Vec<u32> = columns.chunks_exact(t).map(|c| exponent(c.iter().copied().fold(0.0, f32::max))).collect();
-    let (price, exponents) = (g.reals(&columns), g.words(&highest));
+    // Closes, then fills.
+    let (price, exponents) = (g.reals(&[columns.clone(), columns.clone()].concat()), g.words(&highest));
     let spans_of = [2u32, 3, 5, 8, 13];
     let half = |x: u64| [x as u32, (x >> 32) as u32];
     let periods = g.words(&spans_of);
@@ -748,7 +795,12 @@ fn guarded(mut g: Guards) {
     // back-test, selection, scores, stitch: two tiles, two windows 0..30 | 30..50 and 20..50 | 50..70
     let (tiles, w) = (2usize, 2usize);
     let lanes = tiles * TILE;
-    let words: Vec<u32> = (0..lanes as u32).flat_map(|s| [s % 5, (s / 5 + 1) % 5, 0, 0, 13, s & 1, 0, 0]).collect();
+    // Some sized, some with stops.
+    let stop = |s: u32| if s.is_multiple_of(3) { 0.02 } else { NO_STOP }.to_bits();
+    let size = |s: u32| if s.is_multiple_of(4) { s % 5 } else { OFF };
+    let words: Vec<u32> = (0..lanes as u32)
+        .flat_map(|s| [s % 5, (s / 5 + 1) % 5, 0, 0, 13, s % 3, 0.1f32.to_bits(), 2f32.to_bits(), size(s), stop(s), stop(s + 1), stop(s + 2), 4 + s, 0, 0, 0])
+        .collect();
     assert_eq!(words.len(), lanes * SET_WORDS);
     let sets = g.words(&words);
     let scale = (SCALE_BIAS as u32).wrapping_sub(1);
@@ -768,10 +820,11 @@ fn guarded(mut g: Guards) {
         cost_low: 0.0,
         per_asset: 0,
         stitched: 0,
+        volatility_rows: rows as u32,
+        general: 1,
     };
-    let unused = g.reals(&[0.0; 4]);
     let (stats, prefix) = (g.out(Elem::F32, a * tiles * STATS * TILE), g.out(Elem::U32, a * tiles * 5 * 4 * TILE));
-    launch!(BACKTEST_SWEEP, params, [price, earned, keys, unused, sets, plan, stats, prefix]);
+    launch!(BACKTEST_SWEEP, params, [price, earned, keys, volatility, sets, plan, stats, prefix]);
     let select = SelectParams { a: a as u32, pooled: 1, w: w as u32, tiles: tiles as u32, edges: 5, sets: lanes as u32 - 3, first: 0, shift: 50 };
     let train = g.words(&[0, 2, 30, 0, 1, 3, 30, 0]);
     let (best, chosen) = (g.words(&[0, NONE].repeat(a * w)), g.out(Elem::U32, a * w * SET_WORDS));
@@ -782,7 +835,7 @@ fn guarded(mut g: Guards) {
     let windows = g.words(&[30, 50, 0, 50, 70, 20]);
     let (net, activity) = (g.out(Elem::F32, 2 * a * 40), g.out(Elem::F32, 2 * a * w));
     let params = BacktestParams { tiles: w as u32, per_asset: 1, stitched: 40, ..params };
-    launch!(BACKTEST_STITCH, params, [price, earned, keys, unused, chosen, windows, net, activity]);
+    launch!(BACKTEST_STITCH, params, [price, earned, keys, volatility, chosen, windows, net, activity]);
 
     let missing: Vec<&str> = KERNELS.iter().map(|k| k.name).filter(|name| !g.launched.contains(name)).collect();
     assert!(missing.is_empty(), "no guarded launch for {missing:?}");

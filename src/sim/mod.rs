@@ -1,6 +1,7 @@
 //! Simulation: grids of strategies, walk-forward windows, a synthetic market, sweeps whole and in parts.
 
 pub mod grid;
+pub mod luck;
 pub mod market;
 pub mod parts;
 pub mod replay;
