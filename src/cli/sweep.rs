@@ -7,6 +7,7 @@ use crate::kernels::backtest_sweep::{Execution, Strategy};
 use crate::kernels::performance::Performance;
 use crate::kernels::philox::{normals, philox4x32};
 use crate::kernels::{Device, DeviceKind};
+use crate::report;
 use crate::sim::grid::Grid;
 use crate::sim::market::regime_switching_market;
 use crate::sim::sweep::{OutOfSample, RankBy, Select, SweepConfig, SweepReport, first_return, sweep};
@@ -70,7 +71,7 @@ pub(super) struct Args {
     /// sharpe, total_return, max_drawdown or turnover.
     #[arg(long, default_value = "sharpe")]
     rank_by: String,
-    /// Write results.parquet, results.csv, walk_forward.csv, out_of_sample.csv and run.json into this folder.
+    /// Write report.html, results.parquet, results.csv, walk_forward.csv, out_of_sample.csv and run.json into this folder.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     /// Bars of the synthetic market.
@@ -125,6 +126,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         let mut provenance = provenance;
         provenance["seconds"] = json!(seconds);
         results.finish(&report, &prices, &provenance)?;
+        write_report(args, &printed, &provenance)?;
     }
     if args.common.json {
         printed.json(&provenance_of(&printed))
@@ -291,6 +293,13 @@ fn provenance(args: &Args, device: &Device, prices: &Prices, config: &SweepConfi
         "execution": args.execution, "walk_forward": config.walk_forward.map(|w| w.to_string()), "select": args.select,
         "rank_by": args.rank_by, "periods_per_year": config.periods_per_year,
     })
+}
+
+/// `report.html`, beside the results.
+fn write_report(args: &Args, p: &Printed<'_>, provenance: &Value) -> Result<()> {
+    let Some(dir) = &args.out else { return Ok(()) };
+    let inputs = report::Inputs { device: p.device, prices: p.prices, config: p.config, report: p.report, provenance, verdict: Vec::new(), luck: None };
+    report::write(&dir.join("report.html"), &report::ReportData::from_sweep(&inputs)?)
 }
 
 fn provenance_of(p: &Printed<'_>) -> Value {
