@@ -220,7 +220,7 @@ impl ReportData {
             doc: strategy.doc.into(),
             subtitle: subtitle(inputs),
             facts: facts(inputs),
-            verdict: inputs.verdict.clone(),
+            verdict: if inputs.verdict.is_empty() { verdict(inputs, &curves) } else { inputs.verdict.clone() },
             rank_by: rank_name(config.rank_by).into(),
             cost_bps: level.cost_bps,
             assets: report.assets,
@@ -233,7 +233,10 @@ impl ReportData {
             train_test,
             train_test_missing,
             curves,
-            choices: [("per_asset", &level.per_asset), ("pooled", &level.pooled)].into_iter().filter_map(|(kind, o)| choices(inputs, kind, o.as_ref()?)).collect(),
+            choices: [("per_asset", &level.per_asset), ("pooled", &level.pooled)]
+                .into_iter()
+                .filter_map(|(kind, o)| choices(inputs, kind, o.as_ref()?))
+                .collect(),
             costs: costs(inputs, &ranked),
             provenance: provenance(inputs, prices.n_bars()),
         })
@@ -316,6 +319,31 @@ fn facts(inputs: &Inputs<'_>) -> Vec<(String, String)> {
         ("Device", inputs.device.info().to_string()),
     ];
     facts.into_iter().map(|(label, text)| (label.to_string(), text)).collect()
+}
+
+/// What a reader should take away, from the curves alone.
+fn verdict(inputs: &Inputs<'_>, curves: &[Curve]) -> Vec<String> {
+    let ratio = |x: f64| if x.is_nan() { "undefined".to_string() } else { format!("{x:.2}").replace('-', "\u{2212}") };
+    let Some(hold) = curves.iter().find(|c| c.kind == "buy_and_hold").map(|c| c.total.sharpe) else { return Vec::new() };
+    let cost = inputs.config.cost_bps.first().copied().unwrap_or(0.0);
+    let mut lines = Vec::new();
+    for (kind, name) in [("per_asset", "a set per asset"), ("pooled", "one set for all assets")] {
+        let Some(chosen) = curves.iter().find(|c| c.kind == kind).map(|c| c.total.sharpe) else { continue };
+        let against = match chosen.partial_cmp(&hold) {
+            Some(std::cmp::Ordering::Greater) => "more than",
+            Some(std::cmp::Ordering::Less) => "less than",
+            _ => "against",
+        };
+        lines.push(format!(
+            "Choosing {name} in each window earned a Sharpe ratio of {} out of sample at {cost} bp, {against} the {} of buy and hold.",
+            ratio(chosen),
+            ratio(hold)
+        ));
+    }
+    if lines.is_empty() {
+        lines.push("Everything here is in sample: no set was tested on bars that it was not chosen on. Use a walk-forward for that.".into());
+    }
+    lines
 }
 
 // ---- curves -----------------------------------------------------------------------------------------------------------

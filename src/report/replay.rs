@@ -155,12 +155,20 @@ pub(super) fn of_one_set(inputs: &Inputs<'_>, set: usize) -> Result<Vec<Vec<f32>
     let whole = [[report.start, returns, report.start, returns]];
     let outcome = run(inputs, &[set as u32], &whole, &inputs.config.cost_bps, false, &mut |_| Ok(()))?;
     let bars = outcome.stitched_bars.len();
-    let mean = |series: &[f32]| (0..bars).map(|k| (series.iter().skip(k).step_by(bars).map(|&x| f64::from(x)).sum::<f64>() / report.assets as f64) as f32).collect();
+    let mean =
+        |series: &[f32]| (0..bars).map(|k| (series.iter().skip(k).step_by(bars).map(|&x| f64::from(x)).sum::<f64>() / report.assets as f64) as f32).collect();
     Ok(outcome.per_asset.iter().map(|selected| mean(&selected.stitched)).collect())
 }
 
 /// The op over some of the sweep's sets.
-fn run(inputs: &Inputs<'_>, sets: &[u32], windows: &[[u32; 4]], cost_bps: &[f64], scores: bool, visit: &mut dyn FnMut(&Chunk) -> Result<()>) -> Result<Outcome> {
+fn run(
+    inputs: &Inputs<'_>,
+    sets: &[u32],
+    windows: &[[u32; 4]],
+    cost_bps: &[f64],
+    scores: bool,
+    visit: &mut dyn FnMut(&Chunk) -> Result<()>,
+) -> Result<Outcome> {
     let (report, config) = (inputs.report, inputs.config);
     let close = inputs.prices.close.as_standard_layout();
     let close = close.as_slice().ok_or_else(|| Error::Internal("a standard layout is contiguous".into()))?;

@@ -19,7 +19,7 @@
   const minus = (text) => text.replace(/^-/, "\u2212");
   const fixed = (x, digits) => (is(x) ? minus(x.toLocaleString("en-GB", { minimumFractionDigits: digits, maximumFractionDigits: digits })) : "–");
   const ratio = (x) => fixed(x, 2);
-  const percent = (x) => (is(x) ? fixed(100 * x, Math.abs(x) >= 10 ? 0 : 1) + " %" : "–");
+  const percent = (x) => (is(x) ? fixed(100 * x, Math.abs(x) >= 10 ? 0 : 1) + "\u00a0%" : "–");
   const whole = (x) => fixed(x, 0);
   const plain = (x) => (is(x) ? minus(String(+x.toPrecision(6))) : "–");
   const iso = (seconds) => new Date(seconds * 1000).toISOString().replace("T00:00:00.000Z", "").replace(".000Z", "").replace("T", " ");
@@ -35,6 +35,7 @@
     { name: "max_drawdown", title: "Maximum drawdown", show: percent, factor: 100, unit: " %", best: -1 },
     { name: "turnover", title: "Turnover per year", show: (x) => fixed(x, 1), factor: 1, best: -1 },
   ];
+  const titled = (name) => { const found = STATISTICS.find((s) => s.name === name); return found ? found.title.replace(/^[TM]/, (c) => c.toLowerCase()) : words(name); };
   const KINDS = { per_asset: "chosen per asset", pooled: "chosen for all assets", best_in_sample: "best set in sample", buy_and_hold: "buy and hold" };
 
   // ---- elements -----------------------------------------------------------------------------------------------
@@ -69,7 +70,7 @@
 
   // ---- charts -------------------------------------------------------------------------------------------------
 
-  const coarse = matchMedia("(pointer: coarse)").matches;
+  const coarse = matchMedia("(pointer: coarse)").matches, pointer = matchMedia("(hover: hover)").matches;
   const probe = element("span");
   probe.hidden = true;
   document.body.append(probe);
@@ -91,11 +92,12 @@
       autosize: true, margin: { l: 52, r: 14, t: 10, b: 40 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: font.replace(/^.*?\d+px(?:\/\S+)?\s+/, ""), size: 12, color: ink.muted }, dragmode: coarse ? false : "zoom", showlegend: false,
       hoverlabel: { bgcolor: ink.panel, bordercolor: ink.line, font: { color: ink.ink, size: 12 }, align: "left" },
-      legend: { orientation: "h", x: 0, xanchor: "left", y: 1.02, yanchor: "bottom", font: { color: ink.ink }, itemclick: "toggle" },
+      legend: { orientation: "h", x: 0, xanchor: "left", y: 1.02, yanchor: "bottom", font: { color: ink.ink } },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: ink.grey, activecolor: ink.accent },
       ...layout,
     };
     const buttons = ["zoom2d", "pan2d", "select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"];
-    Plotly.react(where, traces, all, { responsive: true, displaylogo: false, modeBarButtonsToRemove: buttons, displayModeBar: coarse ? false : "hover" });
+    Plotly.react(where, traces, all, { responsive: true, displaylogo: false, modeBarButtonsToRemove: buttons, displayModeBar: pointer ? "hover" : false });
     charts[id] = where;
   };
   const nothing = (id, text) => { $(id).replaceChildren(element("div", text, "nothing")); };
@@ -111,13 +113,13 @@
     $("verdict").replaceChildren(...data.verdict.map((text) => element("li", text)));
     const tiles = [];
     const best = data.best[0], hold = curve("buy_and_hold");
-    if (best) tiles.push(["Best of all, in sample", ratio(best.sharpe), `Sharpe ratio of set ${whole(best.set)}`]);
-    if (data.luck && is(data.luck.expected_max_sharpe)) tiles.push(["Best by luck alone", ratio(data.luck.expected_max_sharpe), "expected Sharpe ratio"]);
+    if (best) tiles.push(["Best of all, in sample", ratio(best.sharpe), `Sharpe, set ${whole(best.set)}`]);
+    if (data.luck && is(data.luck.expected_max_sharpe)) tiles.push(["Best by luck alone", ratio(data.luck.expected_max_sharpe), "Sharpe, expected"]);
     for (const kind of ["per_asset", "pooled"]) {
       const c = curve(kind);
-      if (c) tiles.push([`${capital(KINDS[kind])}`, ratio(c.total.sharpe), `out of sample, ${percent(c.total.total_return)}`, true]);
+      if (c) tiles.push([`${capital(KINDS[kind])}`, ratio(c.total.sharpe), `Sharpe, out of sample; return ${percent(c.total.total_return)}`, true]);
     }
-    if (hold) tiles.push(["Buy and hold", ratio(hold.total.sharpe), `same bars, ${percent(hold.total.total_return)}`]);
+    if (hold) tiles.push(["Buy and hold", ratio(hold.total.sharpe), `Sharpe; return ${percent(hold.total.total_return)}`]);
     if (data.luck && is(data.luck.deflated_sharpe)) tiles.push(["Deflated Sharpe", percent(data.luck.deflated_sharpe), "probability of more than luck"]);
     if (data.luck && is(data.luck.pbo)) tiles.push(["Overfitting", percent(data.luck.pbo), "probability (PBO)"]);
     $("tiles").replaceChildren(...tiles.map(([name, value, more, accent]) => {
@@ -126,7 +128,7 @@
       return tile;
     }));
     const means = data.assets > 1 ? ", means over assets" : "";
-    $("best-lead").textContent = `Ranked by ${words(data.rank_by)} at ${plain(data.cost_bps)} bp${means}; chosen with hindsight, so not a forecast.`;
+    $("best-lead").textContent = `Ranked by ${titled(data.rank_by)} at ${plain(data.cost_bps)} bp${means}; chosen with hindsight, so not a forecast.`;
     const head = ["set", ...data.parameters.map(words), "Sharpe", "return", "drawdown", "turnover / year", "trades"];
     const cells = (b) => [whole(b.set), ...b.values.map(plain), ratio(b.sharpe), percent(b.total_return), percent(b.max_drawdown), fixed(b.turnover, 1), whole(b.trades)];
     table("best", head, data.best.map((b, i) => ({ cells: cells(b), strong: i === 0 })));
@@ -215,17 +217,18 @@
     marks.sort((a, b) => a[1] - b[1]);
     const from = h.first * h.width, to = (h.first + h.counts.length) * h.width;
     const lo = Math.min(from, ...marks.map((m) => m[1])), hi = Math.max(to, ...marks.map((m) => m[1])), pad = 0.04 * (hi - lo);
+    const top = 20 + 18 * marks.length, bottom = 44, inside = $("distribution-chart").clientHeight - top - bottom;
     draw("distribution-chart", [{
       type: "bar", x: h.counts.map((_, i) => (h.first + i + 0.5) * h.width), y: h.counts, width: h.counts.map(() => h.width), marker: { color: ink.mid, line: { width: 0 } },
       customdata: h.counts.map((_, i) => [ratio((h.first + i) * h.width), ratio((h.first + i + 1) * h.width)]), hovertemplate: "%{customdata[0]} to %{customdata[1]}<br>%{y:,} sets<extra></extra>",
     }], {
-      bargap: 0.02, margin: { l: 52, r: 14, t: 20 + 18 * marks.length, b: 44 },
+      bargap: 0.02, margin: { l: 52, r: 14, t: top, b: bottom },
       xaxis: axis({ title: "annualised Sharpe ratio", range: [lo - pad, hi + pad], showgrid: false, zeroline: false }), yaxis: axis({ title: "sets", tickformat: ",d", nticks: 6 }),
-      shapes: marks.map(([, x, color, dash], i) => line(x, 0, x, 1, { color, width: 2, dash }, { yref: "paper" })),
+      shapes: marks.map(([, x, color, dash], i) => line(x, 0, x, 1 + (4 + 18 * (marks.length - 1 - i)) / inside, { color, width: 2, dash }, { yref: "paper" })),
       // One row of text per mark, so that neighbours never overlap.
       annotations: marks.map(([name, x, color], i) => ({
         x, y: 1, yref: "paper", yshift: 4 + 18 * (marks.length - 1 - i), text: `${name} ${ratio(x)}`, showarrow: false, yanchor: "bottom", font: { color, size: 12 },
-        xanchor: x > lo + 0.7 * (hi - lo) ? "right" : x < lo + 0.3 * (hi - lo) ? "left" : "center",
+        xanchor: x > lo + 0.75 * (hi - lo) ? "right" : x < lo + 0.25 * (hi - lo) ? "left" : "center",
       })),
     });
     const luck = data.luck;
@@ -254,7 +257,8 @@
       shapes: hi > lo ? [line(lo, lo, hi, hi, { color: ink.grey, width: 1, dash: "dot" }, { layer: "below" })] : [],
     });
   };
-  const said = (fit) => (is(fit.slope) ? `Slope ${ratio(fit.slope)}, rank correlation ${ratio(fit.rank_correlation)} over ${plural(fit.points, "point")}. Dotted: test equals train.` : "Too few points for a fit.");
+  const said = (fit) => (is(fit.slope) ? `Slope ${ratio(fit.slope)}, rank correlation ${ratio(fit.rank_correlation)} over ${plural(fit.points, "point")}.` : "Too few points for a fit.");
+  const dotted = " Dotted: test equals train.";
   const scatter = () => {
     const t = data.train_test;
     if (!t) {
@@ -266,7 +270,7 @@
     $("scatter-sets-title").textContent = t.set.length < t.of ? `${whole(t.set.length)} of ${whole(t.of)} sets, mean over windows` : `All ${plural(t.of, "set")}, mean over windows`;
     const small = t.set.length > 400;
     cloud("scatter-sets", [{ name: "sets", x: t.train, y: t.test, text: t.set.map((s) => `set ${whole(s)}`), marker: { color: faint(ink.accent, small ? 0.4 : 0.65), size: small ? 4 : 6 } }], t.fit);
-    $("scatter-sets-note").textContent = said(t.fit);
+    $("scatter-sets-note").textContent = said(t.fit) + dotted;
     if (!t.chosen.length) { $("scatter-chosen").parentElement.hidden = true; return; }
     const dates = (c, i) => { const found = data.choices.find((x) => x.kind === c.selection); return found && found.windows === found.test.length ? ` from ${iso(found.test[c.window[i]][0])}` : ""; };
     const symbol = (c, i) => (c.asset[i] >= 0 && data.assets > 1 ? `, asset ${whole(c.asset[i] + 1)}` : "");
@@ -274,7 +278,7 @@
     $("scatter-chosen-title").textContent = shown < of ? `Chosen sets, ${whole(shown)} of ${whole(of)} choices` : "Chosen sets, a point per choice";
     const markers = { per_asset: { color: faint(ink.accent, shown > 400 ? 0.4 : 0.65), size: shown > 400 ? 4 : 6 }, pooled: { color: ink.ink, size: 8, symbol: "diamond-open", line: { width: 1.5 } } };
     cloud("scatter-chosen", t.chosen.map((c) => ({ name: KINDS[c.selection], x: c.train, y: c.test, text: c.set.map((s, i) => `window ${whole(c.window[i] + 1)}${dates(c, i)}${symbol(c, i)}<br>set ${whole(s)}`), marker: markers[c.selection] })), t.chosen[0].fit);
-    $("scatter-chosen-note").textContent = t.chosen.map((c) => `${t.chosen.length > 1 ? `${capital(KINDS[c.selection])}: ` : ""}${said(c.fit)}`).join(" ");
+    $("scatter-chosen-note").textContent = t.chosen.map((c) => `${t.chosen.length > 1 ? `${capital(KINDS[c.selection])}: ` : ""}${t.chosen.length > 1 ? said(c.fit).replace("Slope", "slope") : said(c.fit)}`).join(" ") + (t.chosen.length > 1 ? ` The line is the first one's fit.` : "") + dotted;
   };
 
   // ---- growth -------------------------------------------------------------------------------------------------
@@ -347,17 +351,20 @@
     const rows = data.parameters.map((name, p) => [name, p]).filter(([name]) => data.axes.some((a) => a.name === name));
     if (!rows.length) return nothing("choices-chart", "The grid varies no parameter.");
     const gap = 0.1, height = (1 - gap * (rows.length - 1)) / rows.length;
-    const x = c.test.map((t) => iso(t[0]));
+    // The last choice holds until the end of its test part.
+    const last = (list) => [...list, list[list.length - 1]];
+    const x = [...c.test.map((t) => iso(t[0])), iso(c.test[c.test.length - 1][1])];
     const traces = [], layout = { margin: { l: 52, r: 14, t: 24, b: 36 }, xaxis: axis({ type: "date", anchor: rows.length > 1 ? `y${rows.length}` : "y" }), annotations: [] };
     rows.forEach(([name, p], i) => {
       const y = i ? `y${i + 1}` : "y", top = 1 - i * (height + gap);
-      layout[i ? `yaxis${i + 1}` : "yaxis"] = axis({ domain: [Math.max(0, top - height), top], nticks: 5, rangemode: "normal" });
+      const values = chosen ? chosen.at.map((s) => c.sets[s][p]) : [], levels = [...new Set(values)];
+      layout[i ? `yaxis${i + 1}` : "yaxis"] = axis({ domain: [Math.max(0, top - height), top], nticks: 5, zeroline: false, ...(levels.length && levels.length < 4 ? { tickmode: "array", tickvals: levels } : {}) });
       layout.annotations.push({ text: label(words(name)), x: 0, xref: "paper", xanchor: "left", y: top, yref: "paper", yanchor: "bottom", showarrow: false, font: { color: ink.ink, size: 12 } });
       if (chosen) {
-        traces.push({ type: "scatter", mode: x.length > 120 ? "lines" : "lines+markers", name: words(name), x, y: chosen.at.map((s) => c.sets[s][p]), yaxis: y, line: { color: ink.accent, width: 1.6, shape: "hv" }, marker: { size: 5 },
-          customdata: chosen.at.map((s, w) => [c.set[s], iso(c.test[w][1])]), hovertemplate: "%{x} to %{customdata[1]}<br>%{y}, set %{customdata[0]:,}<extra></extra>" });
+        traces.push({ type: "scatter", mode: x.length > 120 ? "lines" : "lines+markers", name: words(name), x, y: last(values), yaxis: y, line: { color: ink.accent, width: 1.6, shape: "hv" }, marker: { size: [...values.map(() => 5), 0] },
+          customdata: last(chosen.at.map((s, w) => [c.set[s], iso(c.test[w][1])])), hovertemplate: "%{x} to %{customdata[1]}<br>%{y}, set %{customdata[0]:,}<extra></extra>" });
       } else {
-        const [low, ten, half, ninety, high] = c.quantiles[p], style = (width, dash) => ({ color: ink.accent, width, dash, shape: "hv" });
+        const [low, ten, half, ninety, high] = c.quantiles[p].map(last), style = (width, dash) => ({ color: ink.accent, width, dash, shape: "hv" });
         traces.push({ type: "scatter", mode: "lines", name: "10 %", x, y: ten, yaxis: y, line: style(0), hoverinfo: "skip" });
         traces.push({ type: "scatter", mode: "lines", name: "90 %", x, y: ninety, yaxis: y, line: style(0), fill: "tonexty", fillcolor: faint(ink.accent, 0.2), hoverinfo: "skip" });
         traces.push({ type: "scatter", mode: "lines", name: "median", x, y: half, yaxis: y, line: style(1.8), customdata: x.map((_, w) => [low[w], ten[w], ninety[w], high[w]]), hovertemplate: "%{x}<br>median %{y}<br>10–90 %: %{customdata[1]} to %{customdata[2]}<br>all: %{customdata[0]} to %{customdata[3]}<extra></extra>" });
@@ -376,7 +383,7 @@
     const rows = data.costs, x = rows.map((r) => r.cost_bps), hold = curve("buy_and_hold");
     const kinds = ["per_asset", "pooled"].filter((kind) => rows.some((r) => r[kind]));
     const style = { per_asset: { color: ink.accent, width: 2 }, pooled: { color: ink.ink, width: 1.6 } };
-    $("costs-pair").hidden = rows.length < 2;
+    $("costs-pair").hidden = $("costs-legend").hidden = rows.length < 2;
     if (rows.length > 1) {
       for (const [id, name, factor, unit] of [["costs-sharpe", "sharpe", 1, ""], ["costs-return", "total_return", 100, " %"]]) {
         const trace = (title, y, line, more = {}) => ({ type: "scatter", mode: "lines+markers", name: title, x, y: y.map((v) => (is(v) ? factor * v : null)), line, marker: { size: 6 }, hovertemplate: `%{y:.2f}${unit}`, ...more });
@@ -384,13 +391,20 @@
         traces.push(trace("best in sample", rows.map((r) => (r.best ? r.best[name] : null)), { color: ink.grey, width: 1.4, dash: "dash" }));
         // Without a walk-forward both are over all counted bars.
         if (hold) traces.push(trace(KINDS.buy_and_hold, x.map(() => hold.total[name]), { color: ink.grey, width: 1.2, dash: "dot" }, { mode: "lines" }));
-        draw(id, traces, { showlegend: true, hovermode: "x unified", margin: { l: 52, r: 14, t: 52, b: 44 }, legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { color: ink.ink, size: 11 } }, xaxis: axis({ title: "one-way cost, bp", rangemode: "tozero", ticks: "" }), yaxis: axis({ ticksuffix: unit, nticks: 6 }) });
+        const [least, most] = [Math.min(...x), Math.max(...x)], pad = 0.04 * (most - least);
+        draw(id, traces, { hovermode: "x unified", margin: { l: 52, r: 14, t: 14, b: 44 }, xaxis: axis({ title: "one-way cost, bp", range: [least - pad, most + pad], zeroline: false }), yaxis: axis({ ticksuffix: unit, nticks: 6 }) });
+        $("costs-legend").replaceChildren(...traces.map((t) => {
+          const name = element("span", t.name), key = element("i");
+          key.style.borderTop = `2px ${{ dash: "dashed", dot: "dotted" }[t.line.dash] || "solid"} ${t.line.color}`;
+          name.prepend(key);
+          return name;
+        }));
       }
     }
     const head = ["cost", ...kinds.flatMap((kind) => { const short = kinds.length > 1 ? (kind === "pooled" ? "pooled " : "per asset ") : "chosen "; return [`${short}Sharpe`, "return", "drawdown"]; }), "best set in sample", "its Sharpe", "its return"];
     const cells = (r) => [`${plain(r.cost_bps)} bp`, ...kinds.flatMap((kind) => (r[kind] ? [ratio(r[kind].sharpe), percent(r[kind].total_return), percent(r[kind].max_drawdown)] : ["–", "–", "–"])),
       ...(r.best ? [data.parameters.map((name, p) => `${words(name)} ${plain(r.best.values[p])}`).join(", "), ratio(r.best.sharpe), percent(r.best.total_return)] : ["–", "–", "–"])];
-    table("costs-table", head, rows.map((r) => ({ cells: cells(r) })));
+    table("costs-table", head, rows.map((r) => ({ cells: cells(r) })), 1);
     for (const id of ["costs-best", "costs-best-title", "costs-best-lead"]) $(id).hidden = rows.length < 2;
     if (rows.length > 1) {
       const name = (b) => data.parameters.map((n, p) => `${words(n)} ${plain(b.values[p])}`).join(", ");
@@ -405,7 +419,7 @@
     const lines = [["Version", p.version && `forback ${p.version}`], ["Command", p.command && p.command.join(" ")], ["Written", p.written], ["Device", p.device], ["Seed", p.seed !== undefined ? String(p.seed) : ""],
       ["Data", d.sources && d.sources.join(", ")], ["SHA-256", d.sha256], ["Price", d.price], ["Dropped", d.dropped && d.dropped.length ? few(d.dropped, (x) => `${x.symbol} (${x.reason})`) : ""],
       ["Filled", d.filled && d.filled.length ? few(d.filled, (x) => `${x.symbol} (${plural(x.cells, "cell")})`) : ""], ["Notes", d.notes && d.notes.join("; ")],
-      ["Strategy", p.strategy], ["Grid", p.grid], ["Execution", p.execution && words(p.execution)], ["Walk-forward", p.walk_forward || "none"], ["Selection", p.select && words(p.select)], ["Ranked by", p.rank_by && words(p.rank_by)],
+      ["Strategy", p.strategy], ["Grid", p.grid], ["Execution", p.execution && words(p.execution)], ["Walk-forward", p.walk_forward || "none"], ["Selection", p.select && words(p.select)], ["Ranked by", p.rank_by && titled(p.rank_by)],
       ["Costs", p.cost_bps && `${p.cost_bps.map(plain).join(", ")} bp one way`], ["Periods per year", is(p.periods_per_year) ? fixed(p.periods_per_year, 1) : ""],
       ["Time", is(p.seconds) ? `${fixed(p.seconds, 2)} s${is(p.set_bars) ? `, ${(p.set_bars / p.seconds).toExponential(2).replace("e+", " × 10^")} set-bars per second` : ""}, ${plural(p.launches, "launch").replace("launchs", "launches")}, ${plural(p.submits, "submit")}` : ""]];
     pairs("provenance-list", lines.filter(([, text]) => text));
