@@ -489,8 +489,8 @@ fn the_report_shows_what_the_files_hold() {
     assert_eq!(array(&trace(&seen, "scatter-sets", "sets")["x"]).len(), sets.len());
 
     // The same page, opened on other axes and statistics.
-    let seen = opened(browser, &page, "theme=dark&x=slow&y=short&stat=total_return&over=max&log=0");
-    compare_cells(&seen["held"]["surface-chart"], &data, (1, 2), &statistic(1, 100.0), true);
+    let seen = opened(browser, &page, "theme=dark&x=short&y=slow&stat=total_return&over=max&log=0");
+    compare_cells(&seen["held"]["surface-chart"], &data, (2, 1), &statistic(1, 100.0), true);
     assert_eq!(seen["held"]["equity-chart"]["yaxis"], "linear");
 }
 

@@ -66,21 +66,31 @@ pub struct ReportData {
     pub provenance: Value,
 }
 
-/// Multiple-testing summary of a sweep; NaN where a number was not computed.
+/// Multiple-testing summary of a sweep; ratios are annualised, NaN where a number was not computed.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Luck {
-    /// Sharpe ratio of the best set, annualised.
+    /// Sharpe ratio of the best set, in sample.
     pub best_sharpe: f64,
-    /// Largest Sharpe ratio that sets without any skill would be expected to show, annualised.
+    /// Largest Sharpe ratio that luck gives the best of so many sets.
     pub expected_max_sharpe: f64,
-    /// Independent trials that the sets are worth.
+    /// Sets that count as trials.
     pub trials: f64,
-    /// Probability that the best set's true Sharpe ratio is above what luck explains.
+    /// Probability that the best set's true ratio is above zero, were it the only set.
+    pub probabilistic_sharpe: f64,
+    /// Probability that it is above what luck gives.
     pub deflated_sharpe: f64,
-    /// Probability of back-test overfitting: how often the best set in sample is below the median out of sample.
+    /// Probability of back-test overfitting: how often the best set of one half of time ends in the lower half of the sets in the other.
     pub pbo: f64,
-    /// Confidence interval of the best set's Sharpe ratio, annualised.
-    pub interval: [f64; 2],
+    /// Confidence of the intervals and of the track record, such as 0.95.
+    pub level: f64,
+    /// Interval of the best set's Sharpe ratio, in sample.
+    pub in_sample: [f64; 2],
+    /// Interval of the stitched out-of-sample Sharpe ratio.
+    pub out_of_sample: [f64; 2],
+    /// Years of the best set's series.
+    pub years: f64,
+    /// Years that its ratio needs to be above what luck gives, at `level`.
+    pub minimum_years: f64,
 }
 
 /// A set of the grid, in sample, means over assets.

@@ -153,7 +153,19 @@ mod tests {
             sharpe: Histogram::of(n, |s| statistics[s][0]),
             axes,
             surfaces,
-            luck: Some(Luck { best_sharpe: 2.0, expected_max_sharpe: 1.9, trials: f64::NAN, deflated_sharpe: 0.6, pbo: 0.4, interval: [0.1, 3.9] }),
+            luck: Some(Luck {
+                best_sharpe: 2.0,
+                expected_max_sharpe: 1.9,
+                trials: 1e6,
+                probabilistic_sharpe: 0.99,
+                deflated_sharpe: 0.6,
+                pbo: 0.4,
+                level: 0.95,
+                in_sample: [0.1, 3.9],
+                out_of_sample: [f64::NAN; 2],
+                years: 9.4,
+                minimum_years: f64::INFINITY,
+            }),
             train_test: Some(TrainTest {
                 of: n,
                 set: set.clone(),
@@ -187,7 +199,7 @@ mod tests {
         let json = page.split_once("id=\"report-data\">").unwrap().1.split_once("</script>").unwrap().0;
         let again: Value = serde_json::from_str(json).unwrap();
         assert_eq!(again["facts"][0][1], "</script><script>alert(1)</script>");
-        assert!(again["luck"]["trials"].is_null(), "undefined is null");
+        assert!(again["luck"]["minimum_years"].is_null(), "undefined is null");
         assert_eq!(again["luck"]["expected_max_sharpe"], 1.9);
         // To look at it: FORBACK_REPORT=/tmp/largest.html cargo test a_million_sets
         if let Ok(at) = std::env::var("FORBACK_REPORT") {

@@ -234,10 +234,13 @@
     const luck = data.luck;
     const parts = [`${plural(defined, "set")} counted in ${plural(h.counts.length, "bar")} of width ${plain(h.width)}${h.undefined ? `, ${whole(h.undefined)} without a defined ratio` : ""}.`];
     if (luck) {
-      if (is(luck.expected_max_sharpe)) parts.push(`Among sets without skill the best would be expected to show ${ratio(luck.expected_max_sharpe)}${is(luck.trials) ? ` (${whole(luck.trials)} independent trials)` : ""}.`);
-      if (is(luck.deflated_sharpe)) parts.push(`Deflated Sharpe ratio, the probability that the best set's is above that: ${percent(luck.deflated_sharpe)}.`);
+      const level = percent(luck.level).replace(".0", "");
+      if (is(luck.expected_max_sharpe)) parts.push(`Of ${is(luck.trials) ? plural(luck.trials, "set") : "as many sets"} without skill the best would be expected to show ${ratio(luck.expected_max_sharpe)}.`);
+      if (is(luck.deflated_sharpe)) parts.push(`Probability that the best set's true ratio is above that (deflated Sharpe ratio): ${percent(luck.deflated_sharpe)}.`);
       if (is(luck.pbo)) parts.push(`Probability of back-test overfitting: ${percent(luck.pbo)}.`);
-      if (luck.interval.every(is)) parts.push(`Interval of the best set's Sharpe ratio: ${ratio(luck.interval[0])} to ${ratio(luck.interval[1])}.`);
+      if (luck.in_sample.every(is)) parts.push(`Best set's Sharpe ratio in sample, ${level} interval: ${ratio(luck.in_sample[0])} to ${ratio(luck.in_sample[1])}.`);
+      if (luck.out_of_sample.every(is)) parts.push(`Out of sample: ${ratio(luck.out_of_sample[0])} to ${ratio(luck.out_of_sample[1])}.`);
+      if (is(luck.minimum_years) && is(luck.years)) parts.push(`To be above luck at ${level} it would need ${fixed(luck.minimum_years, 1)} years; there are ${fixed(luck.years, 1)}.`);
     }
     $("distribution-note").textContent = parts.join(" ");
   };
