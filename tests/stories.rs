@@ -502,7 +502,7 @@ fn the_report_of_one_window_is_the_sweep_itself() {
     let ran = sweep_json(&args);
     assert_eq!(ran["windows"], json!(1));
     let seen = opened(browser, &folder.path("report.html"), "");
-    let (all, chosen) = (trace(&seen, "scatter-sets", "sets"), trace(&seen, "scatter-chosen", "chosen per asset"));
+    let (all, chosen) = (trace(&seen, "scatter-sets", "sets"), trace(&seen, "scatter-chosen", "chosen sets"));
     let train = floats(&all["x"]);
     let best = train.iter().copied().fold(f64::MIN, f64::max);
     let set = train.iter().position(|t| *t == best).unwrap();

@@ -337,7 +337,8 @@ fn verdict(inputs: &Inputs<'_>, curves: &[Curve]) -> Vec<String> {
     let Some(hold) = curves.iter().find(|c| c.kind == "buy_and_hold").map(|c| c.total.sharpe) else { return Vec::new() };
     let cost = inputs.config.cost_bps.first().copied().unwrap_or(0.0);
     let mut lines = Vec::new();
-    for (kind, name) in [("per_asset", "a set per asset"), ("pooled", "one set for all assets")] {
+    let own = if inputs.report.assets > 1 { "a set per asset" } else { "a set" };
+    for (kind, name) in [("per_asset", own), ("pooled", "one set for all assets")] {
         let Some(chosen) = curves.iter().find(|c| c.kind == kind).map(|c| c.total.sharpe) else { continue };
         let against = match chosen.partial_cmp(&hold) {
             Some(std::cmp::Ordering::Greater) => "more than",

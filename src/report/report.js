@@ -16,7 +16,7 @@
   // ---- numbers as text ----------------------------------------------------------------------------------------
 
   const is = (x) => typeof x === "number" && Number.isFinite(x);
-  const minus = (text) => text.replace(/^-/, "\u2212");
+  const minus = (text) => (/^-0(\.0+)?$/.test(text) ? text.slice(1) : text.replace(/^-/, "\u2212"));
   const fixed = (x, digits) => (is(x) ? minus(x.toLocaleString("en-GB", { minimumFractionDigits: digits, maximumFractionDigits: digits })) : "–");
   const ratio = (x) => fixed(x, 2);
   const percent = (x) => (is(x) ? fixed(100 * x, Math.abs(x) >= 10 ? 0 : 1) + "\u00a0%" : "–");
@@ -36,7 +36,7 @@
     { name: "turnover", title: "Turnover per year", show: (x) => fixed(x, 1), factor: 1, best: -1 },
   ];
   const titled = (name) => { const found = STATISTICS.find((s) => s.name === name); return found ? found.title.replace(/^[TM]/, (c) => c.toLowerCase()) : words(name); };
-  const KINDS = { per_asset: "chosen per asset", pooled: "chosen for all assets", best_in_sample: "best set in sample", buy_and_hold: "buy and hold" };
+  const KINDS = { per_asset: data.assets > 1 ? "chosen per asset" : "chosen sets", pooled: data.assets > 1 ? "chosen for all assets" : "chosen sets, pooled", best_in_sample: "best set in sample", buy_and_hold: "buy and hold" };
 
   // ---- elements -----------------------------------------------------------------------------------------------
 
@@ -113,7 +113,7 @@
     $("verdict").replaceChildren(...data.verdict.map((text) => element("li", text)));
     const tiles = [];
     const best = data.best[0], hold = curve("buy_and_hold");
-    if (best) tiles.push(["Best of all, in sample", ratio(best.sharpe), `Sharpe, set ${whole(best.set)}`]);
+    if (best) tiles.push(["Best of all, in sample", ratio(best.sharpe), `Sharpe, set ${whole(best.set)}${data.assets > 1 ? "; mean of assets" : ""}`]);
     if (data.luck && is(data.luck.expected_max_sharpe)) tiles.push(["Best by luck alone", ratio(data.luck.expected_max_sharpe), "Sharpe, expected"]);
     for (const kind of ["per_asset", "pooled"]) {
       const c = curve(kind);
@@ -141,10 +141,11 @@
 
   // ---- parameter surface --------------------------------------------------------------------------------------
 
-  const bins = (a) => a.from.map((from, i) => (from === a.to[i] ? plain(from) : `${plain(from)}–${plain(a.to[i])}`));
+  const rough = (x) => (Number.isInteger(x) ? plain(x) : plain(+x.toPrecision(4)));
+  const bins = (a) => a.from.map((from, i) => (from === a.to[i] ? plain(from) : `${rough(from)}–${rough(a.to[i])}`));
   // Few enough labels to read, whatever the number of bins.
   const ticks = (labels, most) => {
-    const step = Math.ceil(labels.length / most);
+    const longest = Math.max(...labels.map((text) => text.length)), step = Math.ceil(labels.length / Math.max(3, Math.floor(most * Math.min(1, 8 / longest))));
     const at = labels.map((_, i) => i).filter((i) => i % step === 0);
     return { tickmode: "array", tickvals: at, ticktext: at.map((i) => labels[i]) };
   };
@@ -202,9 +203,10 @@
     const empty = best < 0;
     const where = empty ? "" : x === y ? `${words(data.axes[x].name)} ${xs[best]}`
       : `${words(data.axes[map.x].name)} ${bins(data.axes[map.x])[best % columns]}, ${words(data.axes[map.y].name)} ${bins(data.axes[map.y])[Math.floor(best / columns)]}`;
+    const unset = cells.some((v, i) => !is(v) && map.count[i] > 0), gaps = unset ? " Empty cells hold no set with a defined value." : cells.every(is) ? "" : " Empty cells hold no set.";
     const sense = stat.best > 0 ? "highest" : "lowest";
     $("surface-note").textContent = empty ? "No set has a defined value." :
-      `${title} over the other parameters${data.assets > 1 ? ", means over assets" : ""}. The ring marks the ${sense} cell: ${where}, ${stat.show(cells[best])}, ${plural(map.count[best], "set")}. Empty cells hold no set.`;
+      `${title} over the other parameters${data.assets > 1 ? ", means over assets" : ""}. The ring marks the ${sense} cell: ${where}, ${stat.show(cells[best])}, ${plural(map.count[best], "set")}.${gaps}`;
   };
 
   // ---- distribution -------------------------------------------------------------------------------------------
@@ -217,18 +219,18 @@
     marks.sort((a, b) => a[1] - b[1]);
     const from = h.first * h.width, to = (h.first + h.counts.length) * h.width;
     const lo = Math.min(from, ...marks.map((m) => m[1])), hi = Math.max(to, ...marks.map((m) => m[1])), pad = 0.04 * (hi - lo);
-    const top = 20 + 18 * marks.length, bottom = 44, inside = $("distribution-chart").clientHeight - top - bottom;
+    const top = 12 + 18 * marks.length, bottom = 44, inside = $("distribution-chart").clientHeight - top - bottom;
     draw("distribution-chart", [{
       type: "bar", x: h.counts.map((_, i) => (h.first + i + 0.5) * h.width), y: h.counts, width: h.counts.map(() => h.width), marker: { color: ink.mid, line: { width: 0 } },
       customdata: h.counts.map((_, i) => [ratio((h.first + i) * h.width), ratio((h.first + i + 1) * h.width)]), hovertemplate: "%{customdata[0]} to %{customdata[1]}<br>%{y:,} sets<extra></extra>",
     }], {
       bargap: 0.02, margin: { l: 52, r: 14, t: top, b: bottom },
       xaxis: axis({ title: "annualised Sharpe ratio", range: [lo - pad, hi + pad], showgrid: false, zeroline: false }), yaxis: axis({ title: "sets", tickformat: ",d", nticks: 6 }),
-      shapes: marks.map(([, x, color, dash], i) => line(x, 0, x, 1 + (4 + 18 * (marks.length - 1 - i)) / inside, { color, width: 2, dash }, { yref: "paper" })),
-      // One row of text per mark, so that neighbours never overlap.
+      shapes: marks.map(([, x, color, dash], i) => line(x, 0, x, 1 + (20 + 18 * i) / inside, { color, width: 2, dash }, { yref: "paper" })),
+      // A row of text per mark, left of its line and above the lines further left.
       annotations: marks.map(([name, x, color], i) => ({
-        x, y: 1, yref: "paper", yshift: 4 + 18 * (marks.length - 1 - i), text: `${name} ${ratio(x)}`, showarrow: false, yanchor: "bottom", font: { color, size: 12 },
-        xanchor: x > lo + 0.75 * (hi - lo) ? "right" : x < lo + 0.25 * (hi - lo) ? "left" : "center",
+        x, y: 1, yref: "paper", yshift: 2 + 18 * i, xshift: x < lo + 0.2 * (hi - lo) ? 4 : -4, text: `${name} ${ratio(x)}`, showarrow: false, yanchor: "bottom", font: { color, size: 12 },
+        xanchor: x < lo + 0.2 * (hi - lo) ? "left" : "right",
       })),
     });
     const luck = data.luck;
@@ -391,7 +393,7 @@
       for (const [id, name, factor, unit] of [["costs-sharpe", "sharpe", 1, ""], ["costs-return", "total_return", 100, " %"]]) {
         const trace = (title, y, line, more = {}) => ({ type: "scatter", mode: "lines+markers", name: title, x, y: y.map((v) => (is(v) ? factor * v : null)), line, marker: { size: 6 }, hovertemplate: `%{y:.2f}${unit}`, ...more });
         const traces = kinds.map((kind) => trace(KINDS[kind], rows.map((r) => (r[kind] ? r[kind][name] : null)), style[kind]));
-        traces.push(trace("best in sample", rows.map((r) => (r.best ? r.best[name] : null)), { color: ink.grey, width: 1.4, dash: "dash" }));
+        traces.push(trace(data.assets > 1 ? "best in sample, mean of assets" : "best in sample", rows.map((r) => (r.best ? r.best[name] : null)), { color: ink.grey, width: 1.4, dash: "dash" }));
         // Without a walk-forward both are over all counted bars.
         if (hold) traces.push(trace(KINDS.buy_and_hold, x.map(() => hold.total[name]), { color: ink.grey, width: 1.2, dash: "dot" }, { mode: "lines" }));
         const [least, most] = [Math.min(...x), Math.max(...x)], pad = 0.04 * (most - least);
@@ -408,6 +410,8 @@
     const cells = (r) => [`${plain(r.cost_bps)} bp`, ...kinds.flatMap((kind) => (r[kind] ? [ratio(r[kind].sharpe), percent(r[kind].total_return), percent(r[kind].max_drawdown)] : ["–", "–", "–"])),
       ...(r.best ? [data.parameters.map((name, p) => `${words(name)} ${plain(r.best.values[p])}`).join(", "), ratio(r.best.sharpe), percent(r.best.total_return)] : ["–", "–", "–"])];
     table("costs-table", head, rows.map((r) => ({ cells: cells(r) })), 1);
+    const portfolio = data.assets > 1 ? ", of the equal-weight portfolio" : "";
+    $("costs-note").textContent = kinds.length ? `Chosen sets: stitched out-of-sample bars${portfolio}. Best set in sample: all counted bars${data.assets > 1 ? ", mean of the assets" : ""}, with hindsight. Buy and hold pays no costs.` : "All in sample. Buy and hold pays no costs.";
     for (const id of ["costs-best", "costs-best-title", "costs-best-lead"]) $(id).hidden = rows.length < 2;
     if (rows.length > 1) {
       const name = (b) => data.parameters.map((n, p) => `${words(n)} ${plain(b.values[p])}`).join(", ");
