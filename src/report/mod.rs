@@ -27,6 +27,7 @@ use std::path::Path;
 const TEMPLATE: &str = include_str!("report.html");
 const STYLE: &str = include_str!("report.css");
 const SCRIPT: &str = include_str!("report.js");
+const LICENCE: &str = include_str!("plotly-LICENSE.txt");
 const PLOTLY: &str = include_str!("plotly-cartesian.min.js");
 
 /// What a report is made of.
@@ -53,7 +54,8 @@ pub struct Inputs<'a> {
 pub fn write(path: &Path, data: &ReportData) -> Result<()> {
     let page = page(data)?;
     let io = |at: &Path, e: std::io::Error| Error::Io { path: at.display().to_string(), message: format!("cannot be written: {e}") };
-    let partial = path.with_extension(format!("html.{}", std::process::id()));
+    let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    let partial = path.with_file_name(format!(".{name}.{}", std::process::id()));
     std::fs::write(&partial, page).map_err(|e| io(&partial, e))?;
     std::fs::rename(&partial, path).map_err(|e| {
         // Best effort: the error that led here is the one to report.
@@ -69,7 +71,8 @@ pub fn page(data: &ReportData) -> Result<String> {
     // Inside a script block only `<` can end the block; in JSON it stands in texts alone, where it has an escape.
     let json = serde_json::to_string(data).map_err(|e| Error::Internal(e.to_string()))?.replace('<', "\\u003c");
     let title = format!("forback: {}, {}", data.strategy, data.subtitle);
-    let parts = [("title", escape(&title)), ("style", STYLE.into()), ("data", json), ("plotly", PLOTLY.into()), ("script", SCRIPT.into())];
+    let parts =
+        [("title", escape(&title)), ("style", STYLE.into()), ("data", json), ("licence", LICENCE.into()), ("plotly", PLOTLY.into()), ("script", SCRIPT.into())];
     let mut page = String::with_capacity(parts.iter().map(|p| p.1.len()).sum::<usize>() + TEMPLATE.len());
     let mut rest = TEMPLATE;
     for (name, text) in &parts {

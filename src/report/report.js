@@ -27,7 +27,7 @@
   const label = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
   const words = (name) => name.replace(/_/g, " ");
   const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
-  const plural = (n, word) => `${whole(n)} ${word}${n === 1 ? "" : "s"}`;
+  const plural = (n, word, many = `${word}s`) => `${whole(n)} ${n === 1 ? word : many}`;
 
   const STATISTICS = [
     { name: "sharpe", title: "Sharpe ratio", show: ratio, factor: 1, best: 1 },
@@ -428,7 +428,7 @@
       ["Filled", d.filled && d.filled.length ? few(d.filled, (x) => `${x.symbol} (${plural(x.cells, "cell")})`) : ""], ["Notes", d.notes && d.notes.join("; ")],
       ["Strategy", p.strategy], ["Grid", p.grid], ["Execution", p.execution && words(p.execution)], ["Walk-forward", p.walk_forward || "none"], ["Selection", p.select && words(p.select)], ["Ranked by", p.rank_by && titled(p.rank_by)],
       ["Costs", p.cost_bps && `${p.cost_bps.map(plain).join(", ")} bp one way`], ["Periods per year", is(p.periods_per_year) ? fixed(p.periods_per_year, 1) : ""],
-      ["Time", is(p.seconds) ? `${fixed(p.seconds, 2)} s${is(p.set_bars) ? `, ${(p.set_bars / p.seconds).toExponential(2).replace("e+", " × 10^")} set-bars per second` : ""}, ${plural(p.launches, "launch").replace("launchs", "launches")}, ${plural(p.submits, "submit")}` : ""]];
+      ["Time", is(p.seconds) ? `${fixed(p.seconds, 2)} s${is(p.set_bars) ? `, ${(p.set_bars / p.seconds).toExponential(2)} set-bars per second` : ""}, ${plural(p.launches, "launch", "launches")}, ${plural(p.submits, "submit")}` : ""]];
     pairs("provenance-list", lines.filter(([, text]) => text));
     $("provenance-json").textContent = JSON.stringify(p, null, 2);
   };
