@@ -262,7 +262,7 @@
       shapes: hi > lo ? [line(lo, lo, hi, hi, { color: ink.grey, width: 1, dash: "dot" }, { layer: "below" })] : [],
     });
   };
-  const said = (fit) => (is(fit.slope) ? `Slope ${ratio(fit.slope)}, rank correlation ${ratio(fit.rank_correlation)} over ${plural(fit.points, "point")}.` : "Too few points for a fit.");
+  const said = (fit, n) => (is(fit.slope) ? `Slope ${ratio(fit.slope)}, rank correlation ${ratio(fit.rank_correlation)} over ${plural(fit.points, "point")}${fit.points < n ? ` (${whole(n - fit.points)} are undefined: nothing was traded)` : ""}.` : "Too few points for a fit.");
   const dotted = " Dotted: test equals train.";
   const scatter = () => {
     const t = data.train_test;
@@ -275,7 +275,7 @@
     $("scatter-sets-title").textContent = t.set.length < t.of ? `${whole(t.set.length)} of ${whole(t.of)} sets, mean over windows` : `All ${plural(t.of, "set")}, mean over windows`;
     const small = t.set.length > 400;
     cloud("scatter-sets", [{ name: "sets", x: t.train, y: t.test, text: t.set.map((s) => `set ${whole(s)}`), marker: { color: faint(ink.accent, small ? 0.4 : 0.65), size: small ? 4 : 6 } }], t.fit);
-    $("scatter-sets-note").textContent = said(t.fit) + dotted;
+    $("scatter-sets-note").textContent = said(t.fit, t.set.length) + dotted;
     if (!t.chosen.length) { $("scatter-chosen").parentElement.hidden = true; return; }
     const dates = (c, i) => { const found = data.choices.find((x) => x.kind === c.selection); return found && found.windows === found.test.length ? ` from ${iso(found.test[c.window[i]][0])}` : ""; };
     const symbol = (c, i) => (c.asset[i] >= 0 && data.assets > 1 ? `, asset ${whole(c.asset[i] + 1)}` : "");
@@ -283,7 +283,7 @@
     $("scatter-chosen-title").textContent = shown < of ? `Chosen sets, ${whole(shown)} of ${whole(of)} choices` : "Chosen sets, a point per choice";
     const markers = { per_asset: { color: faint(ink.accent, shown > 400 ? 0.4 : 0.65), size: shown > 400 ? 4 : 6 }, pooled: { color: ink.ink, size: 8, symbol: "diamond-open", line: { width: 1.5 } } };
     cloud("scatter-chosen", t.chosen.map((c) => ({ name: KINDS[c.selection], x: c.train, y: c.test, text: c.set.map((s, i) => `window ${whole(c.window[i] + 1)}${dates(c, i)}${symbol(c, i)}<br>set ${whole(s)}`), marker: markers[c.selection] })), t.chosen[0].fit);
-    $("scatter-chosen-note").textContent = t.chosen.map((c) => `${t.chosen.length > 1 ? `${capital(KINDS[c.selection])}: ` : ""}${t.chosen.length > 1 ? said(c.fit).replace("Slope", "slope") : said(c.fit)}`).join(" ") + (t.chosen.length > 1 ? ` The line is the first one's fit.` : "") + dotted;
+    $("scatter-chosen-note").textContent = t.chosen.map((c) => `${t.chosen.length > 1 ? `${capital(KINDS[c.selection])}: ` : ""}${t.chosen.length > 1 ? said(c.fit, c.set.length).replace("Slope", "slope") : said(c.fit, c.set.length)}`).join(" ") + (t.chosen.length > 1 ? ` The line is the first one's fit.` : "") + dotted;
   };
 
   // ---- growth -------------------------------------------------------------------------------------------------
