@@ -4,12 +4,12 @@
 #   scripts/test.sh                       some minutes on two cores
 #   FORBACK_REQUIRE=cpu scripts/test.sh   without a Vulkan driver or a C++ compiler
 #
-# Devices that FORBACK_REQUIRE names (default cpu,wgpu,cuda-host) must be there, or their tests fail. On Debian and Ubuntu what they
-# need is installed first: a software Vulkan driver (llvmpipe) for wgpu, a C++ compiler for cuda-host.
+# What FORBACK_REQUIRE names (default cpu,wgpu,cuda-host,chromium) must be there, or its tests fail. On Debian and Ubuntu what is
+# needed is installed first: a software Vulkan driver (llvmpipe) for wgpu, a C++ compiler for cuda-host, a browser for the report.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-export FORBACK_REQUIRE=${FORBACK_REQUIRE-cpu,wgpu,cuda-host}
+export FORBACK_REQUIRE=${FORBACK_REQUIRE-cpu,wgpu,cuda-host,chromium}
 export CARGO_TERM_COLOR=${CARGO_TERM_COLOR:-never}
 unset FORBACK_DEVICE FORBACK_CHECKED FORBACK_SCHEDULE FORBACK_BLESS
 
@@ -18,7 +18,7 @@ trap 'rm -rf "$scratch"' EXIT
 # Vulkan drivers complain on stderr where it is not set.
 export XDG_RUNTIME_DIR=${XDG_RUNTIME_DIR:-$scratch}
 
-# ---- what the devices need --------------------------------------------------------------------------------------
+# ---- what the tests need ----------------------------------------------------------------------------------------
 
 has_vulkan() {
     [ -n "${VK_DRIVER_FILES:-}${VK_ICD_FILENAMES:-}" ] && return 0
@@ -26,20 +26,28 @@ has_vulkan() {
     compgen -G '/usr/share/vulkan/icd.d/*.json' >/dev/null || compgen -G '/etc/vulkan/icd.d/*.json' >/dev/null
 }
 
+has_browser() {
+    local name
+    # Ubuntu's package of that name is a stub that asks for a snap: only a browser that starts counts.
+    for name in chromium chromium-browser google-chrome; do "$name" --version >/dev/null 2>&1 && return 0; done
+    return 1
+}
+
 install_missing() {
     local packages=() as_root=()
     if [[ ,$FORBACK_REQUIRE, == *,wgpu,* ]] && ! has_vulkan; then packages+=(libvulkan1 mesa-vulkan-drivers); fi
     if [[ ,$FORBACK_REQUIRE, == *,cuda-host,* ]] && ! command -v "${CXX:-c++}" g++ clang++ >/dev/null; then packages+=(g++); fi
+    if [[ ,$FORBACK_REQUIRE, == *,chromium,* ]] && ! has_browser; then packages+=(chromium fonts-liberation); fi
     [ ${#packages[@]} -gt 0 ] || return 0
     if [ "$(id -u)" != 0 ]; then as_root=(sudo -n); fi
     if ! command -v apt-get >/dev/null; then
-        echo "missing: ${packages[*]} (Debian's names), and there is no apt-get to install them; the tests of their devices will fail"
+        echo "missing: ${packages[*]} (Debian's names), and there is no apt-get to install them; the tests that need them will fail"
     elif [ ${#as_root[@]} -gt 0 ] && ! sudo -n true 2>/dev/null; then
         echo "missing: ${packages[*]}; install them with: sudo apt-get install ${packages[*]}"
     else
         echo "installing ${packages[*]}"
         { "${as_root[@]}" apt-get update -qq && "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${packages[@]}" >/dev/null; } ||
-            echo "apt-get failed; the tests of their devices will fail"
+            echo "apt-get failed; the tests that need them will fail"
     fi
 }
 if [ "$(uname)" = Linux ]; then install_missing; fi

@@ -5,6 +5,7 @@
 #[cfg(feature = "cli")]
 pub mod cli;
 pub mod data;
+pub mod report;
 pub mod sim;
 
 pub use forback_kernels as kernels;

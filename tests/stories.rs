@@ -1,12 +1,12 @@
 //! End to end through the binary: what a user types, and what comes back.
 //!
 //! A device that `FORBACK_REQUIRE` names must be here; another one that is not is skipped, with its reason. So is market data that is
-//! not beside the project.
+//! not beside the project, and a browser.
 
 #![cfg(feature = "cli")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
 
-use arrow_array::{ArrayRef, Date32Array, Float64Array, RecordBatch, StringArray};
+use arrow_array::{Array, ArrayRef, Date32Array, Float32Array, Float64Array, RecordBatch, StringArray, UInt32Array};
 use arrow_cast::display::{ArrayFormatter, FormatOptions};
 use forback::kernels::philox::{normals, philox4x32};
 use forback::kernels::{KERNELS, OPS};
@@ -250,7 +250,7 @@ fn out_writes_every_back_test_once_and_higher_costs_earn_less() {
     let path = |name: &str| Path::new(&out).join(name).display().to_string();
     let mut names: Vec<String> = std::fs::read_dir(&out).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
-    assert_eq!(names, ["config.toml", "out_of_sample.csv", "results.csv", "results.parquet", "run.json", "walk_forward.csv"]);
+    assert_eq!(names, ["config.toml", "out_of_sample.csv", "report.html", "results.csv", "results.parquet", "run.json", "walk_forward.csv"]);
 
     let (sets, assets, costs) = (12, 3, 3);
     let results = rows(&path("results.csv"));
@@ -702,6 +702,237 @@ fn a_config_file_is_refused_by_line() {
     refused("[grid.fast]\nfrom = 2\n", &["row 1", "grid"]);
     let ran = run(&["sweep", "--config", "no/such.toml"]);
     assert!(ran.code == 2 && ran.stderr.contains("no/such.toml"), "{}", ran.stderr);
+}
+
+// ---- the report --------------------------------------------------------------------------------------------------
+
+/// A browser, if it is here; a required one must be.
+fn chromium() -> Option<&'static str> {
+    let required = std::env::var("FORBACK_REQUIRE").is_ok_and(|list| list.split(',').any(|name| name.trim() == "chromium"));
+    let there = |name: &&str| Command::new(name).arg("--version").output().is_ok_and(|out| out.status.success());
+    let found = ["chromium", "chromium-browser", "google-chrome"].into_iter().find(there);
+    assert!(found.is_some() || !required, "FORBACK_REQUIRE names chromium, and it is not there");
+    if found.is_none() {
+        println!("skipped: chromium is not there");
+    }
+    found
+}
+
+/// The text between two marks.
+fn between<'a>(text: &'a str, from: &str, to: &str) -> &'a str {
+    let (_, rest) = text.split_once(from).unwrap_or_else(|| panic!("no '{from}' in {} bytes", text.len()));
+    rest.split_once(to).unwrap_or_else(|| panic!("no '{to}' after '{from}'")).0
+}
+
+/// The numbers that a page was made of.
+fn numbers_of(page: &str) -> Value {
+    let html = std::fs::read_to_string(page).unwrap();
+    assert!(html.len() < 8 << 20, "{} bytes", html.len());
+    serde_json::from_str(between(&html, "id=\"report-data\">", "</script>")).unwrap()
+}
+
+/// Opens a page in a browser without a window; what its charts hold, as its own script reads it back from them.
+fn opened(browser: &str, page: &str, query: &str) -> Value {
+    let (folder, limit) = (Folder::new(), Duration::from_secs(120));
+    let flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"];
+    let more = ["--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--dump-dom"];
+    let mut child = Command::new(browser)
+        .args(flags)
+        .args(more)
+        .arg(format!("--user-data-dir={}", folder.path("profile")))
+        .arg(format!("file://{page}?check=1&{query}"))
+        .stdout(File::create(folder.path("dom")).unwrap())
+        .stderr(File::create(folder.path("log")).unwrap())
+        .spawn()
+        .unwrap();
+    let start = Instant::now();
+    while child.try_wait().unwrap().is_none() {
+        if start.elapsed() > limit {
+            child.kill().unwrap();
+            panic!("{browser} did not open {page} within {limit:?}");
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let text = |name: &str| String::from_utf8_lossy(&std::fs::read(folder.path(name)).unwrap()).into_owned();
+    let log = text("log");
+    assert!(!log.contains("CONSOLE"), "the page complains: {log}");
+    let seen: Value = serde_json::from_str(between(&text("dom"), "id=\"report-check\">", "</script>")).unwrap();
+    assert_eq!(seen["errors"], json!([]), "{query}");
+    assert!(seen["page_width"].as_f64() <= seen["window_width"].as_f64(), "the page is wider than its window");
+    for (name, chart) in seen["held"].as_object().unwrap() {
+        let pixels = |side: &str| chart[side].as_f64().unwrap();
+        assert!(pixels("drawn") > 0.0 && pixels("width") > 200.0 && pixels("height") > 200.0, "{name}: {chart}");
+    }
+    println!("{query:40} every chart drawn {:.0} ms after the start", seen["ready_ms"].as_f64().unwrap());
+    assert!(seen["ready_ms"].as_f64().unwrap() < 20_000.0, "meant to take less than 2 s on a quiet machine");
+    seen
+}
+
+/// The trace of that name in a chart.
+fn trace<'a>(seen: &'a Value, chart: &str, name: &str) -> &'a Value {
+    array(&seen["held"][chart]["traces"]).iter().find(|t| t["name"] == name).unwrap_or_else(|| panic!("{chart} has no {name}"))
+}
+
+fn floats(list: &Value) -> Vec<f64> {
+    array(list).iter().map(|x| x.as_f64().unwrap_or(f64::NAN)).collect()
+}
+
+/// Per set at the first cost: its parameters, and its statistics as means over assets, added up as the sweep does it.
+fn sets_of(results: &str, parameters: usize) -> Vec<(Vec<f32>, [f64; 4])> {
+    let reader = ParquetRecordBatchReaderBuilder::try_new(File::open(results).unwrap()).unwrap().build().unwrap();
+    let mut sums: Vec<(Vec<f32>, [f32; 4], [u32; 4])> = Vec::new();
+    let mut first_cost = None;
+    for batch in reader.map(Result::unwrap) {
+        let column = |i: usize| batch.column(i).as_any().downcast_ref::<Float32Array>().unwrap();
+        let sets = batch.column(1).as_any().downcast_ref::<UInt32Array>().unwrap();
+        for i in 0..batch.num_rows() {
+            if *first_cost.get_or_insert(column(0).value(i)) != column(0).value(i) {
+                continue;
+            }
+            let set = sets.value(i) as usize;
+            if sums.len() <= set {
+                sums.resize(set + 1, (Vec::new(), [0.0; 4], [0; 4]));
+            }
+            sums[set].0 = (0..parameters).map(|p| column(2 + p).value(i)).collect();
+            for k in 0..4 {
+                let value = column(3 + parameters + k);
+                if !value.is_null(i) {
+                    sums[set].1[k] += value.value(i);
+                    sums[set].2[k] += 1;
+                }
+            }
+        }
+    }
+    let mean = |sum: [f32; 4], n: [u32; 4]| std::array::from_fn(|k| if n[k] == 0 { f64::NAN } else { f64::from(sum[k]) / f64::from(n[k]) });
+    sums.into_iter().map(|(values, sum, n)| (values, mean(sum, n))).collect()
+}
+
+/// Every cell of a heat-map against the sets: `value` of a set, means or maxima over the sets whose parameters x and y fall into it.
+fn compare_cells(held: &Value, data: &Value, (x, y): (usize, usize), sets: &[(Vec<f32>, f64)], largest: bool) {
+    let names = array(&data["parameters"]);
+    let axis = |p: usize| array(&data["axes"]).iter().find(|a| a["name"] == names[p]).unwrap();
+    let edges = |p: usize| floats(&axis(p)["from"]).into_iter().zip(floats(&axis(p)["to"])).collect::<Vec<_>>();
+    let (columns, rows) = (edges(x), edges(y));
+    assert!(columns.len() <= 64 && rows.len() <= 64);
+    let map = &array(&held["traces"])[0];
+    let (mut total, mut best) = (0.0, f64::MIN);
+    for (row, up) in rows.iter().enumerate() {
+        for (column, across) in columns.iter().enumerate() {
+            let within = |(from, to): &(f64, f64), v: f32| *from <= f64::from(v) && f64::from(v) <= *to;
+            let inside: Vec<f64> = sets.iter().filter(|s| within(across, s.0[x]) && within(up, s.0[y])).map(|s| s.1).collect();
+            let defined: Vec<f64> = inside.iter().copied().filter(|v| !v.is_nan()).collect();
+            let want = if largest { defined.iter().copied().fold(f64::NAN, f64::max) } else { defined.iter().sum::<f64>() / defined.len() as f64 };
+            assert_eq!(map["count"][row][column].as_f64().unwrap() as usize, inside.len(), "cell {row}, {column}");
+            match map["z"][row][column].as_f64() {
+                Some(got) => assert!((got - want).abs() <= 1e-4 * want.abs().max(1e-3), "cell {row}, {column}: {got}, {want} from the sets"),
+                None => assert!(want.is_nan(), "cell {row}, {column} is empty, {want} from the sets"),
+            }
+            total += inside.len() as f64;
+            best = best.max(map["z"][row][column].as_f64().unwrap_or(f64::MIN));
+        }
+    }
+    assert_eq!(total as usize, sets.len(), "every set is in one cell");
+    let ring = &array(&held["traces"])[1];
+    let at = |axis: &str| ring[axis][0].as_f64().unwrap() as usize;
+    assert_eq!(map["z"][at("y")][at("x")].as_f64().unwrap(), best, "the ring is on the best cell");
+}
+
+#[test]
+fn the_report_shows_what_the_files_hold() {
+    let Some(browser) = chromium() else { return };
+    let folder = Folder::new();
+    let (page, results) = (folder.path("report.html"), folder.path("results.parquet"));
+    // More values of slow than a heat-map has cells.
+    let args = ["--grid", "fast=2:20:3,slow=21:100,short=0|1", "--assets", "3", "--bars", "900", "--walk-forward", "train=300,test=60", "--select", "both"];
+    let ran = sweep_json(&[&args[..], &["--cost-bps", "10,0,30", "--device", "cpu", "--out", &folder.path("")]].concat());
+    let data = numbers_of(&page);
+    let sets = sets_of(&results, 3);
+    assert_eq!(sets.len(), 7 * 80 * 2);
+    let statistic = |k: usize, factor: f64| sets.iter().map(|(p, s)| (p.clone(), factor * s[k])).collect::<Vec<_>>();
+
+    let seen = opened(browser, &page, "theme=light");
+    let chart = |name: &str| &seen["held"][name];
+    compare_cells(chart("surface-chart"), &data, (0, 1), &statistic(0, 1.0), false);
+
+    // The distribution, bar by bar.
+    let (bars, width) = (&array(&chart("distribution-chart")["traces"])[0], data["sharpe"]["width"].as_f64().unwrap());
+    let (centres, heights) = (floats(&bars["x"]), floats(&bars["y"]));
+    let mut counts = vec![0.0; heights.len()];
+    for (_, s) in sets.iter().filter(|(_, s)| !s[0].is_nan()) {
+        counts[((s[0] / width).floor() - (centres[0] / width - 0.5).round()) as usize] += 1.0;
+    }
+    assert_eq!(heights, counts);
+    assert!(heights.len() <= 200 && heights.iter().sum::<f64>() + data["sharpe"]["undefined"].as_f64().unwrap() == sets.len() as f64);
+
+    // Growth ends where the printed return ends, and as deep as the printed drawdown.
+    for (name, key) in [("chosen per asset", "per_asset"), ("chosen for all assets", "pooled"), ("buy and hold", "")] {
+        let printed = if key.is_empty() { &ran["buy_and_hold"]["portfolio"] } else { &ran["costs"][0][key]["portfolio"] };
+        let of = |traces: &mut dyn Iterator<Item = &Value>| traces.map(|t| floats(&t["y"])).collect::<Vec<_>>();
+        let lines = of(&mut array(&chart("equity-chart")["traces"]).iter().filter(|t| t["name"] == name));
+        let [equity, drawdown] = &lines[..] else { panic!("{name}: {} lines", lines.len()) };
+        let (growth, deepest) = (equity[equity.len() - 1] - 1.0, -drawdown.iter().copied().fold(0.0, f64::min) / 100.0);
+        assert!((growth - printed["total_return"].as_f64().unwrap()).abs() < 1e-4, "{name}: {growth}, printed {}", printed["total_return"]);
+        assert!((deepest - printed["max_drawdown"].as_f64().unwrap()).abs() < 1e-4, "{name}: {deepest}, printed {}", printed["max_drawdown"]);
+    }
+    assert_eq!(chart("equity-chart")["yaxis"], "log");
+
+    // Choices of the first asset, from window to window; the last value is repeated at the end.
+    let choices: Vec<_> = rows(&folder.path("walk_forward.csv")).into_iter().filter(|r| r[0] == *"10" && r[2] == *"SYN001").collect();
+    for (name, column) in [("fast", 9), ("slow", 10), ("short", 11)] {
+        let line = trace(&seen, "choices-chart", name);
+        let want: Vec<f64> = choices.iter().map(|r| r[column].parse().unwrap()).collect();
+        assert_eq!(floats(&line["y"])[..want.len()], want, "{name}");
+        assert!(
+            choices.iter().zip(array(&line["x"])).all(|(row, day)| row[6] < *day.as_str().unwrap()),
+            "a return of a test part is earned after its first bar"
+        );
+    }
+    for (name, key) in [("chosen per asset", "per_asset"), ("chosen for all assets", "pooled")] {
+        let want: Vec<f64> = array(&ran["costs"]).iter().map(|c| c[key]["portfolio"]["sharpe"].as_f64().unwrap()).collect();
+        assert_eq!(floats(&trace(&seen, "costs-sharpe", name)["y"]), want);
+    }
+    assert_eq!(array(&trace(&seen, "scatter-sets", "sets")["x"]).len(), sets.len());
+
+    // The same page, opened on other axes and statistics.
+    let seen = opened(browser, &page, "theme=dark&x=short&y=slow&stat=total_return&over=max&log=0");
+    compare_cells(&seen["held"]["surface-chart"], &data, (2, 1), &statistic(1, 100.0), true);
+    assert_eq!(seen["held"]["equity-chart"]["yaxis"], "linear");
+}
+
+#[test]
+fn the_report_of_one_window_is_the_sweep_itself() {
+    let Some(browser) = chromium() else { return };
+    let folder = Folder::new();
+    let args = ["--grid", "fast=2:10:2,slow=20:60:10", "--bars", "561", "--walk-forward", "train=300,test=200", "--device", "cpu", "--out", &folder.path("")];
+    let ran = sweep_json(&args);
+    assert_eq!(ran["windows"], json!(1));
+    let seen = opened(browser, &folder.path("report.html"), "");
+    let (all, chosen) = (trace(&seen, "scatter-sets", "sets"), trace(&seen, "scatter-chosen", "chosen sets"));
+    let train = floats(&all["x"]);
+    let best = train.iter().copied().fold(f64::MIN, f64::max);
+    let set = train.iter().position(|t| *t == best).unwrap();
+    assert_eq!((floats(&chosen["x"]), floats(&chosen["y"])), (vec![best], vec![floats(&all["y"])[set]]), "the best of the train part is chosen");
+    assert_eq!(ran["costs"][0]["per_asset"]["best"], json!([set]));
+    let printed = ran["costs"][0]["per_asset"]["portfolio"]["sharpe"].as_f64().unwrap();
+    assert!((floats(&chosen["y"])[0] - printed).abs() < 1e-4 * (1.0 + printed.abs()), "its test Sharpe ratio is that of the stitched series");
+}
+
+#[test]
+fn the_report_needs_no_walk_forward_no_grid_and_no_kind_symbols() {
+    let Some(browser) = chromium() else { return };
+    let folder = Folder::new();
+    let text = wide(&market(300)).replacen("SYN001", "</script><b>A&B</b>", 1);
+    let file = folder.text("prices.csv", &text);
+    let out = folder.path("out");
+    done(&["sweep", &file, "--grid", "fast=5,slow=20", "--walk-forward", "none", "--device", "cpu", "--out", &out]);
+    let seen = opened(browser, &format!("{out}/report.html"), "");
+    assert!(seen["held"]["surface-chart"].is_null() && seen["held"]["scatter-sets"].is_null() && seen["held"]["choices-chart"].is_null());
+    assert_eq!(floats(&array(&seen["held"]["distribution-chart"]["traces"])[0]["y"]), [1.0]);
+    // Three assets held in equal weights every bar; here against the mean of the assets' own growth, which is near.
+    let equity = floats(&trace(&seen, "equity-chart", "best set in sample")["y"]);
+    let grown = sets_of(&format!("{out}/results.parquet"), 3)[0].1[1];
+    assert!((equity[equity.len() - 1] - 1.0 - grown).abs() < 0.03 + 0.2 * grown.abs(), "{}, {grown} from the set", equity[equity.len() - 1] - 1.0);
+    assert_eq!(array(&numbers_of(&format!("{out}/report.html"))["curves"]).len(), 2);
 }
 
 // ---- files in ----------------------------------------------------------------------------------------------------

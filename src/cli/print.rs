@@ -4,6 +4,7 @@ use super::say;
 use super::sweep::{Args, Prepared};
 use crate::data::Prices;
 use crate::kernels::performance::Performance;
+use crate::sim::luck::Luck;
 use crate::sim::sweep::{OutOfSample, SetMean, SweepReport};
 use serde_json::{Value, json};
 
@@ -12,6 +13,7 @@ pub(super) struct Printed<'a> {
     pub(super) args: &'a Args,
     pub(super) prepared: &'a Prepared,
     pub(super) report: &'a SweepReport,
+    pub(super) luck: Option<&'a Luck>,
     pub(super) seconds: f64,
 }
 
@@ -56,6 +58,10 @@ impl Printed<'_> {
         ));
         say(&format!("         {} after a warm-up of {} bars, {} bp one way", self.args.execution, report.start, costs(&self.prepared.config.cost_bps)));
         self.ranking();
+        if let Some(luck) = self.luck {
+            say("\nwhat luck explains");
+            luck.verdict().iter().for_each(|line| say(line));
+        }
         self.out_of_sample();
         if let Some(dir) = &self.args.out {
             say(&format!("\nwrote    {}", dir.display()));

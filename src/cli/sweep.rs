@@ -11,7 +11,9 @@ use super::{Common, catch_interrupts, replay, results, say};
 use crate::data::{Missing, Prices, ReadOptions, read_prices};
 use crate::kernels::backtest_sweep::{Execution, Strategy};
 use crate::kernels::{Device, DeviceKind};
+use crate::report;
 use crate::sim::grid::Grid;
+use crate::sim::luck::{Evidence, Luck, LuckConfig, luck};
 use crate::sim::market;
 use crate::sim::parts::{Fold, shard};
 use crate::sim::sweep::{MOST_SETS, Random, RankBy, Select, SweepConfig, SweepReport, SweepRun, first_return};
@@ -75,7 +77,7 @@ pub(super) struct Args {
     /// sharpe, total_return, max_drawdown or turnover.
     #[arg(long, default_value = "sharpe")]
     pub(super) rank_by: String,
-    /// Write results.parquet, results.csv, walk_forward.csv, out_of_sample.csv, run.json and config.toml into this folder.
+    /// Write report.html, results.parquet, results.csv, walk_forward.csv, out_of_sample.csv, run.json and config.toml into this folder.
     #[arg(long, value_name = "DIR")]
     pub(super) out: Option<PathBuf>,
     /// Run this many sets of the grid, drawn at random by --seed, instead of all. They keep their numbers in the grid; above 50,000,000
@@ -422,12 +424,14 @@ pub(super) struct Done<'a> {
 impl Done<'_> {
     /// Files first, then what is printed.
     pub(super) fn deliver(&self, dir: Option<&Path>, rows: &Rows<'_>) -> Result<ExitCode> {
+        let luck = self.luck()?;
         if let Some(dir) = dir {
             let mut run = self.prepared.provenance_with_command();
             run["seconds"] = json!(self.seconds);
             results::write(dir, self.prepared.subject(self.run), rows, self.report, &run, self.config)?;
+            self.write_report(dir, &run, luck.as_ref())?;
         }
-        let printed = Printed { args: self.args, prepared: self.prepared, report: self.report, seconds: self.seconds };
+        let printed = Printed { args: self.args, prepared: self.prepared, report: self.report, luck: luck.as_ref(), seconds: self.seconds };
         if self.args.common.json {
             printed.json()
         } else {
@@ -435,7 +439,55 @@ impl Done<'_> {
         }
         Ok(ExitCode::SUCCESS)
     }
+
+    /// What luck explains of the best set at the first cost: equal-weight portfolios over the counted bars.
+    fn luck(&self) -> Result<Option<Luck>> {
+        let (report, run) = (self.report, self.run);
+        let (start, bars) = (report.start as usize, report.bars.saturating_sub(1));
+        let Some(&best) = report.ranked(0, RankBy::Sharpe, 1).first().filter(|_| bars >= start + LEAST_JUDGED) else { return Ok(None) };
+        let ratios = (0..report.sets.len()).map(|set| report.set(0, set).sharpe).collect();
+        let info = self.prepared.device.info();
+        let budget = if info.software || info.kind == DeviceKind::Reference { SAMPLE_BARS / 20 } else { SAMPLE_BARS };
+        let room = budget / (report.assets * bars).max(1);
+        let sets = report.sets.len().min(room.min(MOST_SAMPLED));
+        let positions: Vec<usize> = (0..sets).map(|i| i * report.sets.len() / sets).collect();
+        let selected = run.portfolios(0, &[best])?;
+        let sample = if sets >= 2 { run.portfolios(0, &positions)? } else { Vec::new() };
+        let chosen = report.costs.first().and_then(|level| level.per_asset.as_ref().or(level.pooled.as_ref()));
+        let stitched = chosen.map_or(&[][..], |chosen| &chosen.returns);
+        let evidence = Evidence { ratios, selected: &selected, stitched, sample: &sample, periods_per_year: self.prepared.config.periods_per_year };
+        let config = LuckConfig { seed: self.args.common.seed, ..LuckConfig::default() };
+        luck(&self.prepared.device, &evidence, &config).map(Some)
+    }
+
+    /// `report.html`, beside the results.
+    fn write_report(&self, dir: &Path, provenance: &Value, luck: Option<&Luck>) -> Result<()> {
+        let Prepared { device, prices, config, .. } = self.prepared;
+        let summary = luck.map(|l| report::Luck {
+            best_sharpe: l.best,
+            expected_max_sharpe: l.expected_best,
+            trials: l.trials as f64,
+            probabilistic_sharpe: l.probabilistic,
+            deflated_sharpe: l.deflated,
+            pbo: l.overfitting.as_ref().map_or(f64::NAN, |o| o.pbo),
+            in_sample: [l.in_sample.lower, l.in_sample.upper],
+            out_of_sample: l.out_of_sample.map_or([f64::NAN; 2], |i| [i.lower, i.upper]),
+            level: l.level,
+            years: l.years,
+            minimum_years: l.minimum_years_deflated,
+        });
+        let verdict = luck.map(Luck::verdict).unwrap_or_default();
+        let inputs = report::Inputs { device, prices, config, report: self.report, provenance, verdict, luck: summary };
+        report::write(&dir.join("report.html"), &report::ReportData::from_sweep(&inputs)?)
+    }
 }
+
+/// Fewest bars that luck is judged on.
+const LEAST_JUDGED: usize = 20;
+/// Most sets of the sample that overfitting is measured on, and most of its set-bars.
+const MOST_SAMPLED: usize = 500;
+const SAMPLE_BARS: usize = 50_000_000;
+
 fn strategy(name: &str) -> Result<Strategy> {
     Strategy::named(name).map_err(|_| unknown("strategy", name, Strategy::ALL.map(Strategy::name)))
 }

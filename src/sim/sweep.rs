@@ -275,6 +275,9 @@ fn slice_of(prices: ArrayView2<'_, f32>) -> Cow<'_, [f32]> {
     prices.to_slice().map_or_else(|| Cow::Owned(prices.iter().copied().collect()), Cow::Borrowed)
 }
 
+/// Values that portfolios are averaged from at once.
+const PORTFOLIO_VALUES: usize = 1 << 23;
+
 /// Which sets run, and where their parameters stand in the columns.
 enum Chosen {
     /// All of the columns.
@@ -552,6 +555,20 @@ impl<'a> SweepRun<'a> {
             }
         }
         Ok((net, weight))
+    }
+
+    /// Net returns over the counted bars of equal-weight portfolios of all assets [positions, T−1−start], rebalanced every bar at no cost.
+    /// # Errors
+    /// As the sweep.
+    pub fn portfolios(&self, cost: usize, positions: &[usize]) -> Result<Vec<f32>> {
+        let per_set = (self.assets * self.bars).max(1);
+        let mut all = Vec::new();
+        for some in positions.chunks((PORTFOLIO_VALUES / per_set).max(1)) {
+            let (net, _) = self.returns(cost, some)?;
+            let mean = net.mean_axis(Axis(0)).ok_or_else(|| Error::Internal("a sweep has an asset".into()))?;
+            all.extend(mean.slice_axis(Axis(1), Slice::from(self.start as usize..)).iter());
+        }
+        Ok(all)
     }
 
     /// Rows (cost, asset) of the set at a position.
