@@ -20,6 +20,8 @@ pub mod fixed;
 pub mod indicators;
 pub mod performance;
 pub mod philox;
+pub mod portfolio;
+pub mod portfolio_sweep;
 pub mod real;
 pub mod walk_forward_select;
 pub mod walk_forward_sharpe;
@@ -45,7 +47,7 @@ pub struct Op {
 }
 
 /// Every op, in the order that data flows.
-pub static OPS: [Op; 4] = [
+pub static OPS: [Op; 5] = [
     Op { name: "philox", about: "counter-based random numbers", kernels: &[&philox::PHILOX], differentiable: false, verify: philox::verify },
     Op { name: "performance", about: "statistics of return series", kernels: &[&performance::PERFORMANCE], differentiable: false, verify: performance::verify },
     Op {
@@ -62,10 +64,17 @@ pub static OPS: [Op; 4] = [
         differentiable: false,
         verify: backtest_sweep::verify,
     },
+    Op {
+        name: "portfolio",
+        about: "books with shared capital, drifting weights, a no-trade band and costs",
+        kernels: &[&portfolio::PORTFOLIO_SIMULATE, &portfolio::PORTFOLIO_SCORE, &portfolio::SIGNAL_SCORE],
+        differentiable: false,
+        verify: portfolio_sweep::verify,
+    },
 ];
 
 /// Every kernel: those of the ops, then the ceiling that `forback bench` measures.
-pub static KERNELS: [&Kernel; 17] = [
+pub static KERNELS: [&Kernel; 20] = [
     &philox::PHILOX,
     &performance::PERFORMANCE,
     &walk_forward_sharpe::SEGMENT_MOMENTS,
@@ -82,5 +91,8 @@ pub static KERNELS: [&Kernel; 17] = [
     &backtest::BACKTEST_STITCH,
     &walk_forward_select::WALK_FORWARD_SELECT,
     &walk_forward_select::WALK_FORWARD_SCORES,
+    &portfolio::PORTFOLIO_SIMULATE,
+    &portfolio::PORTFOLIO_SCORE,
+    &portfolio::SIGNAL_SCORE,
     &ceilings::CEILING_MULTIPLY_ADD,
 ];
