@@ -2,5 +2,6 @@
 
 pub mod grid;
 pub mod market;
+pub mod portfolio;
 pub mod sweep;
 pub mod walk_forward;
