@@ -4,6 +4,7 @@ mod bench;
 mod devices;
 mod kernels;
 mod results;
+mod signals;
 mod sweep;
 mod verify;
 

@@ -17,20 +17,20 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// A file that appears under its name only when it is whole.
-struct Whole {
-    path: PathBuf,
+pub(super) struct Whole {
+    pub(super) path: PathBuf,
     partial: PathBuf,
     kept: bool,
 }
 
 impl Whole {
-    fn create(dir: &Path, name: &str) -> Result<(Whole, File)> {
+    pub(super) fn create(dir: &Path, name: &str) -> Result<(Whole, File)> {
         let whole = Whole { path: dir.join(name), partial: dir.join(format!(".{name}.{}", std::process::id())), kept: false };
         let file = File::create(&whole.partial).map_err(|e| io(&whole.partial, &e))?;
         Ok((whole, file))
     }
 
-    fn keep(mut self) -> Result<()> {
+    pub(super) fn keep(mut self) -> Result<()> {
         std::fs::rename(&self.partial, &self.path).map_err(|e| io(&self.path, &e))?;
         self.kept = true;
         Ok(())
@@ -46,7 +46,7 @@ impl Drop for Whole {
     }
 }
 
-fn io(path: &Path, e: &dyn std::fmt::Display) -> Error {
+pub(super) fn io(path: &Path, e: &dyn std::fmt::Display) -> Error {
     Error::Io { path: path.display().to_string(), message: format!("cannot be written: {e}") }
 }
 

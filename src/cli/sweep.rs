@@ -1,7 +1,7 @@
 //! `forback sweep`: a grid of strategies, walk-forward, over a price file.
 
 use super::results::Results;
-use super::say;
+use super::{say, signals};
 use crate::data::{Missing, Prices, ReadOptions, read_prices};
 use crate::kernels::backtest_sweep::{Execution, Strategy};
 use crate::kernels::performance::Performance;
@@ -15,7 +15,7 @@ use crate::{Error, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -80,6 +80,8 @@ pub(super) struct Args {
     #[arg(long, default_value_t = 1)]
     assets: usize,
     #[command(flatten)]
+    signals: signals::Args,
+    #[command(flatten)]
     common: super::Common,
 }
 
@@ -100,8 +102,11 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     }
     let device = args.common.open()?;
     let prices = if args.files.is_empty() { synthetic(args)? } else { read(args, missing)? };
-    refuse_absurd(&grid, &device, &prices, args.cost_bps.len())?;
     let periods_per_year = args.periods_per_year.map_or_else(|| prices.periods_per_year(), Ok)?;
+    if let Some(file) = &args.signals.file {
+        return signals::run(&given(args, file, &device, &prices, (execution, periods_per_year, rank_by)));
+    }
+    refuse_absurd(&grid, &device, &prices, args.cost_bps.len())?;
     let walk_forward = fitting(scheme, &grid, &prices, args)?;
     let config = SweepConfig { grid, cost_bps: args.cost_bps.clone(), execution, walk_forward, select, rank_by, periods_per_year, profile: false };
 
@@ -132,6 +137,25 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         printed.text()
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What `--signals` needs of the arguments.
+fn given<'a>(args: &'a Args, file: &'a Path, device: &'a Device, prices: &'a Prices, parsed: (Execution, f64, RankBy)) -> signals::Request<'a> {
+    let (execution, periods_per_year, rank_by) = parsed;
+    signals::Request {
+        args: &args.signals,
+        file,
+        device,
+        prices,
+        some_symbols: args.symbols.is_some(),
+        cost_bps: &args.cost_bps,
+        execution,
+        periods_per_year,
+        rank_by,
+        top: args.top,
+        out: args.out.as_deref(),
+        common: &args.common,
+    }
 }
 
 fn strategy(name: &str) -> Result<Strategy> {
