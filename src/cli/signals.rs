@@ -27,7 +27,7 @@ use std::time::Instant;
 
 /// Options of portfolios with shared capital.
 #[derive(clap::Args)]
-pub(super) struct Args {
+pub(super) struct SignalArgs {
     /// Weights to back-test instead of a strategy: npy [T,N] or [S,T,N] by position, or Parquet by time and symbol
     /// (long: set, time, symbol, weight; wide: time, one column per asset, set where there are several).
     #[arg(long = "signals", value_name = "FILE", conflicts_with_all = ["strategy", "grid", "walk_forward", "select", "bars", "assets"])]
@@ -43,7 +43,7 @@ pub(super) struct Args {
     rebalance_to: String,
 }
 
-impl Args {
+impl SignalArgs {
     /// When and how far portfolios trade.
     pub(super) fn rebalance(&self) -> Result<Rebalance> {
         let bad = |name: &str, value: String, help: &str| Err(Error::Parameter { op: "sweep", name: name.into(), value, help: help.into() });
@@ -64,7 +64,7 @@ impl Args {
 
 /// What `forback sweep` hands over.
 pub(super) struct Request<'a> {
-    pub(super) args: &'a Args,
+    pub(super) args: &'a SignalArgs,
     pub(super) file: &'a Path,
     pub(super) device: &'a Device,
     pub(super) prices: &'a Prices,

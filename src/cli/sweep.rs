@@ -80,7 +80,7 @@ pub(super) struct Args {
     #[arg(long, default_value_t = 1)]
     assets: usize,
     #[command(flatten)]
-    signals: signals::Args,
+    signals: signals::SignalArgs,
     #[command(flatten)]
     common: super::Common,
 }

@@ -122,7 +122,7 @@ fn npy_that_does_not_fit_is_refused() {
     says(&refused(&files.npy(">f4", "False", "(3, 2)", &six), &prices), &["'>f4'", "little-endian"]);
     says(&refused(&files.npy("<i8", "False", "(3, 2)", &six), &prices), &["'<i8'"]);
     says(&refused(&files.npy("<f4", "False", "(3, 2)", &six[..20]), &prices), &["bytes, its header asks for"]);
-    says(&refused(&files.npy("<f4", "False", "(9999999999999999, 3, 2)", &six), &prices), &["more than any file holds"]);
+    says(&refused(&files.npy("<f4", "False", "(9999999999999999999, 3, 2)", &six), &prices), &["more than any file holds"]);
     says(&refused(&files.npy("<f4", "Maybe", "(3, 2)", &six), &prices), &["header is not understood"]);
     says(&refused(&files.bytes("x.npy", b"\x93NUMPY\x01"), &prices), &["cut short"]);
     says(&refused(&files.bytes("x.npy", b"\x93NUMPY\x09\x00\x06\x00\x00\x00abcdef"), &prices), &["version 9.0"]);
