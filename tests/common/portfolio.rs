@@ -116,7 +116,7 @@ fn plain(b: &Books, book: usize, cost: f64) -> Plain {
         }
         let w = &mut out.weights;
         let mut turnover = 0.0;
-        if (j - b.start) % b.rebalance.every as usize == 0 {
+        if (j - b.start).is_multiple_of(b.rebalance.every as usize) {
             for i in (0..n).filter(|&i| price(j, i).is_some()) {
                 let share = |j: usize| b.allocation.as_ref().map_or(1.0, |a| f64::from(a[j * n + i]));
                 let u = if j < lag { 0.0 } else { f64::from(b.positions[(book * bars + j - lag) * n + i]) * share(j - lag) };
