@@ -127,6 +127,8 @@ fn weights_that_do_not_fit_are_refused_by_name() {
     refused(&[&prices, "--signals", &fine, "--rebalance-every", "0"], &["--rebalance-every = 0"]);
     refused(&[&prices, "--signals", &fine, "--rebalance-to", "centre"], &["--rebalance-to = centre"]);
     refused(&[&prices, "--signals", &folder.path("none.npy")], &["none.npy", "file not found"]);
+    let alone = run(&["sweep", &prices, "--rebalance-band", "0.01"]);
+    assert!(alone.code == 2 && alone.stderr.contains("--signals"), "{}", alone.stderr);
     let both = run(&["sweep", &prices, "--signals", &fine, "--strategy", "macd"]);
     assert!(both.code == 2 && both.stderr.contains("cannot be used with"), "{}", both.stderr);
 }
