@@ -48,9 +48,9 @@ struct Sums {
 __device__ __forceinline__ float asset_step(const Rule& rule, float weight, float wanted, float before, float after, Sums& sums) {
     const float drifted = weight * rule.inverse;
     const float gap = wanted - drifted;
-    const float size = fabsf(gap), near = ROUND * (fabsf(wanted) + rule.band);
+    const float size = fabsf(gap), near = ROUND * fabsf(wanted);
     const bool open = rule.rebalance && before > THERE;
-    const bool trades = open && size > rule.band + near;
+    const bool trades = open && size > rule.band + (near + ROUND * rule.band);
     const float moved = trades ? wanted - (gap > 0.0f ? rule.edge : -rule.edge) : drifted;
     const float held = open && size <= near ? wanted : moved;
     const float r = after > THERE ? after : 0.0f;

@@ -56,9 +56,9 @@ fn asset_step(rule: Rule, weight: f32, wanted: f32, before: f32, after: f32) -> 
     let drifted = weight * rule.inverse;
     let gap = wanted - drifted;
     let size = abs(gap);
-    let near = ROUND * (abs(wanted) + rule.band);
+    let near = ROUND * abs(wanted);
     let open = rule.rebalance && before > THERE;
-    let trades = open && size > rule.band + near;
+    let trades = open && size > rule.band + (near + ROUND * rule.band);
     let edge = select(-rule.edge, rule.edge, gap > 0.0);
     let moved = select(drifted, wanted - edge, trades);
     let held = select(moved, wanted, open && size <= near);

@@ -130,7 +130,7 @@ fn plain(b: &Books, book: usize, cost: f64) -> Plain {
                     turnover += (next - w[i]).abs();
                     out.trades += 1;
                     w[i] = next;
-                } else if gap.abs() <= near {
+                } else if gap.abs() <= u.abs() / 1_048_576.0 {
                     w[i] = u;
                 }
             }
@@ -477,6 +477,9 @@ fn a_wider_band_trades_less_and_cash_earns_nothing() {
         let orders = |band: f64| Books { rebalance: Rebalance { band, ..Rebalance::default() }, ..b.clone() }.run(&device).stats[0].trades;
         let counts: Vec<u64> = [0.0, 0.001, 0.01, 0.05, 2.0].into_iter().map(orders).collect();
         assert!(counts.windows(2).all(|c| c[1] < c[0]) && counts[4] == 0, "{counts:?}");
+        // however small: a target inside the band is never taken up
+        let dust = Books { positions: vec![1e-10; b.positions.len()], rebalance: BAND, ..b.clone() }.run(&device);
+        assert!(dust.stats[0].sharpe.is_nan() && dust.stats[0].trades == 0 && dust.weights.iter().all(|&w| w == 0.0), "{:?}", dust.stats[0]);
         let flat = Books { positions: vec![0.0; b.positions.len()], ..b }.run(&device);
         let s = flat.stats[0];
         assert!(s.sharpe.is_nan() && (s.total_return, s.max_drawdown, s.turnover, s.trades) == (0.0, 0.0, 0.0, 0), "{s:?}");
