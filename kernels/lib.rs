@@ -22,6 +22,8 @@ pub mod indicators;
 pub mod multiple_testing;
 pub mod performance;
 pub mod philox;
+pub mod portfolio;
+pub mod portfolio_sweep;
 pub mod real;
 pub mod walk_forward_select;
 pub mod walk_forward_sharpe;
@@ -47,7 +49,7 @@ pub struct Op {
 }
 
 /// Every op, in the order that data flows.
-pub static OPS: [Op; 5] = [
+pub static OPS: [Op; 6] = [
     Op { name: "philox", about: "counter-based random numbers", kernels: &[&philox::PHILOX], differentiable: false, verify: philox::verify },
     Op { name: "performance", about: "statistics of return series", kernels: &[&performance::PERFORMANCE], differentiable: false, verify: performance::verify },
     Op {
@@ -71,10 +73,17 @@ pub static OPS: [Op; 5] = [
         differentiable: false,
         verify: multiple_testing::verify,
     },
+    Op {
+        name: "portfolio",
+        about: "books with shared capital, drifting weights, a no-trade band and costs",
+        kernels: &[&portfolio::PORTFOLIO_SIMULATE, &portfolio::PORTFOLIO_SCORE, &portfolio::SIGNAL_SCORE],
+        differentiable: false,
+        verify: portfolio_sweep::verify,
+    },
 ];
 
 /// Every kernel: those of the ops, then the ceiling that `forback bench` measures.
-pub static KERNELS: [&Kernel; 21] = [
+pub static KERNELS: [&Kernel; 24] = [
     &philox::PHILOX,
     &performance::PERFORMANCE,
     &walk_forward_sharpe::SEGMENT_MOMENTS,
@@ -95,5 +104,8 @@ pub static KERNELS: [&Kernel; 21] = [
     &multiple_testing::CSCV_BEST,
     &multiple_testing::CSCV_RANK,
     &block_bootstrap::BLOCK_BOOTSTRAP,
+    &portfolio::PORTFOLIO_SIMULATE,
+    &portfolio::PORTFOLIO_SCORE,
+    &portfolio::SIGNAL_SCORE,
     &ceilings::CEILING_MULTIPLY_ADD,
 ];

@@ -4,6 +4,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test that cannot go on fails")]
 
 mod common;
+#[path = "common/portfolio.rs"]
+mod portfolio;
 
 use common::{Case, DEVICES, Rng, assert_bits, open, open_all, open_with, rolling, variants};
 use forback::kernels::backtest::{BACKTEST_STITCH, BACKTEST_SWEEP, BacktestParams, NO_STOP, OFF, SCALE_BIAS, SET_WORDS, STATS, TILE};
@@ -16,6 +18,7 @@ use forback::kernels::kernel::{Access, Elem, Kernel, Params, Source};
 use forback::kernels::multiple_testing::{self, CSCV_BEST, CSCV_BLOCKS, CSCV_RANK, CscvParams, MultipleTesting, multiple_testing};
 use forback::kernels::performance::{PERFORMANCE, PerformanceParams, STATISTICS, performance, performance_read};
 use forback::kernels::philox::{PHILOX, PhiloxParams, philox};
+use forback::kernels::portfolio::{self as book, PORTFOLIO_SCORE, PORTFOLIO_SIMULATE, PortfolioParams, SIGNAL_SCORE};
 use forback::kernels::walk_forward_select::{NONE, SelectParams, WALK_FORWARD_SCORES, WALK_FORWARD_SELECT};
 use forback::kernels::walk_forward_sharpe as wfs;
 use forback::kernels::{Buffer, Device, DeviceKind, Error, KERNELS, OpenOptions, View};
@@ -836,6 +839,32 @@ fn guarded(mut g: Guards) {
     let (net, activity) = (g.out(Elem::F32, 2 * a * 40), g.out(Elem::F32, 2 * a * w));
     let params = BacktestParams { tiles: w as u32, per_asset: 1, stitched: 40, ..params };
     launch!(BACKTEST_STITCH, params, [price, earned, keys, volatility, chosen, windows, net, activity]);
+
+    // portfolios: 5 books (the last workgroup is not full) of 3 and of 130 assets, 2 costs
+    for (n, bars) in [(3usize, 7usize), (130, 2)] {
+        let (p, costs) = (5usize, 2usize);
+        let params = PortfolioParams {
+            p: p as u32,
+            n: n as u32,
+            bars: bars as u32,
+            first: 0,
+            every: 1,
+            lanes: book::lanes(n),
+            edge: 0,
+            composed: 1,
+            costs: costs as u32,
+            net: 1,
+            band: 0.01,
+        };
+        let (returns, positions) = (g.reals(&rng.returns((bars + 1) * n, 0.0, 0.01)), g.reals(&rng.returns(p * bars * n, 0.1, 0.1)));
+        let (allocation, rates) = (g.reals(&rng.returns(bars * n, 1.0, 0.1)), g.reals(&[0.0, 0.0, 1e-3, 0.0]));
+        let [weights, carry, activity, net] = [p * n, p, p * book::ACTIVITY * bars, p * costs * bars].map(|len| g.out(Elem::F32, len));
+        launch!(PORTFOLIO_SIMULATE, params, [returns, positions, allocation, weights, carry, activity]);
+        let [state, stats] = [book::STATE, book::STATS].map(|words| g.out(Elem::F32, p * costs * words));
+        launch!(PORTFOLIO_SCORE, params, [activity, net, rates, state, stats]);
+        let [state, stats] = [book::STATE, book::STATS].map(|words| g.out(Elem::F32, p * costs * n * words));
+        launch!(SIGNAL_SCORE, params, [returns, positions, rates, state, stats]);
+    }
 
     let missing: Vec<&str> = KERNELS.iter().map(|k| k.name).filter(|name| !g.launched.contains(name)).collect();
     assert!(missing.is_empty(), "no guarded launch for {missing:?}");

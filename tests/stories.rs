@@ -6,6 +6,9 @@
 #![cfg(feature = "cli")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
 
+#[path = "common/signals.rs"]
+mod signals;
+
 use arrow_array::{Array, ArrayRef, Date32Array, Float32Array, Float64Array, RecordBatch, StringArray, UInt32Array};
 use arrow_cast::display::{ArrayFormatter, FormatOptions};
 use forback::kernels::philox::{normals, philox4x32};

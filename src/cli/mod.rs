@@ -10,6 +10,7 @@ mod plan;
 mod print;
 mod replay;
 mod results;
+mod signals;
 mod store;
 mod sweep;
 mod verify;

@@ -5,6 +5,7 @@ use super::sweep::{Args, Prepared};
 use crate::data::Prices;
 use crate::kernels::performance::Performance;
 use crate::sim::luck::Luck;
+use crate::sim::portfolio::Pooled;
 use crate::sim::sweep::{OutOfSample, SetMean, SweepReport};
 use serde_json::{Value, json};
 
@@ -128,6 +129,9 @@ impl Printed<'_> {
             for (name, chosen) in [("per asset", &level.per_asset), ("pooled", &level.pooled)] {
                 if let Some(chosen) = chosen {
                     self.row(&format!("chosen {name}, {} bp", level.cost_bps), chosen, many);
+                    for (scheme, pooled) in &chosen.portfolios {
+                        self.pooled(&format!("  portfolio {}, {} bp", scheme.name(), level.cost_bps), pooled);
+                    }
                 }
             }
         }
@@ -137,6 +141,19 @@ impl Printed<'_> {
         if report.costs.iter().any(|c| c.per_asset.is_some() || c.pooled.is_some()) {
             say("changing sets between windows is not charged; each window's sets trade at the costs above");
         }
+    }
+
+    fn pooled(&self, name: &str, pooled: &Pooled) {
+        let p = &pooled.performance;
+        let turnover = pooled.turnover / pooled.net.len().max(1) as f64 * self.prepared.config.periods_per_year;
+        say(&format!(
+            "{name:<28} {:>8} {:>10} {:>9} {:>8} {:>8} {turnover:>11.1}",
+            ratio(p.sharpe),
+            percent(p.total_return),
+            percent(p.max_drawdown),
+            ratio(p.sortino),
+            ratio(p.probabilistic_sharpe),
+        ));
     }
 
     fn row(&self, name: &str, o: &OutOfSample, many: bool) {
@@ -161,6 +178,9 @@ impl Printed<'_> {
                 json!({ "portfolio": performance(&o.portfolio), "turnover_per_year": number(o.turnover * self.prepared.config.periods_per_year), "trades": o.trades,
                     "assets": o.assets.iter().zip(&self.prepared.prices.symbols).map(|(p, s)| json!({ "symbol": s, "sharpe": number(p.sharpe),
                         "total_return": number(p.total_return), "max_drawdown": number(p.max_drawdown) })).collect::<Vec<_>>(),
+                    "portfolios": o.portfolios.iter().map(|(scheme, p)| json!({ "shares": scheme.name(), "performance": performance(&p.performance),
+                        "turnover_per_year": number(p.turnover / p.net.len().max(1) as f64 * self.prepared.config.periods_per_year), "trades": p.trades,
+                        "status": format!("{:?}", p.status) })).collect::<Vec<_>>(),
                     "best": o.best.iter().map(|&set| report.id(set as usize)).collect::<Vec<_>>() })
             })
         };
@@ -177,10 +197,19 @@ impl Printed<'_> {
         let line = json!({
             "run": self.prepared.provenance_with_command(), "partial": false, "sets": report.sets.len(), "assets": report.assets, "bars": report.bars, "start": report.start, "windows": report.windows.len(),
             "stitched_bars": report.stitched_bars.len(), "seconds": self.seconds, "set_bars_per_second": report.work() / self.seconds,
-            "launches": report.launches, "submits": report.submits, "costs": levels, "buy_and_hold": out(&report.buy_and_hold),
+            "launches": report.launches, "submits": report.submits, "costs": levels, "luck": self.luck.map(luck_of), "buy_and_hold": out(&report.buy_and_hold),
         });
         say(&line.to_string());
     }
+}
+
+fn luck_of(l: &Luck) -> Value {
+    json!({ "trials": l.trials, "best": number(l.best), "expected_best": number(l.expected_best), "probabilistic_sharpe": number(l.probabilistic),
+        "deflated_sharpe": number(l.deflated), "pbo": l.overfitting.as_ref().map(|o| number(o.pbo)), "level": l.level,
+        "in_sample": [number(l.in_sample.lower), number(l.in_sample.upper)],
+        "out_of_sample": l.out_of_sample.map(|i| [number(i.lower), number(i.upper)]),
+        "years": number(l.years), "minimum_years": number(l.minimum_years), "minimum_years_deflated": number(l.minimum_years_deflated),
+        "verdict": l.verdict() })
 }
 
 pub(super) fn json_of_set(id: u64, parameters: Vec<(&'static str, f32)>, m: &SetMean) -> Value {

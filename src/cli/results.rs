@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 /// A file that appears under its name only when it is whole.
 pub(super) struct Whole {
-    path: PathBuf,
+    pub(super) path: PathBuf,
     partial: PathBuf,
     kept: bool,
     /// Bytes that it will take, roughly.

@@ -7,9 +7,10 @@ use super::plan::{Cutter, Estimate, Progress};
 use super::print::{Printed, json_of_set};
 use super::results::{Rows, Subject};
 use super::store::{Job, Store, difference, hex, sha256};
-use super::{Common, catch_interrupts, replay, results, say};
+use super::{Common, catch_interrupts, replay, results, say, signals};
 use crate::data::{Missing, Prices, ReadOptions, read_prices};
 use crate::kernels::backtest_sweep::{Execution, Strategy};
+use crate::kernels::portfolio_sweep::Scheme;
 use crate::kernels::{Device, DeviceKind};
 use crate::report;
 use crate::sim::grid::Grid;
@@ -108,6 +109,12 @@ pub(super) struct Args {
     /// Assets of the synthetic market.
     #[arg(long, default_value_t = 1)]
     assets: usize,
+    /// Also pool what the walk-forward chose into portfolios with shared capital and drifting weights: equal, inverse_vol or inverse_vol:WINDOW,
+    /// traded as --rebalance-band, --rebalance-every and --rebalance-to say.
+    #[arg(long, value_name = "SHARES", value_delimiter = ',', conflicts_with = "file")]
+    portfolio: Vec<String>,
+    #[command(flatten)]
+    signals: signals::SignalArgs,
     #[command(flatten)]
     pub(super) common: Common,
 }
@@ -129,17 +136,13 @@ impl Prepared {
         let select = select(&args.select)?;
         let scheme = walk_forward(args.walk_forward.as_deref())?;
         let missing = args.missing.parse::<Missing>()?;
-        if let Some(p) = args.periods_per_year.filter(|p| !(p.is_finite() && *p > 0.0)) {
-            let help = "give the number of bars per year, 252 for daily equities".into();
-            return Err(Error::Parameter { op: "sweep", name: "--periods-per-year".into(), value: p.to_string(), help });
-        }
         if args.part_sets == Some(0) {
             return Err(Error::Parameter { op: "sweep", name: "--part-sets".into(), value: "0".into(), help: "give at least one set".into() });
         }
-        let device = args.common.open()?;
-        let prices = if args.files.is_empty() { synthetic(args)? } else { read(args, missing)? };
+        let portfolios = args.portfolio.iter().map(|text| portfolio(text)).collect::<Result<Vec<_>>>()?;
+        let rebalance = args.signals.rebalance()?;
+        let (device, prices, periods_per_year) = open(args, missing)?;
         refuse_absurd(&grid, &device, &prices, args)?;
-        let periods_per_year = args.periods_per_year.map_or_else(|| prices.periods_per_year(), Ok)?;
         let walk_forward = fitting(scheme, &grid, &prices, args)?;
         let random = args.random.map(|sets| Random { sets, seed: args.common.seed });
         let config = SweepConfig {
@@ -149,6 +152,8 @@ impl Prepared {
             select,
             rank_by,
             periods_per_year,
+            portfolios,
+            rebalance,
             random,
             limit: MOST_SETS,
             ..SweepConfig::new(grid)
@@ -194,7 +199,7 @@ impl Prepared {
         json!({
             "version": env!("CARGO_PKG_VERSION"), "device": self.device.info().kind.name(), "data": data, "assets": prices.n_assets(),
             "bars": prices.n_bars(), "panel": hex(panel.finalize().as_slice()), "strategy": p["strategy"], "grid": p["grid"], "random": p["random"],
-            "cost_bps": p["cost_bps"], "execution": p["execution"], "walk_forward": p["walk_forward"], "select": p["select"],
+            "cost_bps": p["cost_bps"], "execution": p["execution"], "walk_forward": p["walk_forward"], "select": p["select"], "portfolio": p["portfolio"],
             "periods_per_year": p["periods_per_year"],
         })
     }
@@ -202,6 +207,9 @@ impl Prepared {
 
 /// Runs the command; `config` is what it was asked for, as TOML.
 pub(super) fn run(args: &Args, config: &str) -> Result<ExitCode> {
+    if let Some(file) = &args.signals.file {
+        return given(args, file);
+    }
     let prepared = Prepared::of(args)?;
     let run = prepared.run()?;
     let config = &config.replace("device = \"auto\"", &format!("device = \"{}\"", prepared.device.info().kind.name()));
@@ -488,6 +496,51 @@ const LEAST_JUDGED: usize = 20;
 const MOST_SAMPLED: usize = 500;
 const SAMPLE_BARS: usize = 50_000_000;
 
+/// The device, the prices and their periods per year.
+fn open(args: &Args, missing: Missing) -> Result<(Device, Prices, f64)> {
+    if let Some(p) = args.periods_per_year.filter(|p| !(p.is_finite() && *p > 0.0)) {
+        let help = "give the number of bars per year, 252 for daily equities".into();
+        return Err(Error::Parameter { op: "sweep", name: "--periods-per-year".into(), value: p.to_string(), help });
+    }
+    let device = args.common.open()?;
+    let prices = if args.files.is_empty() { synthetic(args)? } else { read(args, missing)? };
+    let periods_per_year = args.periods_per_year.map_or_else(|| prices.periods_per_year(), Ok)?;
+    Ok((device, prices, periods_per_year))
+}
+
+/// Given weights instead of a strategy.
+fn given(args: &Args, file: &Path) -> Result<ExitCode> {
+    let (execution, rank_by) = (execution(&args.execution)?, RankBy::named(&args.rank_by)?);
+    let (device, prices, periods_per_year) = open(args, args.missing.parse()?)?;
+    signals::run(&signals::Request {
+        args: &args.signals,
+        file,
+        device: &device,
+        prices: &prices,
+        some_symbols: args.symbols.is_some(),
+        cost_bps: &args.cost_bps,
+        execution,
+        periods_per_year,
+        rank_by,
+        top: args.top,
+        out: args.out.as_deref(),
+        common: &args.common,
+    })
+}
+
+/// `equal`, `inverse_vol` or `inverse_vol:WINDOW`.
+fn portfolio(text: &str) -> Result<Scheme> {
+    let window = match text.split_once(':') {
+        None if text == "equal" => return Ok(Scheme::Equal),
+        None if text == "inverse_vol" => Some(63),
+        Some(("inverse_vol", window)) => window.parse().ok().filter(|&n| n >= 2),
+        _ => return Err(unknown("portfolio", text, ["equal", "inverse_vol"])),
+    };
+    let bad =
+        || Error::Parameter { op: "sweep", name: "--portfolio".into(), value: text.into(), help: "give a window of 2 bars or more: inverse_vol:63".into() };
+    Ok(Scheme::InverseVolatility { window: window.ok_or_else(bad)? })
+}
+
 fn strategy(name: &str) -> Result<Strategy> {
     Strategy::named(name).map_err(|_| unknown("strategy", name, Strategy::ALL.map(Strategy::name)))
 }
@@ -636,6 +689,7 @@ fn provenance(args: &Args, device: &Device, prices: &Prices, config: &SweepConfi
         "strategy": config.grid.strategy().name, "grid": config.grid.to_string(), "random": config.random.map(|r| json!({ "sets": r.sets, "seed": r.seed })), "sets": config.random.map_or(config.grid.len(), |r| r.sets),
         "cost_bps": config.cost_bps,
         "execution": args.execution, "walk_forward": config.walk_forward.map(|w| w.to_string()), "select": args.select,
+        "portfolio": args.portfolio.iter().map(|shares| json!({ "shares": shares, "rebalance": args.signals.text() })).collect::<Vec<_>>(),
         "rank_by": args.rank_by, "periods_per_year": config.periods_per_year,
     })
 }

@@ -5,7 +5,7 @@ use crate::{Error, Result};
 
 const TIME_NAMES: [&str; 15] =
     ["date", "datetime", "date_time", "timestamp", "time", "ts", "ts_utc", "ts_ny", "trade_date", "day", "week", "month", "quarter", "year", "index"];
-const SYMBOL_NAMES: [&str; 5] = ["symbol", "ticker", "asset", "contract", "instrument"];
+pub(super) const SYMBOL_NAMES: [&str; 5] = ["symbol", "ticker", "asset", "contract", "instrument"];
 /// Columns of a bar: two of them, or `close` alone, and no symbol column make a file of a single asset.
 const BAR_NAMES: [&str; 9] = ["open", "high", "low", "close", "adj_close", "volume", "vwap", "bid", "ask"];
 const SHOWN: usize = 30;
@@ -76,7 +76,7 @@ impl Columns {
 }
 
 /// Names are compared without case, and with space, dash and dot as underscore: `Adj Close` is `adj_close`.
-fn key(name: &str) -> String {
+pub(super) fn key(name: &str) -> String {
     name.trim().chars().map(|c| if matches!(c, ' ' | '-' | '.') { '_' } else { c.to_ascii_lowercase() }).collect()
 }
 
@@ -128,7 +128,7 @@ fn no_column(file: &str, wanted: &str, what: &str, flag: &str, names: &[String],
 }
 
 /// The column names for a message, cut where there are many.
-fn list(names: &[String], hidden: &[usize]) -> String {
+pub(super) fn list(names: &[String], hidden: &[usize]) -> String {
     let shown: Vec<&str> = names.iter().enumerate().filter(|(c, _)| !hidden.contains(c)).map(|(_, name)| name.as_str()).collect();
     if shown.len() <= SHOWN { shown.join(", ") } else { format!("{}, … {} in all", shown[..SHOWN].join(", "), shown.len()) }
 }

@@ -16,6 +16,7 @@ mod csv;
 mod panel;
 mod parquet;
 mod series;
+pub mod signals;
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
 mod tests;

@@ -77,7 +77,7 @@ pub(super) fn read(mut file: File, name: &str, options: &ReadOptions, collector:
 }
 
 /// The time column of a file whose names tell nothing: the only one of a date or time type.
-fn only_temporal(schema: &Schema) -> Option<usize> {
+pub(super) fn only_temporal(schema: &Schema) -> Option<usize> {
     let mut temporal =
         (0..schema.fields().len()).filter(|&c| matches!(schema.field(c).data_type(), DataType::Date32 | DataType::Date64 | DataType::Timestamp(..)));
     temporal.next().filter(|_| temporal.next().is_none())
@@ -133,58 +133,27 @@ impl Table<'_> {
         Error::Data { file: self.file.into(), row: None, column: Some(self.columns.names[column].clone()), value: None, message, help }
     }
 
+    /// A column of the batch as it is.
+    fn raw<'b>(&self, batch: &'b RecordBatch, column: usize) -> Result<&'b ArrayRef> {
+        let array = self.wanted.binary_search(&column).ok().and_then(|at| batch.columns().get(at));
+        array.ok_or_else(|| Error::Internal(format!("column {column} was not read")))
+    }
+
     /// A column of the batch as `to`.
     fn column(&self, batch: &RecordBatch, column: usize, to: &DataType) -> Result<ArrayRef> {
-        let array = self.wanted.binary_search(&column).ok().and_then(|at| batch.columns().get(at));
-        let array = array.ok_or_else(|| Error::Internal(format!("column {column} was not read")))?;
-        cast(array, to).map_err(|error| self.column_error(column, error.to_string(), "convert the column".into()))
+        cast(self.raw(batch, column)?, to).map_err(|error| self.column_error(column, error.to_string(), "convert the column".into()))
     }
 
     fn numbers(&self, batch: &RecordBatch, column: usize) -> Result<Float64Array> {
         Ok(self.column(batch, column, &DataType::Float64)?.as_primitive::<Float64Type>().clone())
     }
 
-    /// The time column in seconds. Timestamps with a zone are instants in UTC already; text and integers are read as in CSV.
     fn times(&self, batch: &RecordBatch, before: u64, collector: &Collector<'_>) -> Result<Vec<i64>> {
         let column = self.columns.time;
-        let field = self.schema.field(column).data_type();
-        let per_second = match field {
-            DataType::Timestamp(TimeUnit::Second, _) => 1,
-            DataType::Timestamp(TimeUnit::Millisecond, _) | DataType::Date64 => 1_000,
-            DataType::Timestamp(TimeUnit::Microsecond, _) => 1_000_000,
-            DataType::Timestamp(TimeUnit::Nanosecond, _) => 1_000_000_000,
-            _ => 0,
-        };
         let bad = |row: usize, value: Option<String>| {
             collector.cell_error(before + row as u64 + 1, &self.columns.names[column], value, "this is not a time".into(), TIME_HELP.into())
         };
-        let n = batch.num_rows();
-        if per_second > 0 || *field == DataType::Date32 {
-            // Date32 counts days, and arrow goes to 64 bits by way of 32.
-            let array = if per_second > 0 { None } else { Some(self.column(batch, column, &DataType::Int32)?) };
-            let array = match array {
-                Some(days) => cast(&days, &DataType::Int64).map_err(|error| self.column_error(column, error.to_string(), TIME_HELP.into()))?,
-                None => self.column(batch, column, &DataType::Int64)?,
-            };
-            let values = array.as_primitive::<Int64Type>();
-            let seconds = |v: i64| if per_second > 0 { v.div_euclid(per_second) } else { v * DAY };
-            return (0..n)
-                .map(|row| {
-                    let value = values.is_valid(row).then(|| values.value(row));
-                    value.map(seconds).filter(|&s| is_time(s)).ok_or_else(|| bad(row, value.map(|v| v.to_string())))
-                })
-                .collect();
-        }
-        let array = self.column(batch, column, &DataType::Utf8)?;
-        let texts = array.as_string::<i32>();
-        (0..n)
-            .map(|row| {
-                if texts.is_null(row) {
-                    return Err(bad(row, None));
-                }
-                time_of(texts.value(row).as_bytes()).ok_or_else(|| bad(row, Some(texts.value(row).to_owned())))
-            })
-            .collect()
+        seconds(self.raw(batch, column)?, &bad, &|message| self.column_error(column, message, TIME_HELP.into()))
     }
 
     fn wide(&self, batch: &RecordBatch, before: u64, collector: &mut Collector<'_>) -> Result<()> {
@@ -235,13 +204,49 @@ impl Table<'_> {
     }
 }
 
+/// A time column in seconds. Timestamps with a zone are instants in UTC already; text and integers are read as in CSV. `bad` is the error
+/// of a cell, by its row in the batch and its text; `unfit` that of a column of a type without times.
+pub(super) fn seconds(times: &ArrayRef, bad: &dyn Fn(usize, Option<String>) -> Error, unfit: &dyn Fn(String) -> Error) -> Result<Vec<i64>> {
+    let to = |array: &ArrayRef, to: &DataType| cast(array, to).map_err(|error| unfit(error.to_string()));
+    let per_second = match times.data_type() {
+        DataType::Timestamp(TimeUnit::Second, _) => 1,
+        DataType::Timestamp(TimeUnit::Millisecond, _) | DataType::Date64 => 1_000,
+        DataType::Timestamp(TimeUnit::Microsecond, _) => 1_000_000,
+        DataType::Timestamp(TimeUnit::Nanosecond, _) => 1_000_000_000,
+        _ => 0,
+    };
+    let n = times.len();
+    if per_second > 0 || *times.data_type() == DataType::Date32 {
+        // Date32 counts days, and arrow goes to 64 bits by way of 32.
+        let array = if per_second > 0 { to(times, &DataType::Int64)? } else { to(&to(times, &DataType::Int32)?, &DataType::Int64)? };
+        let values = array.as_primitive::<Int64Type>();
+        let seconds = |v: i64| if per_second > 0 { v.div_euclid(per_second) } else { v * DAY };
+        return (0..n)
+            .map(|row| {
+                let value = values.is_valid(row).then(|| values.value(row));
+                value.map(seconds).filter(|&s| is_time(s)).ok_or_else(|| bad(row, value.map(|v| v.to_string())))
+            })
+            .collect();
+    }
+    let array = to(times, &DataType::Utf8)?;
+    let texts = array.as_string::<i32>();
+    (0..n)
+        .map(|row| {
+            if texts.is_null(row) {
+                return Err(bad(row, None));
+            }
+            time_of(texts.value(row).as_bytes()).ok_or_else(|| bad(row, Some(texts.value(row).to_owned())))
+        })
+        .collect()
+}
+
 /// Null and NaN are missing.
 fn cell(values: &Float64Array, row: usize) -> Option<f64> {
     (values.is_valid(row) && !values.value(row).is_nan()).then(|| values.value(row))
 }
 
 /// Numbers, also behind a dictionary; a column of nulls only is one without prices.
-fn is_number(field: &DataType) -> bool {
+pub(super) fn is_number(field: &DataType) -> bool {
     match field {
         DataType::Dictionary(_, values) => is_number(values),
         other => other.is_numeric() || *other == DataType::Null,

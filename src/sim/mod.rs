@@ -4,6 +4,7 @@ pub mod grid;
 pub mod luck;
 pub mod market;
 pub mod parts;
+pub mod portfolio;
 pub mod replay;
 pub mod sample;
 pub mod sweep;

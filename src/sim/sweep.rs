@@ -9,12 +9,14 @@
 
 use super::grid::{Grid, ParameterSets};
 use super::parts::{Fold, Part, Row, SetSum, Winner, Winners};
+use super::portfolio::{Pooled, Pooling, portfolio_of};
 use super::sample::{LISTED, sample};
 use super::walk_forward::WalkForward;
 use crate::kernels::backtest_sweep::{Chunk, Execution, Outcome, Selected, Strategy, Sweep};
 use crate::kernels::performance::{Performance, finish, performance_read};
+use crate::kernels::portfolio_sweep::{Rebalance, Scheme};
 use crate::{Device, Error, Result};
-use ndarray::{Array3, ArrayView2, Axis, Slice};
+use ndarray::{Array2, Array3, ArrayView2, Axis, Slice};
 use std::borrow::Cow;
 use std::cmp::Ordering;
 use std::ops::Range;
@@ -42,6 +44,10 @@ pub struct SweepConfig {
     pub rank_by: RankBy,
     /// Return periods per year.
     pub periods_per_year: f64,
+    /// Portfolios with shared capital to pool what a walk-forward chose into.
+    pub portfolios: Vec<Scheme>,
+    /// When and how far they trade.
+    pub rebalance: Rebalance,
     /// Sets drawn from the grid, instead of all.
     pub random: Option<Random>,
     /// Most sets to run.
@@ -60,6 +66,8 @@ impl SweepConfig {
             walk_forward: Some(WalkForward::default()),
             select: Select::default(),
             rank_by: RankBy::default(),
+            portfolios: Vec::new(),
+            rebalance: Rebalance::default(),
             periods_per_year: 252.0,
             random: None,
             limit: MOST_SETS,
@@ -164,6 +172,8 @@ pub struct OutOfSample {
     pub trades: u64,
     /// Position of the chosen set per window: [N,W], [W] if pooled, empty for buy-and-hold.
     pub best: Vec<u32>,
+    /// The assets pooled with shared capital and drifting weights, flat in gaps between windows: as `SweepConfig::portfolios` asks.
+    pub portfolios: Vec<(Scheme, Pooled)>,
 }
 
 /// Results at one cost level.
@@ -576,6 +586,28 @@ impl<'a> SweepRun<'a> {
         Ok(self.execute(Some(&[position as u32]), false, true, &mut |_| Ok(()))?.rows.map(|rows| rows.into_raw_vec_and_offset().0).unwrap_or_default())
     }
 
+    /// What was chosen, pooled over the bars from the first stitched one to the last.
+    fn pooled(&self, selected: &Selected, bars: &[u32], cost_bps: f64) -> Result<Vec<(Scheme, Pooled)>> {
+        let (Some(&first), Some(&last)) = (bars.first(), bars.last()) else { return Ok(Vec::new()) };
+        if self.config.portfolios.is_empty() {
+            return Ok(Vec::new());
+        }
+        let (n, t, fills) = (self.assets, last as usize + 1, self.fills());
+        let returns = Array2::from_shape_fn((t, n), |(j, a)| (f64::from(fills[(j + 1) * n + a]) / f64::from(fills[j * n + a]) - 1.0) as f32);
+        let mut positions = Array2::zeros((t, n));
+        for a in 0..n {
+            for (k, &j) in bars.iter().enumerate() {
+                positions[[j as usize, a]] = selected.weights[a * bars.len() + k];
+            }
+        }
+        let of = |&scheme: &Scheme| {
+            let SweepConfig { rebalance, execution, periods_per_year, .. } = *self.config;
+            let pooling = Pooling { scheme, cap: None, rebalance, cost_bps, execution, start: first as usize, periods_per_year };
+            Ok((scheme, portfolio_of(self.device, returns.view(), positions.view(), &pooling)?))
+        };
+        self.config.portfolios.iter().map(of).collect()
+    }
+
     fn report(&self, sums: Vec<Vec<SetSum>>, outcome: Outcome) -> Result<SweepReport> {
         let Outcome { per_asset, pooled, stitched_bars, launches, submits, profile } = outcome;
         let returns = self.bars.saturating_sub(1) as u32;
@@ -584,8 +616,12 @@ impl<'a> SweepRun<'a> {
         let (mut per_asset, mut pooled) = (per_asset.into_iter(), pooled.into_iter());
         let mut costs = Vec::with_capacity(sums.len());
         for (sums, &cost_bps) in sums.into_iter().zip(&self.config.cost_bps) {
-            let per_asset = per_asset.next().filter(|s| !s.stitched.is_empty()).map(|s| compare.selected(s)).transpose()?;
-            let pooled = pooled.next().filter(|s| !s.stitched.is_empty()).map(|s| compare.selected(s)).transpose()?;
+            let mut selected = |next: Option<Selected>| {
+                let Some(s) = next.filter(|s| !s.stitched.is_empty()) else { return Ok(None) };
+                let portfolios = self.pooled(&s, &stitched_bars, cost_bps)?;
+                compare.selected(s, portfolios).map(Some)
+            };
+            let (per_asset, pooled) = (selected(per_asset.next())?, selected(pooled.next())?);
             costs.push(CostLevel { cost_bps, per_asset, pooled, sums });
         }
         let buy_and_hold = if counted.is_empty() { None } else { Some(compare.buy_and_hold(&self.close, &counted)?) };
@@ -643,14 +679,14 @@ impl Comparison<'_> {
     fn of(&mut self, series: &[f32], assets: Vec<Performance>) -> Result<OutOfSample> {
         let returns = self.portfolio(series);
         let portfolio = self.performance(&returns, 1)?.into_iter().next().ok_or_else(|| Error::Internal("one series has one performance".into()))?;
-        Ok(OutOfSample { portfolio, returns, assets, turnover: 0.0, trades: 0, best: Vec::new() })
+        Ok(OutOfSample { portfolio, returns, assets, turnover: 0.0, trades: 0, best: Vec::new(), portfolios: Vec::new() })
     }
 
-    fn selected(&mut self, selected: Selected) -> Result<OutOfSample> {
+    fn selected(&mut self, selected: Selected, portfolios: Vec<(Scheme, Pooled)>) -> Result<OutOfSample> {
         let turnover = selected.turnover.iter().sum::<f64>() / selected.stitched.len().max(1) as f64;
         let trades = selected.trades.iter().sum();
         let out = self.of(&selected.stitched, selected.performance)?;
-        Ok(OutOfSample { turnover, trades, best: selected.best, ..out })
+        Ok(OutOfSample { turnover, trades, best: selected.best, portfolios, ..out })
     }
 
     fn buy_and_hold(&mut self, close: &[f32], bars: &[u32]) -> Result<OutOfSample> {
