@@ -26,7 +26,7 @@ struct BacktestParams {
 
 #define SET_WORDS 16
 #define STATS 5
-#define BLOCK 64
+#define BLOCK 128
 #define SCALE_BIAS 512
 #define CROSS 0
 #define BAND 1

@@ -28,7 +28,7 @@
 //! Scratch  prefix; memory is inputs + sets × metrics, whatever T.
 //! Floor    11 instructions per set and bar where neither stops nor sizes are asked for: compare, change, earn, pay, four sums of which two are
 //!          fused multiply-adds, drawdown (fused multiply-add, two minima); two key loads. About 30 with stops and sizes.
-//! Numerics plain f32 inside blocks of 64 bars that restart at every edge, 64-bit integers across them: a window is an exact
+//! Numerics plain f32 inside blocks of 128 bars that restart at every edge, 64-bit integers across them: a window is an exact
 //!          difference, equal positions give equal bits. Products that are summed are fused multiply-adds on every device, so that no
 //!          compiler has anything left to contract. Drawdown by level = min(level·(1+net), 1), rounding restarts at each peak.
 //! Ladder   sweep_sma, 1M pairs × 2,520 bars. CPU, 2 threads, AVX-512: plain lanes 0.29 G pair-bars/s; explicit vectors over blocks of 64 bars
@@ -106,7 +106,7 @@ pub const BAND: u32 = 1;
 /// Mode of the momentum machine.
 pub const MOMENTUM: u32 = 2;
 /// Bars per block of plain sums.
-pub(crate) const BLOCK: usize = 64;
+pub(crate) const BLOCK: usize = 128;
 /// Offset of the scales in the plan, so that they are words.
 pub const SCALE_BIAS: i32 = 512;
 

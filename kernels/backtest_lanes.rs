@@ -1,8 +1,8 @@
 //! The lane-wise f32 column of `backtest_sweep`: explicit vectors of the widest kind that the processor has, chosen at run time
 //! (AVX-512, AVX2, NEON, scalar), the same bits on all of them and as the plain column in `backtest.rs`.
 //!
-//! Layout   a job is one asset and a run of tiles. Time goes in blocks of 64 bars: all vectors of the job pass over one block while
-//!          its keys (64 × rows words) lie in the second-level cache.
+//! Layout   a job is one asset and a run of tiles. Time goes in blocks of 128 bars: all vectors of the job pass over one block while
+//!          its keys (128 × rows words) lie in the second-level cache.
 //! Plan     neighbouring sets mostly read neighbouring rows a and the same row b, or the same rows, or neighbouring rows both. Such runs are
 //!          cut into vectors, the last one overlapping the one before; sets in shorter runs are packed in any order. Vectors that read
 //!          the same rows a run side by side, up to four with 32 registers: a tile over (fast × slow), one load of a per bar.
@@ -417,6 +417,8 @@ struct Block<'a> {
     sets: &'a Sets,
     groups: &'a [Group],
     state: &'a mut State,
+    /// Taken out when the block begins.
+    tiles: Option<&'a mut Tiles>,
     units: Units,
     from: usize,
     to: usize,
@@ -428,12 +430,13 @@ impl WithSimd for Block<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
+        let Some(tiles) = self.tiles.take() else { return };
         if !self.plain {
-            return general::block(&mut self, simd);
+            return general::block(&mut self, simd, tiles);
         }
         match self.p.mode {
-            CROSS => self.plain::<S, CROSS>(simd),
-            _ => self.plain::<S, BAND>(simd),
+            CROSS => self.plain::<S, CROSS>(simd, tiles),
+            _ => self.plain::<S, BAND>(simd, tiles),
         }
     }
 }
@@ -487,35 +490,35 @@ impl Block<'_> {
     }
 
     #[inline(always)]
-    fn plain<S: Simd, const MODE: u32>(&mut self, simd: S) {
-        let mut packed = Tiles { a: [[0u32; BLOCK * WIDEST]; MOST], b: [[0u32; BLOCK * WIDEST]; MOST], rows_b: None };
+    fn plain<S: Simd, const MODE: u32>(&mut self, simd: S, tiles: &mut Tiles) {
+        tiles.rows_b = None;
         for group in self.groups {
             if self.begin(group.first.0) >= self.to {
                 continue;
             }
             match (group.kind, group.vectors) {
-                (SHARED_A, 4) => self.group::<S, MODE, SHARED_A, 4>(simd, group, &mut packed),
-                (SHARED_A, 2) => self.group::<S, MODE, SHARED_A, 2>(simd, group, &mut packed),
-                (SHARED_A, _) => self.group::<S, MODE, SHARED_A, 1>(simd, group, &mut packed),
-                (SHARED_AB, 4) => self.group::<S, MODE, SHARED_AB, 4>(simd, group, &mut packed),
-                (SHARED_AB, 2) => self.group::<S, MODE, SHARED_AB, 2>(simd, group, &mut packed),
-                (SHARED_AB, _) => self.group::<S, MODE, SHARED_AB, 1>(simd, group, &mut packed),
-                (_, 4) => self.group::<S, MODE, OWN, 4>(simd, group, &mut packed),
-                (_, 2) => self.group::<S, MODE, OWN, 2>(simd, group, &mut packed),
-                _ => self.group::<S, MODE, OWN, 1>(simd, group, &mut packed),
+                (SHARED_A, 4) => self.group::<S, MODE, SHARED_A, 4>(simd, group, tiles),
+                (SHARED_A, 2) => self.group::<S, MODE, SHARED_A, 2>(simd, group, tiles),
+                (SHARED_A, _) => self.group::<S, MODE, SHARED_A, 1>(simd, group, tiles),
+                (SHARED_AB, 4) => self.group::<S, MODE, SHARED_AB, 4>(simd, group, tiles),
+                (SHARED_AB, 2) => self.group::<S, MODE, SHARED_AB, 2>(simd, group, tiles),
+                (SHARED_AB, _) => self.group::<S, MODE, SHARED_AB, 1>(simd, group, tiles),
+                (_, 4) => self.group::<S, MODE, OWN, 4>(simd, group, tiles),
+                (_, 2) => self.group::<S, MODE, OWN, 2>(simd, group, tiles),
+                _ => self.group::<S, MODE, OWN, 1>(simd, group, tiles),
             }
         }
     }
 
     #[inline(always)]
-    fn group<S: Simd, const MODE: u32, const KIND: u32, const G: usize>(&mut self, simd: S, group: &Group, packed: &mut Tiles) {
+    fn group<S: Simd, const MODE: u32, const KIND: u32, const G: usize>(&mut self, simd: S, group: &Group, tiles: &mut Tiles) {
         let (p, sets, lanes) = (self.p, self.sets, S::F32_LANES);
         let lag = p.lag as usize;
         // The first bar whose decision is known.
         let base = self.from.max(lag);
         let n = self.to - base;
         let table = Table { words: &self.m.keys[(base - lag) * self.m.rows..], stride: self.m.rows };
-        let Tiles { a: pa, b: pb, rows_b } = packed;
+        let Tiles { a: pa, b: pb, rows_b } = tiles;
         let empty: (&[u32], usize) = (&[], 0);
         let (mut a, mut b, mut tile) = ([empty; G], [empty; G], &[][..]);
         let at = |v: usize| group.at[v]..group.at[v] + lanes;
@@ -677,14 +680,14 @@ mod general {
     use super::*;
 
     #[inline(always)]
-    pub(super) fn block<S: Simd>(block: &mut Block<'_>, simd: S) {
+    pub(super) fn block<S: Simd>(block: &mut Block<'_>, simd: S, tiles: &mut Tiles) {
         match (block.p.mode, block.sets.stops) {
-            (CROSS, false) => groups::<S, CROSS, false>(block, simd),
-            (CROSS, true) => groups::<S, CROSS, true>(block, simd),
-            (BAND, false) => groups::<S, BAND, false>(block, simd),
-            (BAND, true) => groups::<S, BAND, true>(block, simd),
-            (_, false) => groups::<S, MOMENTUM, false>(block, simd),
-            (_, true) => groups::<S, MOMENTUM, true>(block, simd),
+            (CROSS, false) => groups::<S, CROSS, false>(block, simd, tiles),
+            (CROSS, true) => groups::<S, CROSS, true>(block, simd, tiles),
+            (BAND, false) => groups::<S, BAND, false>(block, simd, tiles),
+            (BAND, true) => groups::<S, BAND, true>(block, simd, tiles),
+            (_, false) => groups::<S, MOMENTUM, false>(block, simd, tiles),
+            (_, true) => groups::<S, MOMENTUM, true>(block, simd, tiles),
         }
     }
 
@@ -702,33 +705,25 @@ mod general {
     }
 
     #[inline(always)]
-    fn groups<S: Simd, const MODE: u32, const STOPS: bool>(block: &mut Block<'_>, simd: S) {
-        let mut packed = [[0u32; BLOCK * WIDEST]; 3];
+    fn groups<S: Simd, const MODE: u32, const STOPS: bool>(block: &mut Block<'_>, simd: S, tiles: &mut Tiles) {
         let base = block.from.max(block.p.lag as usize);
         let before = if MODE == MOMENTUM && base < block.to { closes_before(block, base) } else { Vec::new() };
         for group in block.groups {
             if block.begin(group.first.0) < block.to {
-                vector::<S, MODE, STOPS>(block, simd, group.at[0], group.first.0, &before, &mut packed);
+                vector::<S, MODE, STOPS>(block, simd, group.at[0], group.first.0, &before, tiles);
             }
         }
     }
 
     #[inline(always)]
-    fn vector<S: Simd, const MODE: u32, const STOPS: bool>(
-        block: &mut Block<'_>,
-        simd: S,
-        at: usize,
-        first_legal: usize,
-        before: &[u32],
-        packed: &mut [Packed; 3],
-    ) {
+    fn vector<S: Simd, const MODE: u32, const STOPS: bool>(block: &mut Block<'_>, simd: S, at: usize, first_legal: usize, before: &[u32], tiles: &mut Tiles) {
         let (p, m, sets, lanes) = (block.p, block.m, block.sets, S::F32_LANES);
         let lag = p.lag as usize;
         // The first bar whose decision is known.
         let base = block.from.max(lag);
         let n = block.to - base;
         let any = at..at + lanes;
-        let [pa, pb, pc] = packed;
+        let Tiles { a: [pa, pc, ..], b: [pb, ..], .. } = tiles;
         let keys = Table { words: &m.keys[if MODE == MOMENTUM { 0 } else { (base - lag) * m.rows }..], stride: m.rows };
         let then = Table { words: before, stride: sets.lookbacks.len() };
         let a = if MODE == MOMENTUM { (&[][..], 0) } else { keys.lanes(simd, &sets.a[any.clone()], n, pa) };
@@ -920,6 +915,7 @@ fn simulate(arch: Arch, p: &BacktestParams, market: &Market<'_>, words: &[u32], 
     lookbacks.dedup();
     let sets = Sets::of(words, &slots.order, lookbacks);
     let mut state = State::new(slots.order.len(), !plain);
+    let mut tiles = Tiles { a: [[0u32; BLOCK * WIDEST]; MOST], b: [[0u32; BLOCK * WIDEST]; MOST], rows_b: None };
     let shift = p.shift as i32;
     let units = Units::of(shift, scale);
     let mut j = 0;
@@ -927,7 +923,7 @@ fn simulate(arch: Arch, p: &BacktestParams, market: &Market<'_>, words: &[u32], 
         let end = edges.get(e).map_or(market.returns.len(), |&edge| edge as usize);
         while j < end {
             let to = end.min(j + BLOCK);
-            arch.dispatch(Block { p, m: market, sets: &sets, groups: &slots.groups, state: &mut state, units, from: j, to, plain });
+            arch.dispatch(Block { p, m: market, sets: &sets, groups: &slots.groups, state: &mut state, tiles: Some(&mut tiles), units, from: j, to, plain });
             j = to;
         }
         if e < edges.len() {

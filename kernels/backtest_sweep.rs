@@ -18,7 +18,7 @@
 //! * target_vol, vol_window, max_leverage: the weight is direction·min(target_vol/(√252·sd), max_leverage), target_vol 0 is off.
 
 use crate::backtest::{
-    BACKTEST_STITCH, BACKTEST_SWEEP, BAND, BLOCK, BOTH, BacktestParams, CROSS, LONG, MOMENTUM, NO_STOP, OFF, SCALE_BIAS, SET_WORDS, SHORT, STATS, TILE,
+    BACKTEST_STITCH, BACKTEST_SWEEP, BAND, BOTH, BacktestParams, CROSS, LONG, MOMENTUM, NO_STOP, OFF, SCALE_BIAS, SET_WORDS, SHORT, STATS, TILE,
 };
 use crate::conformance::{Case, Outputs, defined};
 use crate::device::{Buffer, Device, DeviceKind, LaunchTime, Pass, Read, View};
@@ -660,8 +660,9 @@ struct Choice {
 const FLUSH_BYTES: u64 = 32 << 20;
 /// Most tiles of sets of one launch: enough for any device, and their words stay below 16 MB.
 const LAUNCH_TILES: u64 = 4096;
-/// Scratch of one launch stays below this.
+/// Scratch of one launch stays below this, and on the CPU in its caches: it is written once and read once.
 const SCRATCH_BYTES: u64 = 64 << 20;
+const CPU_SCRATCH_BYTES: u64 = 16 << 20;
 
 impl<'a> Sweep<'a> {
     /// Runs the sweep; `visit` gets every chunk of statistics once, assets in order, then sets in order.
@@ -854,6 +855,8 @@ impl<'a> Job<'a> {
     }
 
     fn plan(&self) -> Result<Plan> {
+        let cpu = matches!(self.device.info().kind, DeviceKind::Cpu | DeviceKind::Reference);
+        let scratch_bytes = if cpu { CPU_SCRATCH_BYTES } else { SCRATCH_BYTES };
         let (n, t, limits) = (self.sweep.assets, self.t as u64, self.device.limits());
         let tiles = self.machine.count().div_ceil(TILE) as u64;
         let rows = self.machine.table.rows().max(self.machine.volatility.len()) as u64;
@@ -867,11 +870,11 @@ impl<'a> Job<'a> {
         let asset_groups = (t * rows).div_ceil(u64::from(indicators::INDICATOR_SMA.workgroup)).max(windows);
         // Sequential loops: bars and their blocks in the simulation; sets, and assets where pooled, in the selection.
         let edges = self.edges.len() as u64;
-        // A block counts for up to ten: compilers turn its branches into loops (llvmpipe was right at 53,790 bars, wrong at 61,977).
-        self.device.check_rounds(OP, t + 10 * (t / BLOCK as u64 + edges) + 8, "rounds")?;
+        // 64 bars and an edge count for up to ten: compilers turn branches into loops (llvmpipe was right at 53,790 bars, wrong at 61,977).
+        self.device.check_rounds(OP, t + 10 * (t / 64 + edges) + 8, "rounds")?;
         // Assets first: as many as fit beside all sets, or else beside one tile of them (all assets, if their prefixes are needed together).
         let mut assets = self.device.plan(OP, n as u64, per_asset.max(tile_elements), asset_groups, work.max(600 * per_asset))?;
-        let beside_all = (SCRATCH_BYTES / (4 * tile_elements * tiles)).max(1);
+        let beside_all = (scratch_bytes / (4 * tile_elements * tiles)).max(1);
         if !self.sweep.pooled && assets.first().is_some_and(|r| r.end - r.start > beside_all) {
             assets = (0..n as u64).step_by(beside_all as usize).map(|a| a..(a + beside_all).min(n as u64)).collect();
         }
@@ -886,7 +889,7 @@ impl<'a> Job<'a> {
         let run = self.device.plan(OP, tiles, together * tile_elements, tile_groups, together * work)?.first().map_or(1, |r| r.end - r.start);
         let per_set = 34 + if self.sweep.pooled { n as u64 } else { 0 };
         let run = run.min((limits.loop_rounds / per_set).max(1)).min(LAUNCH_TILES);
-        let run = run.min((SCRATCH_BYTES / (4 * together * tile_elements)).max(1)) as usize * TILE;
+        let run = run.min((scratch_bytes / (4 * together * tile_elements)).max(1)) as usize * TILE;
         let count = self.machine.count();
         Ok(Plan {
             assets: assets.into_iter().map(|r| r.start as usize..r.end as usize).collect(),

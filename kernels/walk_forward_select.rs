@@ -139,10 +139,11 @@ struct AddAssets<'a> {
 }
 
 impl WithSimd for AddAssets<'_> {
-    type Output = ();
+    /// The highest ratio; NaN if any is.
+    type Output = f64;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
+    fn with_simd<S: Simd>(self, _: S) -> f64 {
         for a in self.assets {
             let base = (a * self.p.tiles as usize + self.tile) * self.p.edges as usize;
             let words = |edge: u32| &self.prefix[(base + edge as usize) * 4 * TILE..][..4 * TILE];
@@ -158,6 +159,14 @@ impl WithSimd for AddAssets<'_> {
             let s = self.sums.sum[l] as f64;
             self.sums.ratio[l] = s * s.abs() / (unit * self.sums.square[l] as i64 as f64 - s * s);
         }
+        let (mut highest, mut undefined) = ([f64::NEG_INFINITY; 8], [false; 8]);
+        for ratios in self.sums.ratio.chunks_exact(8) {
+            for (l, &ratio) in ratios.iter().enumerate() {
+                highest[l] = if ratio > highest[l] { ratio } else { highest[l] };
+                undefined[l] |= ratio.is_nan();
+            }
+        }
+        if undefined.contains(&true) { f64::NAN } else { highest.into_iter().fold(f64::NEG_INFINITY, f64::max) }
     }
 }
 
@@ -175,7 +184,10 @@ fn walk_forward_select_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> 
         let mut close = f64::NEG_INFINITY;
         for tile in 0..p.tiles as usize {
             let mut sums = TileSums::new();
-            arch.dispatch(AddAssets { p: &p, prefix, assets: assets.clone(), tile, span, n: n as f64, sums: &mut sums });
+            let highest = arch.dispatch(AddAssets { p: &p, prefix, assets: assets.clone(), tile, span, n: n as f64, sums: &mut sums });
+            if best[1] != NONE && !highest.is_nan() && highest <= close - close.abs() * 1e-6 {
+                continue;
+            }
             for l in 0..TILE.min(p.sets as usize - tile * TILE) {
                 // An f64 ratio first; the exact key only for what could win.
                 let ratio = sums.ratio[l];

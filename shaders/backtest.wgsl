@@ -31,7 +31,7 @@ struct BacktestParams {
 override WG: u32 = 64u;
 const SET_WORDS: u32 = 16u;
 const STATS: u32 = 5u;
-const BLOCK: u32 = 64u;
+const BLOCK: u32 = 128u;
 const SCALE_BIAS: i32 = 512;
 const CROSS: u32 = 0u;
 const BAND: u32 = 1u;

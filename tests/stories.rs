@@ -1081,7 +1081,8 @@ fn unknown_names_come_with_the_nearest_known_one() {
     refused(&["--device", "wgpu:99"], &["no wgpu device", "--device cpu"]);
     refused(&["--rank-by", "shrape"], &["unknown ranking 'shrape'; did you mean 'sharpe'?"]);
     refused(&["--select", "per_aset"], &["unknown selection 'per_aset'; did you mean 'per_asset'?"]);
-    refused(&["--execution", "next_open"], &["unknown execution 'next_open'", "next_close"]);
+    refused(&["--execution", "next_opne"], &["unknown execution 'next_opne'; did you mean 'next_open'?", "next_close"]);
+    refused(&["--execution", "next_open"], &["--execution = next_open", "no open column"]);
     refused(&["--grid", "fsat=5"], &["unknown parameter 'fsat'; did you mean 'fast'?"]);
     refused(&["--walk-forward", "tran=100"], &["unknown walk-forward setting 'tran'; did you mean 'train'?"]);
     refused(&[&file, "--missing", "flil"], &["--missing", "flil", "fill:N"]);

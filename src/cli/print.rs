@@ -145,9 +145,10 @@ impl Printed<'_> {
 
     fn pooled(&self, name: &str, pooled: &Pooled) {
         let p = &pooled.performance;
+        let idle = if pooled.trades == 0 { "   no share is wider than the band: nothing traded" } else { "" };
         let turnover = pooled.turnover / pooled.net.len().max(1) as f64 * self.prepared.config.periods_per_year;
         say(&format!(
-            "{name:<28} {:>8} {:>10} {:>9} {:>8} {:>8} {turnover:>11.1}",
+            "{name:<28} {:>8} {:>10} {:>9} {:>8} {:>8} {turnover:>11.1}{idle}",
             ratio(p.sharpe),
             percent(p.total_return),
             percent(p.max_drawdown),

@@ -111,7 +111,7 @@ pub(super) struct Args {
     assets: usize,
     /// Also pool what the walk-forward chose into portfolios with shared capital and drifting weights: equal, inverse_vol or inverse_vol:WINDOW,
     /// traded as --rebalance-band, --rebalance-every and --rebalance-to say.
-    #[arg(long, value_name = "SHARES", value_delimiter = ',', conflicts_with = "file")]
+    #[arg(long, value_name = "SHARES", value_delimiter = ',', group = "pooled", conflicts_with = "file")]
     portfolio: Vec<String>,
     #[command(flatten)]
     signals: signals::SignalArgs,
