@@ -927,11 +927,7 @@ fn simulate(arch: Arch, p: &BacktestParams, market: &Market<'_>, words: &[u32], 
             j = to;
         }
         if e < edges.len() {
-            for &(set, slot, n) in &slots.results {
-                let out = &mut job.prefix[(set / TILE * edges.len() + e) * 4 * TILE..][..4 * TILE];
-                put64(out, set % TILE, state.sums[slot..slot + n].iter().map(|&x| x as u64));
-                put64(&mut out[2 * TILE..], set % TILE, state.squares[slot..slot + n].iter().copied());
-            }
+            arch.dispatch(Edge { slots: &slots, state: &state, edge: e, edges: edges.len(), prefix: job.prefix });
         }
     }
     let counted = (market.returns.len() as u64).saturating_sub(u64::from(p.start));
@@ -948,7 +944,30 @@ fn simulate(arch: Arch, p: &BacktestParams, market: &Market<'_>, words: &[u32], 
     }
 }
 
+/// Writes the exact sums before an edge.
+struct Edge<'a> {
+    slots: &'a Slots,
+    state: &'a State,
+    edge: usize,
+    edges: usize,
+    prefix: &'a mut [u32],
+}
+
+impl WithSimd for Edge<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for &(set, slot, n) in &self.slots.results {
+            let out = &mut self.prefix[(set / TILE * self.edges + self.edge) * 4 * TILE..][..4 * TILE];
+            put64(out, set % TILE, self.state.sums[slot..slot + n].iter().map(|&x| x as u64));
+            put64(&mut out[2 * TILE..], set % TILE, self.state.squares[slot..slot + n].iter().copied());
+        }
+    }
+}
+
 /// Writes 64-bit words as two planes of a tile, least significant first.
+#[inline(always)]
 fn put64(out: &mut [u32], from: usize, values: impl ExactSizeIterator<Item = u64>) {
     let (low, high) = out.split_at_mut(TILE);
     let lanes = from..from + values.len();

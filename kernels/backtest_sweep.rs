@@ -363,12 +363,29 @@ impl Column<'_> {
     }
 
     fn wholes(&self, least: u32) -> Result<Vec<u32>> {
-        (0..self.values.len()).into_par_iter().map(|s| self.whole(s, least)).collect()
+        in_parallel(self.values.len(), 0, &|s| self.whole(s, least))
     }
 
     fn real(&self, set: usize, legal: impl Fn(f32) -> bool, help: &str) -> Result<f32> {
         let x = self.values[set];
         if x.is_finite() && legal(x) { Ok(x) } else { Err(self.problem(set, help)) }
+    }
+}
+
+/// `value(i)` for all i below n, or an error.
+fn in_parallel<T: Copy + Send + Sync>(n: usize, empty: T, value: &(dyn Fn(usize) -> Result<T> + Sync)) -> Result<Vec<T>> {
+    const RUN: usize = 8192;
+    let mut values = vec![empty; n];
+    let run = |(run, out): (usize, &mut [T])| {
+        for (i, out) in out.iter_mut().enumerate() {
+            *out = value(run * RUN + i)?;
+        }
+        Ok(())
+    };
+    match values.par_chunks_mut(RUN).enumerate().try_for_each(run) {
+        Ok(()) => Ok(values),
+        // Whichever came first in time: report the first in order.
+        Err(error) => Err((0..n).find_map(|i| value(i).err()).unwrap_or(error)),
     }
 }
 
@@ -423,7 +440,7 @@ impl Machine {
         };
         let plain = Words { a: 0, b: 0, threshold_a: 0, threshold_b: 0, first: 0, side: LONG };
         let (mut mode, mut mask) = (BAND, u32::MAX);
-        let each = |words: &(dyn Fn(usize) -> Result<Words> + Sync)| (0..count).into_par_iter().map(words).collect::<Result<Vec<Words>>>();
+        let each = |words: &(dyn Fn(usize) -> Result<Words> + Sync)| in_parallel(count, plain, words);
         let (table, mut sets) = match strategy {
             Strategy::SmaCross | Strategy::EmaCross => {
                 mode = CROSS;
@@ -1008,7 +1025,7 @@ impl<'a> Job<'a> {
     /// Simulates a run of sets on an asset chunk, and selects per asset if a choice is given. `all` is the prefix buffer of all assets.
     fn simulate(&mut self, tables: &Tables, cost: usize, sets: Range<usize>, choice: Option<&Choice>, all: Option<&View>) -> Result<()> {
         let (device, a, tiles) = (self.device, tables.assets.len(), sets.len().div_ceil(TILE));
-        let set_words = device.upload_u32("sets", &self.machine.words(sets.clone()))?;
+        let set_words = device.upload_words("sets", self.machine.words(sets.clone()))?;
         let plan: Vec<u32> = self.edges.iter().chain(&self.scales[cost][tables.assets.clone()]).copied().collect();
         let plan = device.upload_u32("plan", &plan)?;
         let stats = device.zeros("stats", (a * tiles * STATS * TILE) as u64)?;
@@ -1074,7 +1091,7 @@ impl<'a> Job<'a> {
 
     /// Selects over `pooled` assets at once from the prefixes of `a` assets.
     fn select(&mut self, prefix: &View, a: usize, pooled: usize, sets: &Range<usize>, choice: &Choice) -> Result<()> {
-        let words = self.device.upload_u32("sets", &self.machine.words(sets.clone()))?;
+        let words = self.device.upload_words("sets", self.machine.words(sets.clone()))?;
         let params = self.select_params(a, pooled, sets);
         let args = [prefix.clone(), View::from(&self.train), View::from(&words), View::from(&choice.best), View::from(&choice.chosen)];
         self.pending.pass.launch(&WALK_FORWARD_SELECT, &params, &args)

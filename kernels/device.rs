@@ -26,6 +26,7 @@ mod wgpu;
 use crate::kernel::{Access, Elem, Kernel, Params};
 use crate::{Error, Result};
 use std::any::Any;
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -153,7 +154,7 @@ pub(crate) enum HostData {
 /// What a backend has to do; everything else is shared.
 pub(crate) trait Backend: Send + Sync {
     /// Makes a buffer holding `data`, or zeros.
-    fn alloc(&self, label: &str, elem: Elem, len: u64, data: Option<&[u32]>) -> Result<Box<dyn Any + Send + Sync>>;
+    fn alloc(&self, label: &str, elem: Elem, len: u64, data: Option<Cow<'_, [u32]>>) -> Result<Box<dyn Any + Send + Sync>>;
     /// Runs the commands in order and returns the reads, in order.
     fn run(&self, recorded: Recorded<'_>) -> Result<(Vec<HostData>, Vec<LaunchTime>)>;
     /// Makes the device unusable, as a driver reset would.
@@ -248,12 +249,17 @@ impl Device {
 
     /// A buffer of reals holding `data`.
     pub fn upload(&self, label: &str, data: &[f32]) -> Result<Buffer> {
-        self.alloc(label, Elem::F32, data.len() as u64, Some(bytemuck::cast_slice(data)))
+        self.alloc(label, Elem::F32, data.len() as u64, Some(Cow::Borrowed(bytemuck::cast_slice(data))))
     }
 
     /// A buffer of words holding `data`.
     pub fn upload_u32(&self, label: &str, data: &[u32]) -> Result<Buffer> {
-        self.alloc(label, Elem::U32, data.len() as u64, Some(data))
+        self.alloc(label, Elem::U32, data.len() as u64, Some(Cow::Borrowed(data)))
+    }
+
+    /// A buffer of words holding `data`, without a copy where the device is the host.
+    pub fn upload_words(&self, label: &str, data: Vec<u32>) -> Result<Buffer> {
+        self.alloc(label, Elem::U32, data.len() as u64, Some(Cow::Owned(data)))
     }
 
     /// A buffer of `len` reals, zero.
@@ -266,7 +272,7 @@ impl Device {
         self.alloc(label, Elem::U32, len, None)
     }
 
-    fn alloc(&self, label: &str, elem: Elem, len: u64, data: Option<&[u32]>) -> Result<Buffer> {
+    fn alloc(&self, label: &str, elem: Elem, len: u64, data: Option<Cow<'_, [u32]>>) -> Result<Buffer> {
         let bytes = len.max(1).saturating_mul(4);
         let help = "use fewer sets, assets or bars at once";
         if bytes > self.0.limits.buffer_bytes {

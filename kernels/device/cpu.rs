@@ -5,6 +5,7 @@ use crate::kernel::{Access, Cpu, CpuArg, CpuLaunch, Elem};
 use crate::real::Real;
 use crate::{Error, Result};
 use std::any::Any;
+use std::borrow::Cow;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Instant;
@@ -46,13 +47,13 @@ impl CpuBackend {
 }
 
 impl Backend for CpuBackend {
-    fn alloc(&self, label: &str, elem: Elem, len: u64, data: Option<&[u32]>) -> Result<Box<dyn Any + Send + Sync>> {
+    fn alloc(&self, label: &str, elem: Elem, len: u64, data: Option<Cow<'_, [u32]>>) -> Result<Box<dyn Any + Send + Sync>> {
         self.check()?;
         let len = usize::try_from(len).map_err(|_| out_of_memory(label))?;
         let data = match (elem, self.reference, data) {
-            (Elem::U32, _, Some(x)) => HostData::U32(x.to_vec()),
+            (Elem::U32, _, Some(x)) => HostData::U32(x.into_owned()),
             (Elem::U32, _, None) => HostData::U32(zeros(len, label)?),
-            (Elem::F32, false, Some(x)) => HostData::F32(bytemuck::cast_slice(x).to_vec()),
+            (Elem::F32, false, Some(x)) => HostData::F32(bytemuck::cast_slice(&x).to_vec()),
             (Elem::F32, false, None) => HostData::F32(zeros(len, label)?),
             (Elem::F32, true, Some(x)) => HostData::F64(x.iter().map(|&v| f64::from(f32::from_bits(v))).collect()),
             (Elem::F32, true, None) => HostData::F64(zeros(len, label)?),

@@ -17,6 +17,7 @@ use cudarc::nvrtc::Ptx;
 use cudarc::nvrtc::result as nvrtc;
 use cudarc::nvrtc::sys as nvrtc_sys;
 use std::any::Any;
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -509,7 +510,7 @@ impl Cuda {
 }
 
 impl Backend for Cuda {
-    fn alloc(&self, label: &str, _elem: Elem, len: u64, data: Option<&[u32]>) -> Result<Box<dyn Any + Send + Sync>> {
+    fn alloc(&self, label: &str, _elem: Elem, len: u64, data: Option<Cow<'_, [u32]>>) -> Result<Box<dyn Any + Send + Sync>> {
         let gpu = &self.gpu;
         gpu.enter()?;
         let doing = format!("allocating '{label}'");

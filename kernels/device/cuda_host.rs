@@ -11,6 +11,7 @@ use super::{Backend, Command, DeviceInfo, DeviceKind, HostData, Launch, LaunchTi
 use crate::kernel::{Access, Elem, Kernel};
 use crate::{Error, Result};
 use std::any::Any;
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ffi::{c_char, c_void};
 use std::fmt::Write as _;
@@ -381,14 +382,14 @@ impl CudaHost {
 }
 
 impl Backend for CudaHost {
-    fn alloc(&self, label: &str, _elem: Elem, len: u64, data: Option<&[u32]>) -> Result<Box<dyn Any + Send + Sync>> {
+    fn alloc(&self, label: &str, _elem: Elem, len: u64, data: Option<Cow<'_, [u32]>>) -> Result<Box<dyn Any + Send + Sync>> {
         self.check()?;
         let doing = || out_of_memory(&format!("allocating '{label}'"));
         let len = usize::try_from(len).map_err(|_| doing())?;
         let mut words: Vec<u32> = Vec::new();
         words.try_reserve_exact(len).map_err(|_| doing())?;
         match data {
-            Some(data) => words.extend_from_slice(data),
+            Some(data) => words.extend_from_slice(&data),
             None => words.resize(len, 0),
         }
         Ok(Box::new(Storage::new(words)))

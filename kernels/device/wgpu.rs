@@ -8,6 +8,7 @@ use crate::kernel::{Access, Elem, Kernel};
 use crate::{Error, Result};
 use pollster::block_on;
 use std::any::Any;
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use wgpu::{BufferUsages, ErrorFilter, Features};
@@ -317,11 +318,11 @@ fn binding(buffer: &wgpu::Buffer, offset: u64, size: u64) -> wgpu::BindingResour
 }
 
 impl Backend for WgpuBackend {
-    fn alloc(&self, label: &str, _: Elem, len: u64, data: Option<&[u32]>) -> Result<Box<dyn Any + Send + Sync>> {
+    fn alloc(&self, label: &str, _: Elem, len: u64, data: Option<Cow<'_, [u32]>>) -> Result<Box<dyn Any + Send + Sync>> {
         self.scoped(&format!("allocating '{label}'"), || {
             let buffer = self.buffer(label, 4 * len.max(1), BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST);
             if let Some(data) = data.filter(|d| !d.is_empty()) {
-                self.queue.write_buffer(&buffer, 0, bytemuck::cast_slice(data));
+                self.queue.write_buffer(&buffer, 0, bytemuck::cast_slice(&data));
             }
             Ok(Box::new(buffer) as Box<dyn Any + Send + Sync>)
         })
