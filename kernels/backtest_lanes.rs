@@ -261,7 +261,7 @@ struct State {
     mantissa: Vec<f64>,
     exponent: Vec<i32>,
     turnover: Vec<f32>,
-    trades: Vec<f32>,
+    trades: Vec<u32>,
 }
 
 impl State {
@@ -282,8 +282,8 @@ impl State {
             squares: vec![0; n],
             mantissa: vec![1.0; n],
             exponent: vec![0; n],
-            turnover: zero.clone(),
-            trades: zero,
+            turnover: zero,
+            trades: vec![0; n],
         }
     }
 
@@ -693,11 +693,11 @@ mod general {
 
     /// Closes `lookback` bars before each decision from bar `base` on, a row per distinct lookback; anything where there are none.
     fn closes_before(block: &Block<'_>, base: usize) -> Vec<u32> {
-        let rows = block.sets.lookbacks.len();
-        let mut table = vec![0; rows * (block.to - base)];
-        for (row, &lookback) in block.sets.lookbacks.iter().enumerate() {
-            for (k, out) in table.iter_mut().skip(row).step_by(rows).enumerate() {
-                let t = base + k - block.p.lag as usize;
+        let lookbacks = &block.sets.lookbacks;
+        let mut table = vec![0; lookbacks.len() * (block.to - base)];
+        for (k, row) in table.chunks_exact_mut(lookbacks.len().max(1)).enumerate() {
+            let t = base + k - block.p.lag as usize;
+            for (out, &lookback) in row.iter_mut().zip(lookbacks) {
                 *out = block.m.close[t.saturating_sub(lookback as usize)].to_bits();
             }
         }
@@ -710,13 +710,20 @@ mod general {
         let before = if MODE == MOMENTUM && base < block.to { closes_before(block, base) } else { Vec::new() };
         for group in block.groups {
             if block.begin(group.first.0) < block.to {
-                vector::<S, MODE, STOPS>(block, simd, group.at[0], group.first.0, &before, tiles);
+                vector::<S, MODE, STOPS>(block, simd, group.at[0], group.first, &before, tiles);
             }
         }
     }
 
     #[inline(always)]
-    fn vector<S: Simd, const MODE: u32, const STOPS: bool>(block: &mut Block<'_>, simd: S, at: usize, first_legal: usize, before: &[u32], tiles: &mut Tiles) {
+    fn vector<S: Simd, const MODE: u32, const STOPS: bool>(
+        block: &mut Block<'_>,
+        simd: S,
+        at: usize,
+        first: (usize, usize),
+        before: &[u32],
+        tiles: &mut Tiles,
+    ) {
         let (p, m, sets, lanes) = (block.p, block.m, block.sets, S::F32_LANES);
         let lag = p.lag as usize;
         // The first bar whose decision is known.
@@ -736,114 +743,222 @@ mod general {
         let volatility = if sized { volatility.lanes(simd, &rows, n, pc) } else { (&[][..], 0) };
 
         let (zero, one) = (simd.splat_f32s(0.0), simd.splat_f32s(1.0));
-        let (cost, mask) = (simd.splat_f32s(p.cost + p.cost_low), simd.splat_u32s(p.mask));
-        let (threshold_a, threshold_b) = (load_u32::<S>(&sets.threshold_a, at), load_u32::<S>(&sets.threshold_b, at));
-        let (first, up, down) = (load_u32::<S>(&sets.first, at), load_f32::<S>(&sets.up, at), load_f32::<S>(&sets.down, at));
-        let (target, leverage) = (load_f32::<S>(&sets.target, at), load_f32::<S>(&sets.leverage, at));
-        let unsized_lanes = simd.greater_than_u32s(load_u32::<S>(size_rows, 0), simd.splat_u32s(OFF - 1));
-        let (stop_loss, take_profit) = (simd.neg_f32s(load_f32::<S>(&sets.stop_loss, at)), load_f32::<S>(&sets.take_profit, at));
-        let (trailing_stop, max_holding) = (simd.neg_f32s(load_f32::<S>(&sets.trailing_stop, at)), load_u32::<S>(&sets.max_holding, at));
-        let begin = block.begin(first_legal);
+        let reads: Reads<'_, S> = Reads {
+            a,
+            b,
+            volatility,
+            threshold_a: load_u32::<S>(&sets.threshold_a, at),
+            threshold_b: load_u32::<S>(&sets.threshold_b, at),
+            first: load_u32::<S>(&sets.first, at),
+            up: load_f32::<S>(&sets.up, at),
+            down: load_f32::<S>(&sets.down, at),
+            target: load_f32::<S>(&sets.target, at),
+            leverage: load_f32::<S>(&sets.leverage, at),
+            no_size: simd.greater_than_u32s(load_u32::<S>(size_rows, 0), simd.splat_u32s(OFF - 1)),
+            stop_loss: simd.neg_f32s(load_f32::<S>(&sets.stop_loss, at)),
+            take_profit: load_f32::<S>(&sets.take_profit, at),
+            trailing_stop: simd.neg_f32s(load_f32::<S>(&sets.trailing_stop, at)),
+            max_holding: load_u32::<S>(&sets.max_holding, at),
+        };
+        let state = &*block.state;
+        let mut lane: Lanes<S> = Lanes {
+            signal: load_f32::<S>(&state.signal, at),
+            held: load_f32::<S>(&state.held, at),
+            blocked: load_f32::<S>(&state.blocked, at),
+            entry: load_f32::<S>(&state.entry, at),
+            best: load_f32::<S>(&state.best, at),
+            age: load_u32::<S>(&state.age, at),
+            weight: load_f32::<S>(&state.weight, at),
+            level: load_f32::<S>(&state.level, at),
+            lowest: load_f32::<S>(&state.lowest, at),
+            sum: zero,
+            square: zero,
+            growth: one,
+            turnover: load_f32::<S>(&state.turnover, at),
+            block_turnover: zero,
+            trades: simd.splat_u32s(0),
+        };
+        let begin = block.begin(first.0);
+        let counted = begin.max(p.start as usize).min(block.to);
+        let legal = counted.max(first.1 + lag).min(block.to);
+        if MODE == BAND {
+            bars::<S, MODE, false, false, true, false>(block, simd, &reads, &mut lane, begin..counted);
+        }
+        if sized {
+            bars::<S, MODE, STOPS, true, true, true>(block, simd, &reads, &mut lane, counted..legal);
+            bars::<S, MODE, STOPS, true, false, true>(block, simd, &reads, &mut lane, legal..block.to);
+        } else {
+            bars::<S, MODE, STOPS, false, true, true>(block, simd, &reads, &mut lane, counted..legal);
+            bars::<S, MODE, STOPS, false, false, true>(block, simd, &reads, &mut lane, legal..block.to);
+        }
         let state = &mut *block.state;
-        let mut signal = load_f32::<S>(&state.signal, at);
-        let mut held = load_f32::<S>(&state.held, at);
-        let mut blocked = load_f32::<S>(&state.blocked, at);
-        let (mut entry, mut best, mut age) = (load_f32::<S>(&state.entry, at), load_f32::<S>(&state.best, at), load_u32::<S>(&state.age, at));
-        let mut weight = load_f32::<S>(&state.weight, at);
-        let (mut level, mut lowest) = (load_f32::<S>(&state.level, at), load_f32::<S>(&state.lowest, at));
-        let (mut sum, mut square, mut growth, mut turnover, mut trades) = (zero, zero, one, zero, zero);
-        for j in begin..block.to {
-            let (k, t) = (j - base, j - lag);
+        for (target, value) in [
+            (&mut state.signal, lane.signal),
+            (&mut state.held, lane.held),
+            (&mut state.blocked, lane.blocked),
+            (&mut state.entry, lane.entry),
+            (&mut state.best, lane.best),
+            (&mut state.weight, lane.weight),
+            (&mut state.level, lane.level),
+            (&mut state.lowest, lane.lowest),
+            (&mut state.turnover, simd.add_f32s(lane.turnover, lane.block_turnover)),
+        ] {
+            store::<S>(target, at, value);
+        }
+        store_u32::<S>(&mut state.age, at, lane.age);
+        let trades = simd.add_u32s(load_u32::<S>(&state.trades, at), lane.trades);
+        store_u32::<S>(&mut state.trades, at, trades);
+        state.flush(simd, at, block.units, lane.sum, lane.square, lane.growth);
+    }
+
+    /// What a vector reads over a block, from the first bar whose decision is known.
+    struct Reads<'a, S: Simd> {
+        a: (&'a [u32], usize),
+        b: (&'a [u32], usize),
+        volatility: (&'a [u32], usize),
+        threshold_a: S::u32s,
+        threshold_b: S::u32s,
+        first: S::u32s,
+        up: S::f32s,
+        down: S::f32s,
+        target: S::f32s,
+        leverage: S::f32s,
+        no_size: S::m32s,
+        stop_loss: S::f32s,
+        take_profit: S::f32s,
+        trailing_stop: S::f32s,
+        max_holding: S::u32s,
+    }
+
+    /// State of a vector.
+    #[derive(Clone, Copy)]
+    struct Lanes<S: Simd> {
+        signal: S::f32s,
+        held: S::f32s,
+        blocked: S::f32s,
+        entry: S::f32s,
+        best: S::f32s,
+        age: S::u32s,
+        weight: S::f32s,
+        level: S::f32s,
+        lowest: S::f32s,
+        sum: S::f32s,
+        square: S::f32s,
+        growth: S::f32s,
+        turnover: S::f32s,
+        block_turnover: S::f32s,
+        trades: S::u32s,
+    }
+
+    /// LEGAL: some lanes may still warm up. EARN: the bars count.
+    #[inline(always)]
+    fn bars<S: Simd, const MODE: u32, const STOPS: bool, const SIZED: bool, const LEGAL: bool, const EARN: bool>(
+        block: &Block<'_>,
+        simd: S,
+        reads: &Reads<'_, S>,
+        lane: &mut Lanes<S>,
+        bars: Range<usize>,
+    ) {
+        if bars.is_empty() {
+            return;
+        }
+        let (p, m, lag) = (block.p, block.m, block.p.lag as usize);
+        let base = block.from.max(lag);
+        let (zero, one) = (simd.splat_f32s(0.0), simd.splat_f32s(1.0));
+        let (cost, mask) = (simd.splat_f32s(p.cost + p.cost_low), simd.splat_u32s(p.mask));
+        let rows = |x: (&'_ [u32], usize)| (x.0.len().min((bars.start - base) * x.1), x.1.max(1));
+        let (a, b, c) = (rows(reads.a), rows(reads.b), rows(reads.volatility));
+        let mut rows_a = reads.a.0[a.0..].chunks(a.1);
+        let mut rows_b = reads.b.0[b.0..].chunks(b.1);
+        let mut rows_c = reads.volatility.0[c.0..].chunks(c.1);
+        let mut x = *lane;
+        let returns = &m.returns[bars.clone()];
+        let closes = &m.close[bars.start - lag..bars.end - lag];
+        let fills = &m.fill[bars.clone()];
+        for (i, ((&r, &close), &fill)) in returns.iter().zip(closes).zip(fills).enumerate() {
+            let row = |rows: &mut std::slice::Chunks<'_, u32>| load_u32::<S>(rows.next().unwrap_or(&[]), 0);
             // direction
             let next = match MODE {
-                CROSS => simd.select_f32s(simd.greater_than_u32s(load_u32::<S>(a.0, k * a.1), load_u32::<S>(b.0, k * b.1)), up, down),
+                CROSS => simd.select_f32s(simd.greater_than_u32s(row(&mut rows_a), row(&mut rows_b)), reads.up, reads.down),
                 BAND => {
-                    let enters = simd.greater_than_u32s(simd.xor_u32s(load_u32::<S>(a.0, k * a.1), mask), threshold_a);
-                    let leaves = simd.greater_than_u32s(load_u32::<S>(b.0, k * b.1), threshold_b);
-                    let otherwise = simd.select_f32s(leaves, down, signal);
-                    let not_up = simd.less_than_or_equal_f32s(signal, zero);
-                    simd.select_f32s(simd.and_m32s(not_up, enters), up, otherwise)
+                    let enters = simd.greater_than_u32s(simd.xor_u32s(row(&mut rows_a), mask), reads.threshold_a);
+                    let leaves = simd.greater_than_u32s(row(&mut rows_b), reads.threshold_b);
+                    let otherwise = simd.select_f32s(leaves, reads.down, x.signal);
+                    let not_up = simd.less_than_or_equal_f32s(x.signal, zero);
+                    simd.select_f32s(simd.and_m32s(not_up, enters), reads.up, otherwise)
                 }
                 _ => {
-                    let (now, then) = (simd.splat_f32s(m.close[t]), simd.transmute_f32s_u32s(load_u32::<S>(b.0, k * b.1)));
-                    let not_above = simd.select_f32s(simd.less_than_f32s(now, then), down, zero);
-                    simd.select_f32s(simd.greater_than_f32s(now, then), up, not_above)
+                    let (now, then) = (simd.splat_f32s(close), simd.transmute_f32s_u32s(row(&mut rows_b)));
+                    let not_above = simd.select_f32s(simd.less_than_f32s(now, then), reads.down, zero);
+                    simd.select_f32s(simd.greater_than_f32s(now, then), reads.up, not_above)
                 }
             };
-            let legal = simd.less_than_or_equal_u32s(first, simd.splat_u32s(t as u32));
-            signal = simd.select_f32s(legal, next, zero);
-            if j < p.start as usize {
+            x.signal = next;
+            if LEGAL {
+                let legal = simd.less_than_or_equal_u32s(reads.first, simd.splat_u32s((bars.start + i - lag) as u32));
+                x.signal = simd.select_f32s(legal, next, zero);
+            }
+            if !EARN {
                 continue;
             }
             // stops
             let direction = if STOPS {
-                let close = simd.splat_f32s(m.close[t]);
-                age = simd.add_u32s(age, simd.splat_u32s(1));
-                let is_up = simd.greater_than_f32s(held, zero);
-                best = simd.select_f32s(is_up, simd.max_f32s(best, close), simd.min_f32s(best, close));
-                let side = |x: S::f32s| simd.mul_f32s(held, x);
+                let close = simd.splat_f32s(close);
+                x.age = simd.add_u32s(x.age, simd.splat_u32s(1));
+                let is_up = simd.greater_than_f32s(x.held, zero);
+                x.best = simd.select_f32s(is_up, simd.max_f32s(x.best, close), simd.min_f32s(x.best, close));
+                let side = |v: S::f32s| simd.mul_f32s(x.held, v);
                 let edge = |from: S::f32s, distance: S::f32s| side(simd.mul_f32s(from, simd.add_f32s(one, side(distance))));
                 let price = side(close);
                 let stopped = simd.or_m32s(
-                    simd.or_m32s(simd.less_than_or_equal_f32s(price, edge(entry, stop_loss)), simd.greater_than_or_equal_f32s(price, edge(entry, take_profit))),
-                    simd.or_m32s(simd.less_than_or_equal_f32s(price, edge(best, trailing_stop)), simd.greater_than_or_equal_u32s(age, max_holding)),
+                    simd.or_m32s(
+                        simd.less_than_or_equal_f32s(price, edge(x.entry, reads.stop_loss)),
+                        simd.greater_than_or_equal_f32s(price, edge(x.entry, reads.take_profit)),
+                    ),
+                    simd.or_m32s(
+                        simd.less_than_or_equal_f32s(price, edge(x.best, reads.trailing_stop)),
+                        simd.greater_than_or_equal_u32s(x.age, reads.max_holding),
+                    ),
                 );
-                let in_market = simd.greater_than_f32s(simd.abs_f32s(held), zero);
-                blocked = simd.select_f32s(simd.and_m32s(in_market, stopped), held, blocked);
-                let left = simd.greater_than_f32s(simd.abs_f32s(simd.sub_f32s(signal, blocked)), zero);
-                blocked = simd.select_f32s(left, zero, blocked);
-                let free = simd.less_than_or_equal_f32s(simd.abs_f32s(blocked), zero);
-                let wanted = simd.select_f32s(free, signal, zero);
-                let differs = simd.greater_than_f32s(simd.abs_f32s(simd.sub_f32s(wanted, held)), zero);
+                let in_market = simd.greater_than_f32s(simd.abs_f32s(x.held), zero);
+                x.blocked = simd.select_f32s(simd.and_m32s(in_market, stopped), x.held, x.blocked);
+                let left = simd.greater_than_f32s(simd.abs_f32s(simd.sub_f32s(x.signal, x.blocked)), zero);
+                x.blocked = simd.select_f32s(left, zero, x.blocked);
+                let free = simd.less_than_or_equal_f32s(simd.abs_f32s(x.blocked), zero);
+                let wanted = simd.select_f32s(free, x.signal, zero);
+                let differs = simd.greater_than_f32s(simd.abs_f32s(simd.sub_f32s(wanted, x.held)), zero);
                 let enters = simd.and_m32s(differs, simd.greater_than_f32s(simd.abs_f32s(wanted), zero));
-                let fill = simd.splat_f32s(m.fill[j]);
-                entry = simd.select_f32s(enters, fill, entry);
-                best = simd.select_f32s(enters, fill, best);
-                age = simd.select_u32s(enters, simd.splat_u32s(0), age);
-                held = wanted;
+                let fill = simd.splat_f32s(fill);
+                x.entry = simd.select_f32s(enters, fill, x.entry);
+                x.best = simd.select_f32s(enters, fill, x.best);
+                x.age = simd.select_u32s(enters, simd.splat_u32s(0), x.age);
+                x.held = wanted;
                 wanted
             } else {
-                signal
+                x.signal
             };
             // size
-            let now = if sized {
-                let inverse_volatility = simd.transmute_f32s_u32s(load_u32::<S>(volatility.0, k * volatility.1));
-                let size = simd.min_f32s(simd.mul_f32s(target, inverse_volatility), leverage);
-                simd.mul_f32s(direction, simd.select_f32s(unsized_lanes, one, size))
+            let now = if SIZED {
+                let inverse_volatility = simd.transmute_f32s_u32s(row(&mut rows_c));
+                let size = simd.min_f32s(simd.mul_f32s(reads.target, inverse_volatility), reads.leverage);
+                simd.mul_f32s(direction, simd.select_f32s(reads.no_size, one, size))
             } else {
                 direction
             };
             // pay and earn
-            let r = simd.splat_f32s(m.returns[j]);
-            let traded = simd.abs_f32s(simd.sub_f32s(now, weight));
-            weight = now;
-            turnover = simd.add_f32s(turnover, traded);
-            trades = simd.add_f32s(trades, simd.select_f32s(simd.greater_than_f32s(traded, zero), one, zero));
-            let net = simd.mul_add_f32s(now, r, simd.neg_f32s(simd.mul_f32s(cost, traded)));
-            sum = simd.add_f32s(sum, net);
-            square = simd.mul_add_f32s(net, net, square);
-            growth = simd.mul_add_f32s(growth, net, growth);
-            level = simd.min_f32s(simd.mul_add_f32s(level, net, level), one);
-            lowest = simd.min_f32s(lowest, level);
+            let traded = simd.abs_f32s(simd.sub_f32s(now, x.weight));
+            x.weight = now;
+            x.block_turnover = simd.add_f32s(x.block_turnover, traded);
+            let trade = simd.select_u32s(simd.greater_than_f32s(traded, zero), simd.splat_u32s(1), simd.splat_u32s(0));
+            x.trades = simd.add_u32s(x.trades, trade);
+            let net = simd.mul_add_f32s(now, simd.splat_f32s(r), simd.neg_f32s(simd.mul_f32s(cost, traded)));
+            x.sum = simd.add_f32s(x.sum, net);
+            x.square = simd.mul_add_f32s(net, net, x.square);
+            x.growth = simd.mul_add_f32s(x.growth, net, x.growth);
+            x.level = simd.min_f32s(simd.mul_add_f32s(x.level, net, x.level), one);
+            x.lowest = simd.min_f32s(x.lowest, x.level);
         }
-        for (target, value) in [
-            (&mut state.signal, signal),
-            (&mut state.held, held),
-            (&mut state.blocked, blocked),
-            (&mut state.entry, entry),
-            (&mut state.best, best),
-            (&mut state.weight, weight),
-            (&mut state.level, level),
-            (&mut state.lowest, lowest),
-        ] {
-            store::<S>(target, at, value);
-        }
-        store_u32::<S>(&mut state.age, at, age);
-        for (target, value) in [(&mut state.turnover, turnover), (&mut state.trades, trades)] {
-            let total = simd.add_f32s(load_f32::<S>(target, at), value);
-            store::<S>(target, at, total);
-        }
-        state.flush(simd, at, block.units, sum, square, growth);
+        *lane = x;
     }
 }
 
@@ -939,7 +1054,7 @@ fn simulate(arch: Arch, p: &BacktestParams, market: &Market<'_>, words: &[u32], 
             stats[TILE + l] = (state.mantissa[i] * 2f64.powi(state.exponent[i]) - 1.0) as f32;
             stats[2 * TILE + l] = 1.0 - state.lowest[i];
             let trades = state.age[i] as f32;
-            (stats[3 * TILE + l], stats[4 * TILE + l]) = if plain { (trades, trades) } else { (state.turnover[i], state.trades[i]) };
+            (stats[3 * TILE + l], stats[4 * TILE + l]) = if plain { (trades, trades) } else { (state.turnover[i], state.trades[i] as f32) };
         }
     }
 }
@@ -1013,9 +1128,9 @@ mod tests {
         let picks = random(5, tiles * TILE * 8);
         let set = |i: usize| {
             let w = &picks[8 * i..8 * i + 8];
-            let stop = |w: u32| if o.stops && w % 3 > 0 { 0.01 * (1 + w % 4) as f32 } else { crate::backtest::NO_STOP }.to_bits();
-            let row = if o.sized && w[4] % 5 > 0 { w[4] % p.volatility_rows } else { OFF };
-            let holding = if o.stops && w[7] % 2 > 0 { 1 + w[7] % 7 } else { OFF };
+            let stop = |w: u32| if o.stops && !w.is_multiple_of(3) { 0.01 * (1 + w % 4) as f32 } else { crate::backtest::NO_STOP }.to_bits();
+            let row = if o.sized && !w[4].is_multiple_of(5) { w[4] % p.volatility_rows } else { OFF };
+            let holding = if o.stops && !w[7].is_multiple_of(2) { 1 + w[7] % 7 } else { OFF };
             let head =
                 [rows[i % rows.len()], w[1] % p.rows.min(20), w[2] % 4, w[3] % 4, 20 + w[0] % 40, (w[0] >> 8) % o.sides, 0.1f32.to_bits(), 1.5f32.to_bits()];
             [&head[..], &[row, stop(w[5]), stop(w[6]), stop(w[7]), holding, 0, 0, 0]].concat()

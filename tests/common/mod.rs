@@ -122,6 +122,7 @@ pub(crate) struct Case {
     pub(crate) strategy: Strategy,
     pub(crate) parameters: Vec<(&'static str, Vec<f32>)>,
     pub(crate) close: Vec<f32>,
+    pub(crate) open: Option<Vec<f32>>,
     pub(crate) assets: usize,
     pub(crate) cost_bps: Vec<f64>,
     pub(crate) execution: Execution,
@@ -147,7 +148,31 @@ impl Case {
         let execution = if rng.unit() < 0.5 { Execution::SameClose } else { Execution::NextClose };
         let parameters = parameters(rng, strategy, sets);
         let windows = rolling(bars as u32 - 1, start, 40.min(bars as u32 / 3).max(2), 21.min(bars as u32 / 5).max(1));
-        Case { strategy, parameters, close, assets, cost_bps: vec![0.0, 12.5], execution, start, windows, pooled: true }
+        Case { strategy, parameters, close, open: None, assets, cost_bps: vec![0.0, 12.5], execution, start, windows, pooled: true }
+    }
+
+    /// The same with random sides, stops and sizes, and with opens near the closes before.
+    pub(crate) fn with_overlays(mut self, rng: &mut Rng) -> Case {
+        let sets = self.sets();
+        let mut column = |values: &[f32]| -> Vec<f32> { (0..sets).map(|_| values[rng.whole(0, values.len() as u32 - 1) as usize]).collect() };
+        self.parameters.retain(|p| p.0 != "short");
+        for (name, values) in [
+            ("side", &[1.0, 0.0, -1.0][..]),
+            ("stop_loss", &[0.0, 0.01, 0.05]),
+            ("take_profit", &[0.0, 0.02, 0.1]),
+            ("trailing_stop", &[0.0, 0.015]),
+            ("max_holding", &[0.0, 1.0, 4.0, 9.0]),
+        ] {
+            self.parameters.push((name, column(values)));
+        }
+        if self.strategy != Strategy::TsMomentum {
+            for (name, values) in [("target_vol", &[0.0, 0.1, 0.3][..]), ("vol_window", &[2.0, 5.0, 12.0]), ("max_leverage", &[0.5, 2.0])] {
+                self.parameters.push((name, column(values)));
+            }
+        }
+        let before = (0..self.assets).chain(0..self.close.len() - self.assets);
+        self.open = Some(before.map(|i| self.close[i] * (1.0 + 0.01 * (rng.unit() as f32 - 0.5))).collect());
+        self
     }
 
     pub(crate) fn sets(&self) -> usize {
@@ -163,7 +188,7 @@ impl Case {
         let parameters: Vec<(&str, &[f32])> = self.parameters.iter().map(|(name, values)| (*name, &values[..])).collect();
         use_it(&Sweep {
             close: &self.close,
-            open: None,
+            open: self.open.as_deref(),
             assets: self.assets,
             strategy: self.strategy,
             parameters: &parameters,
