@@ -673,10 +673,12 @@ struct Choice {
     chosen: Buffer,
 }
 
-/// Downloads are handed out once this many bytes wait.
+/// Downloads are handed out once this many bytes wait; on the CPU after every launch, so that memory is used again while it is warm.
 const FLUSH_BYTES: u64 = 32 << 20;
+const CPU_FLUSH_BYTES: u64 = 1;
 /// Most tiles of sets of one launch: enough for any device, and their words stay below 16 MB.
 const LAUNCH_TILES: u64 = 4096;
+const CPU_LAUNCH_TILES: u64 = 1024;
 /// Scratch of one launch stays below this, and on the CPU in its caches: it is written once and read once.
 const SCRATCH_BYTES: u64 = 64 << 20;
 const CPU_SCRATCH_BYTES: u64 = 16 << 20;
@@ -701,7 +703,7 @@ impl<'a> Sweep<'a> {
                 for cost in 0..self.cost_bps.len() {
                     for sets in &plan.sets {
                         job.simulate(&tables, cost, sets.clone(), own.get(cost), None)?;
-                        job.flush_if(FLUSH_BYTES, visit)?;
+                        job.flush_if(job.flush_bytes(), visit)?;
                     }
                     if let Some(choice) = own.get(cost) {
                         job.stitch(&tables, cost, choice, false)?;
@@ -737,7 +739,7 @@ impl<'a> Sweep<'a> {
                     held = Some(tables);
                 }
                 job.select(&all, self.assets, self.assets, sets, choice)?;
-                job.flush_if(FLUSH_BYTES, visit)?;
+                job.flush_if(job.flush_bytes(), visit)?;
             }
             for (i, assets) in plan.assets.iter().enumerate() {
                 let tables = match held.take() {
@@ -768,7 +770,7 @@ impl<'a> Sweep<'a> {
         for assets in job.plan()?.assets {
             let tables = job.tables(assets)?;
             job.stitch(&tables, cost, &choice, true)?;
-            job.flush_if(FLUSH_BYTES, &mut |_| Ok(()))?;
+            job.flush_if(job.flush_bytes(), &mut |_| Ok(()))?;
         }
         job.flush_if(0, &mut |_| Ok(()))?;
         let replayed = job.outcome.pooled.into_iter().nth(cost).unwrap_or_default();
@@ -871,8 +873,16 @@ impl<'a> Job<'a> {
         })
     }
 
+    fn on_cpu(&self) -> bool {
+        matches!(self.device.info().kind, DeviceKind::Cpu | DeviceKind::Reference)
+    }
+
+    fn flush_bytes(&self) -> u64 {
+        if self.on_cpu() { CPU_FLUSH_BYTES } else { FLUSH_BYTES }
+    }
+
     fn plan(&self) -> Result<Plan> {
-        let cpu = matches!(self.device.info().kind, DeviceKind::Cpu | DeviceKind::Reference);
+        let cpu = self.on_cpu();
         let scratch_bytes = if cpu { CPU_SCRATCH_BYTES } else { SCRATCH_BYTES };
         let (n, t, limits) = (self.sweep.assets, self.t as u64, self.device.limits());
         let tiles = self.machine.count().div_ceil(TILE) as u64;
@@ -905,7 +915,7 @@ impl<'a> Job<'a> {
         }
         let run = self.device.plan(OP, tiles, together * tile_elements, tile_groups, together * work)?.first().map_or(1, |r| r.end - r.start);
         let per_set = 34 + if self.sweep.pooled { n as u64 } else { 0 };
-        let run = run.min((limits.loop_rounds / per_set).max(1)).min(LAUNCH_TILES);
+        let run = run.min((limits.loop_rounds / per_set).max(1)).min(if cpu { CPU_LAUNCH_TILES } else { LAUNCH_TILES });
         let run = run.min((scratch_bytes / (4 * together * tile_elements)).max(1)) as usize * TILE;
         let count = self.machine.count();
         Ok(Plan {
