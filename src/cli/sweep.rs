@@ -10,11 +10,12 @@ use super::store::{Job, Store, difference, hex, sha256};
 use super::{Common, catch_interrupts, replay, results, say, signals};
 use crate::data::{Missing, Prices, ReadOptions, read_prices};
 use crate::kernels::backtest_sweep::{Execution, Strategy};
+use crate::kernels::multiple_testing::expected_max_sharpe;
 use crate::kernels::portfolio_sweep::Scheme;
 use crate::kernels::{Device, DeviceKind};
 use crate::report;
 use crate::sim::grid::Grid;
-use crate::sim::luck::{Evidence, Luck, LuckConfig, luck};
+use crate::sim::luck::{Evidence, Luck, LuckConfig, TrialRatios, luck};
 use crate::sim::market;
 use crate::sim::parts::{Fold, shard};
 use crate::sim::sweep::{MOST_SETS, Random, RankBy, Select, SweepConfig, SweepReport, SweepRun, first_return};
@@ -471,9 +472,11 @@ impl Done<'_> {
     /// `report.html`, beside the results.
     fn write_report(&self, dir: &Path, provenance: &Value, luck: Option<&Luck>) -> Result<()> {
         let Prepared { device, prices, config, .. } = self.prepared;
+        let ratios: TrialRatios = (0..self.report.sets.len()).map(|set| self.report.set(0, set).sharpe).collect();
         let summary = luck.map(|l| report::Luck {
             best_sharpe: l.best,
-            expected_max_sharpe: l.expected_best,
+            // In the units of the page's distribution: means over assets.
+            expected_max_sharpe: expected_max_sharpe(l.trials, ratios.deviation()),
             trials: l.trials as f64,
             probabilistic_sharpe: l.probabilistic,
             deflated_sharpe: l.deflated,
