@@ -30,16 +30,16 @@ use std::time::Instant;
 pub(super) struct SignalArgs {
     /// Weights to back-test instead of a strategy: npy [T,N] or [S,T,N] by position, or Parquet by time and symbol
     /// (long: set, time, symbol, weight; wide: time, one column per asset, set where there are several).
-    #[arg(long = "signals", value_name = "FILE", group = "pooled", conflicts_with_all = ["strategy", "grid", "walk_forward", "select", "bars", "assets"])]
+    #[arg(long = "signals", value_name = "FILE", conflicts_with_all = ["strategy", "grid", "walk_forward", "select", "bars", "assets"])]
     pub(super) file: Option<PathBuf>,
     /// Portfolios: an asset trades only if its weight is further than this from its target (0.01 is one per cent of capital).
-    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true, requires = "pooled")]
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
     rebalance_band: f64,
     /// Portfolios: trade on every N-th bar only.
-    #[arg(long, value_name = "N", default_value_t = 1, requires = "pooled")]
+    #[arg(long, value_name = "N", default_value_t = 1)]
     rebalance_every: u32,
     /// Portfolios: trade to the target, or to the edge of the band.
-    #[arg(long, value_name = "target|edge", default_value = "target", requires = "pooled")]
+    #[arg(long, value_name = "target|edge", default_value = "target")]
     rebalance_to: String,
 }
 
@@ -64,6 +64,16 @@ impl SignalArgs {
             other => return bad("--rebalance-to", other.into(), "use target or edge"),
         };
         Ok(Rebalance { band: self.rebalance_band, every: self.rebalance_every, to_edge })
+    }
+
+    /// The same where there may be nothing to rebalance.
+    pub(super) fn rebalance_of(&self, portfolios: usize) -> Result<Rebalance> {
+        let rebalance = self.rebalance()?;
+        if portfolios == 0 && rebalance != Rebalance::default() {
+            let help = "rebalances nothing; give --portfolio equal, or your own weights with --signals FILE".into();
+            return Err(Error::Parameter { op: "sweep", name: "--rebalance".into(), value: self.text(), help });
+        }
+        Ok(rebalance)
     }
 }
 

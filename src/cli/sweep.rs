@@ -112,7 +112,7 @@ pub(super) struct Args {
     assets: usize,
     /// Also pool what the walk-forward chose into portfolios with shared capital and drifting weights: equal, inverse_vol or inverse_vol:WINDOW,
     /// traded as --rebalance-band, --rebalance-every and --rebalance-to say.
-    #[arg(long, value_name = "SHARES", value_delimiter = ',', group = "pooled", conflicts_with = "file")]
+    #[arg(long, value_name = "SHARES", value_delimiter = ',', conflicts_with = "file")]
     portfolio: Vec<String>,
     #[command(flatten)]
     signals: signals::SignalArgs,
@@ -141,7 +141,7 @@ impl Prepared {
             return Err(Error::Parameter { op: "sweep", name: "--part-sets".into(), value: "0".into(), help: "give at least one set".into() });
         }
         let portfolios = args.portfolio.iter().map(|text| portfolio(text)).collect::<Result<Vec<_>>>()?;
-        let rebalance = args.signals.rebalance()?;
+        let rebalance = args.signals.rebalance_of(portfolios.len())?;
         let (device, prices, periods_per_year) = open(args, missing)?;
         refuse_absurd(&grid, &device, &prices, args)?;
         let walk_forward = fitting(scheme, &grid, &prices, args)?;
