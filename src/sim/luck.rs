@@ -135,6 +135,8 @@ pub struct Overfitting {
 pub struct Luck {
     /// Number of sets that the best one was chosen from.
     pub trials: u64,
+    /// Mean of their ratios: what they share, such as a rising market.
+    pub mean: f64,
     /// Deviation of their ratios.
     pub deviation: f64,
     /// Sharpe ratio of the best set in sample.
@@ -172,11 +174,12 @@ pub fn luck(device: &Device, evidence: &Evidence<'_>, config: &LuckConfig) -> Re
     let rows = sample.len() / selected.len();
     // Blocks of two bars at least.
     let splits = config.splits.min((selected.len() / 2).min(MAX_SPLITS as usize) as u32 & !1);
-    let (mut overfitting, mut deviation) = (None, ratios.deviation() / year);
+    let (mut overfitting, mut mean, mut deviation) = (None, ratios.mean / year, ratios.deviation() / year);
     if rows >= 2 && splits >= 2 {
         let tested = multiple_testing(device, sample, rows, &MultipleTesting { splits, level: config.level, ..MultipleTesting::default() })?;
         if rows >= SAMPLE && tested.deviation.is_finite() {
             deviation = tested.deviation;
+            mean = tested.sharpe.iter().copied().filter(|s| s.is_finite()).collect::<TrialRatios>().mean;
         }
         overfitting = Some(Overfitting { pbo: tested.pbo, loss: tested.loss, trials: rows, splits, logits: tested.logits });
     }
@@ -186,6 +189,7 @@ pub fn luck(device: &Device, evidence: &Evidence<'_>, config: &LuckConfig) -> Re
     let years = |bars: f64| bars / periods_per_year;
     Ok(Luck {
         trials,
+        mean: mean * year,
         deviation: deviation * year,
         best: record.sharpe * year,
         expected_best: expected * year,
@@ -260,6 +264,10 @@ impl Luck {
                 }
             ),
         ];
+        if !self.explains() && self.mean > self.expected_best {
+            let shared = "what all sets share, such as a rising market, is no skill of the best";
+            lines.push(format!("the mean of all sets is {}: {shared}", ratio(self.mean)));
+        }
         if let Some(o) = &self.overfitting {
             let ways = format!(
                 "probability of overfitting {} ({} sets, {} ways to halve time)",
@@ -378,6 +386,21 @@ mod tests {
             assert!(found.minimum_years < found.minimum_years_deflated && found.minimum_years_deflated < found.years, "{text}");
             assert!(found.out_of_sample.is_some_and(|i| i.lower > 0.0 && i.lower < i.sharpe && i.sharpe < i.upper), "{text}");
         }
+    }
+
+    #[test]
+    fn what_all_sets_share_is_no_skill() {
+        let device = Device::open("cpu").unwrap();
+        // One rising market under every set, which differ a little.
+        let (market, own) = (returns(1, 3.0, 9), returns(40, 0.0, 10));
+        let x: Vec<f32> = own.iter().enumerate().map(|(i, e)| market[i % BARS] + 0.1 * e).collect();
+        let ratios = x.chunks_exact(BARS).map(sharpe).collect();
+        let evidence = Evidence { ratios, selected: &x[..BARS], stitched: &[], sample: &x, periods_per_year: 252.0 };
+        let found = luck(&device, &evidence, &LuckConfig { splits: 6, replicates: 100, ..LuckConfig::default() }).unwrap();
+        let text = found.verdict().join("\n");
+        assert!(!found.explains() && found.mean > found.expected_best && text.contains("what all sets share"), "{text}");
+        let skilled = judged(200, 5.0, 1).verdict().join("\n");
+        assert!(!skilled.contains("what all sets share"), "{skilled}");
     }
 
     #[test]
