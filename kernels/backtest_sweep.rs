@@ -127,6 +127,15 @@ impl Execution {
         }
     }
 
+    /// Name, as on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Execution::SameClose => "same_close",
+            Execution::NextClose => "next_close",
+            Execution::NextOpen => "next_open",
+        }
+    }
+
     fn lag(self) -> u32 {
         match self {
             Execution::SameClose | Execution::NextOpen => 0,

@@ -388,6 +388,9 @@ impl<'a> Portfolio<'a> {
         if !(self.rebalance.band.is_finite() && self.rebalance.band >= 0.0) {
             return Err(bad("band", self.rebalance.band, "give a distance between weights, 0 or more (0.01 is one per cent of capital)"));
         }
+        if self.execution == Execution::NextOpen {
+            return Err(bad("execution", "next_open", "give the returns between the opens that follow each bar, and execute at same_close"));
+        }
         if self.rebalance.every == 0 {
             return Err(bad("every", 0, "give the bars between two rebalances, 1 or more"));
         }

@@ -154,7 +154,7 @@ impl Progress {
     }
 
     /// How many sets are to come.
-    pub(super) fn expect(&self, sets: usize) {
+    pub(super) fn total(&self, sets: usize) {
         self.0.set_length((sets * self.1) as u64);
     }
 

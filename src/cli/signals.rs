@@ -2,13 +2,14 @@
 //! portfolio with shared capital whose weights drift between trades.
 
 use super::results::{Whole, io};
+use super::sweep::opens;
 use super::{Common, say};
 use crate::data::Prices;
 use crate::data::signals::{SignalSets, Signals};
 use crate::kernels::Device;
 use crate::kernels::backtest_sweep::Execution;
 use crate::kernels::portfolio_sweep::{AssetReturns, Portfolio, PortfolioOutcome, PortfolioStats, Positions, Rebalance, Status};
-use crate::sim::sweep::RankBy;
+use crate::sim::sweep::{RankBy, fills};
 use crate::{Error, Result};
 use arrow_array::{ArrayRef, BooleanArray, Float32Array, RecordBatch, StringArray, UInt64Array};
 use arrow_schema::{DataType, Field, Schema};
@@ -121,9 +122,8 @@ pub(super) fn run(request: &Request<'_>) -> Result<ExitCode> {
     let rebalance = request.args.rebalance()?;
     let prices = request.prices;
     let mut signals = Signals::open(request.file, prices, request.some_symbols)?;
-    let close = prices.close.as_standard_layout();
-    let close = close.as_slice().ok_or_else(|| Error::Internal("a standard layout is contiguous".into()))?;
-    let returns = AssetReturns::of_closes(close, prices.n_assets())?;
+    let fills = fills(prices.close.view(), opens(prices, request.execution)?);
+    let returns = AssetReturns::of_closes(&fills, prices.n_assets())?;
     let mut found = Found { request, rebalance, sets: Vec::new(), best: None, absent: 0, launches: 0, submits: 0, seconds: 0.0 };
     // A row per cost, set, and asset or portfolio.
     let rows = (request.cost_bps.len() * (prices.n_assets() + 1)) as f64 * signals.count().unwrap_or(1) as f64;
@@ -169,7 +169,8 @@ fn score(request: &Request<'_>, rebalance: Rebalance, returns: &AssetReturns, ch
     Portfolio {
         rebalance,
         cost_bps: request.cost_bps,
-        execution: request.execution,
+        // The returns of next_open run between its fills already.
+        execution: if request.execution == Execution::NextOpen { Execution::SameClose } else { request.execution },
         periods_per_year: request.periods_per_year,
         assets: true,
         net: request.out.is_some(),
@@ -262,7 +263,7 @@ impl Found<'_> {
     }
 
     fn execution(&self) -> &'static str {
-        if self.request.execution == Execution::SameClose { "same_close" } else { "next_close" }
+        self.request.execution.name()
     }
 
     fn provenance(&self) -> Value {

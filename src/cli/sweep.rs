@@ -21,6 +21,7 @@ use crate::sim::parts::{Fold, shard};
 use crate::sim::sweep::{MOST_SETS, Random, RankBy, Select, SweepConfig, SweepReport, SweepRun, first_return};
 use crate::sim::walk_forward::WalkForward;
 use crate::{Error, Result};
+use ndarray::ArrayView2;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use std::ops::Range;
@@ -165,15 +166,10 @@ impl Prepared {
 
     pub(super) fn run(&self) -> Result<SweepRun<'_>> {
         let run = SweepRun::new(&self.device, self.prices.close.view(), &self.config)?;
-        match (self.config.execution, &self.prices.open) {
-            (Execution::NextOpen, Some(open)) => Ok(run.with_open(open.view())),
-            (Execution::NextOpen, None) => {
-                let why = self.prices.notes.iter().find(|note| note.starts_with("opens")).map_or("the price file has no open column", String::as_str);
-                let help = format!("{why}; use --execution next_close, or a file with opens for every asset and bar");
-                Err(Error::Parameter { op: "sweep", name: "--execution".into(), value: "next_open".into(), help })
-            }
-            _ => Ok(run),
-        }
+        Ok(match opens(&self.prices, self.config.execution)? {
+            Some(open) => run.with_open(open),
+            None => run,
+        })
     }
 
     pub(super) fn subject<'a>(&'a self, run: &'a SweepRun<'a>) -> Subject<'a> {
@@ -231,7 +227,7 @@ pub(super) fn run(args: &Args, config: &str) -> Result<ExitCode> {
     let place = args.out.as_deref().map(|dir| share.map_or_else(|| dir.join("parts"), |(i, n)| dir.join(format!("shard-{i}-of-{n}"))));
     let found = place.as_deref().filter(|place| Store::is_in(place));
     if found.is_none() && share.is_none() && cutter.is_one_part(sets.len()) {
-        progress.expect(sets.len());
+        progress.total(sets.len());
         let kept = run.whole(args.out.is_some(), &mut |chunk| progress.visit(chunk));
         let (report, rows) = match kept {
             Err(Error::Interrupted { .. }) => return Err(interrupted(args, &prepared, &run, &Fold::new(run.len(), 0), None)),
@@ -257,7 +253,7 @@ pub(super) fn run(args: &Args, config: &str) -> Result<ExitCode> {
         }
         (None, None) => None,
     };
-    progress.expect(fold.missing(sets.clone()).iter().map(Range::len).sum());
+    progress.total(fold.missing(sets.clone()).iter().map(Range::len).sum());
     match run_parts(args, &prepared, &run, &sets, &mut cutter, &mut fold, store.as_mut(), &progress) {
         Err(Error::Interrupted { .. }) => {
             progress.clear();
@@ -509,6 +505,19 @@ fn open(args: &Args, missing: Missing) -> Result<(Device, Prices, f64)> {
     let prices = if args.files.is_empty() { synthetic(args)? } else { read(args, missing)? };
     let periods_per_year = args.periods_per_year.map_or_else(|| prices.periods_per_year(), Ok)?;
     Ok((device, prices, periods_per_year))
+}
+
+/// Opens [T,N], if they are traded at.
+pub(super) fn opens(prices: &Prices, execution: Execution) -> Result<Option<ArrayView2<'_, f32>>> {
+    match (execution, &prices.open) {
+        (Execution::NextOpen, Some(open)) => Ok(Some(open.view())),
+        (Execution::NextOpen, None) => {
+            let why = prices.notes.iter().find(|note| note.starts_with("opens")).map_or("the price file has no open column", String::as_str);
+            let help = format!("{why}; use --execution next_close, or a file with opens for every asset and bar");
+            Err(Error::Parameter { op: "sweep", name: "--execution".into(), value: "next_open".into(), help })
+        }
+        _ => Ok(None),
+    }
 }
 
 /// Given weights instead of a strategy.

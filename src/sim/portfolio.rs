@@ -17,7 +17,8 @@ pub struct Pooling {
     pub rebalance: Rebalance,
     /// One-way cost in basis points of traded notional.
     pub cost_bps: f64,
-    /// How old shares are when they are traded: with `next_close` those of bar j are from returns up to bar j − 1.
+    /// How old shares are when they are traded: those of bar j are from returns that end at its fill, or with `next_close` and `next_open`,
+    /// which decide before they fill, one return earlier.
     pub execution: Execution,
     /// First bar that counts; returns before it only feed volatilities.
     pub start: usize,
@@ -56,7 +57,7 @@ pub fn portfolio_of(device: &Device, returns: ArrayView2<'_, f32>, positions: Ar
     let n = returns.dim().1;
     let returns = AssetReturns::of_returns(returns.as_slice().ok_or_else(contiguous)?, n)?;
     let mut shares = allocate(&returns, pooling.scheme, pooling.cap)?;
-    if pooling.execution == Execution::NextClose {
+    if pooling.execution != Execution::SameClose {
         shares.rotate_right(n);
         shares[..n].fill(0.0);
     }
@@ -121,6 +122,9 @@ mod tests {
         let later = Pooling { execution: Execution::NextClose, rebalance: Rebalance::default(), ..pooling(Scheme::Equal) };
         let pooled = portfolio_of(&device, returns.view(), held.view(), &later).unwrap();
         assert!((pooled.performance.total_return - (0.999 * 1.05 - 1.0)).abs() < 1e-7 && pooled.trades == 2, "{pooled:?}");
+        // nor is the return to the open at which it trades
+        let open = Pooling { execution: Execution::NextOpen, ..later };
+        assert_eq!(portfolio_of(&device, returns.view(), held.view(), &open).unwrap().net, pooled.net);
         assert!(portfolio_of(&device, returns.view(), Array2::ones((3, 2)).view(), &later).is_err());
     }
 

@@ -288,6 +288,19 @@ fn slice_of(prices: ArrayView2<'_, f32>) -> Cow<'_, [f32]> {
 /// Values that portfolios are averaged from at once.
 const PORTFOLIO_VALUES: usize = 1 << 23;
 
+/// The open after each bar [T,N]; after the last there is only its close.
+fn next_opens(close: &[f32], open: &[f32], assets: usize) -> Vec<f32> {
+    open.iter().skip(assets).chain(&close[close.len() - assets..]).copied().collect()
+}
+
+/// Prices [T,N] at which what is decided at each close is traded: the next opens where there are any, else the closes.
+pub(crate) fn fills<'a>(close: ArrayView2<'a, f32>, open: Option<ArrayView2<'_, f32>>) -> Cow<'a, [f32]> {
+    match open {
+        Some(open) => Cow::Owned(next_opens(&slice_of(close), &slice_of(open), close.dim().1)),
+        None => slice_of(close),
+    }
+}
+
 /// Which sets run, and where their parameters stand in the columns.
 enum Chosen {
     /// All of the columns.
@@ -357,10 +370,7 @@ impl<'a> SweepRun<'a> {
     /// Prices [T,N] at which what is decided for return j is traded.
     pub(crate) fn fills(&self) -> Cow<'_, [f32]> {
         match (&self.open, self.config.execution) {
-            (Some(open), Execution::NextOpen) => {
-                let last = &self.close[self.close.len() - self.assets..];
-                Cow::Owned(open.iter().skip(self.assets).chain(last).copied().collect())
-            }
+            (Some(open), Execution::NextOpen) => Cow::Owned(next_opens(&self.close, open, self.assets)),
             _ => Cow::Borrowed(&self.close),
         }
     }
@@ -624,7 +634,7 @@ impl<'a> SweepRun<'a> {
             let (per_asset, pooled) = (selected(per_asset.next())?, selected(pooled.next())?);
             costs.push(CostLevel { cost_bps, per_asset, pooled, sums });
         }
-        let buy_and_hold = if counted.is_empty() { None } else { Some(compare.buy_and_hold(&self.close, &counted)?) };
+        let buy_and_hold = if counted.is_empty() { None } else { Some(compare.buy_and_hold(&self.fills(), &counted)?) };
         let ids = match &self.chosen {
             Chosen::All => None,
             Chosen::Picked(ids) => Some(ids.iter().map(|&id| u64::from(id)).collect()),
@@ -689,9 +699,9 @@ impl Comparison<'_> {
         Ok(OutOfSample { turnover, trades, best: selected.best, portfolios, ..out })
     }
 
-    fn buy_and_hold(&mut self, close: &[f32], bars: &[u32]) -> Result<OutOfSample> {
+    fn buy_and_hold(&mut self, fills: &[f32], bars: &[u32]) -> Result<OutOfSample> {
         let n = self.assets;
-        let at = |j: usize, a: usize| f64::from(close[j * n + a]);
+        let at = |j: usize, a: usize| f64::from(fills[j * n + a]);
         let series: Vec<f32> = (0..n).flat_map(|a| bars.iter().map(move |&j| (j as usize, a))).map(|(j, a)| (at(j + 1, a) / at(j, a) - 1.0) as f32).collect();
         let assets = self.performance(&series, n)?;
         self.of(&series, assets)

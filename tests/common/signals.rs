@@ -132,3 +132,27 @@ fn weights_that_do_not_fit_are_refused_by_name() {
     let both = run(&["sweep", &prices, "--signals", &fine, "--strategy", "macd"]);
     assert!(both.code == 2 && both.stderr.contains("cannot be used with"), "{}", both.stderr);
 }
+
+#[test]
+fn weights_traded_at_opens_earn_between_opens() {
+    let folder = Folder::new();
+    let market = market(300);
+    let n = market.close.dim().1;
+    // Opens at the close before: next_open then fills where same_close does, up to the last bar.
+    let mut long = String::from("date,symbol,open,close\n");
+    let mut before = vec![String::from("100"); n];
+    for line in wide(&market).lines().skip(1) {
+        let cells: Vec<&str> = line.split(',').collect();
+        for i in 0..n {
+            long += &format!("{},{},{},{}\n", cells[0], market.symbols[i], before[i], cells[1 + i]);
+            before[i] = cells[1 + i].to_string();
+        }
+    }
+    let (prices, closes) = (folder.text("long.csv", &long), folder.text("wide.csv", &wide(&market)));
+    let file = npy(&folder, "weights.npy", "(2, 300, 3)", &weights(&market));
+    let found = |execution: &str| sweep_json(&[&prices, "--signals", &file, "--device", "cpu", "--execution", execution]);
+    assert_eq!(found("next_open")["costs"], found("same_close")["costs"]);
+    assert_eq!(found("next_open")["run"]["execution"], "next_open");
+    assert_ne!(found("next_close")["costs"], found("same_close")["costs"]);
+    refused(&[&closes, "--signals", &file, "--execution", "next_open"], &["--execution = next_open", "no open column"]);
+}
