@@ -176,7 +176,8 @@ fn near(what: &str, got: f64, want: f64, tolerance: f64) {
 fn against_oracle(b: &Books, device: &Device) -> usize {
     let out = b.run(device);
     let (costs, mut skipped) = (b.cost_bps.len(), 0);
-    let tolerance = if device.info().kind == DeviceKind::Reference { 1e-9 } else { 2e-5 };
+    // The f32 devices were off by 1.6e-6 at most.
+    let tolerance = if device.info().kind == DeviceKind::Reference { 1e-9 } else { 4e-6 };
     for (book, c) in (0..b.count).flat_map(|p| (0..costs).map(move |c| (p, c))) {
         let want = plain(b, book, b.cost_bps[c] * 1e-4);
         let (got, label) = (&out.stats[book * costs + c], format!("{}: book {book} of {}, {} assets, cost {c}", device.info().kind.name(), b.count, b.assets));
@@ -249,7 +250,8 @@ fn the_example_of_the_specification() {
     let close = vec![100.0, 100.0, 110.0, 90.0, 110.0, 99.0, 110.0, 99.0];
     for device in open_all(&DEVICES) {
         let exact = device.info().kind == DeviceKind::Reference;
-        let tolerance = if exact { 3e-8 } else { 2e-7 }; // returns are given in f32
+        // Returns are given in f32; off by 1.7e-9 and 4.1e-8 at most.
+        let tolerance = if exact { 5e-9 } else { 1e-7 };
         let positions = [[0.5; 6], [0.5; 6]].concat();
         let books = |every| Books {
             close: close.clone(),
