@@ -22,6 +22,7 @@ struct BacktestParams {
     uint32_t stitched;
     uint32_t volatility_rows;
     uint32_t general;
+    uint32_t memoryless;
 };
 
 #define SET_WORDS 16
@@ -273,7 +274,7 @@ extern "C" __global__ void __launch_bounds__(WG)
     Position x = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0, 0.0f};
     float turnover = 0.0f;
     uint32_t trades = 0;
-    for (uint32_t j = 0; j < to_bar; j++) {
+    for (uint32_t j = params.memoryless ? max(from_bar, 1u) - 1 : 0; j < to_bar; j++) {
         const float before = x.weight;
         decide(params.mode, x, params, s, m, j);
         if (j >= from_bar) {

@@ -85,6 +85,8 @@ params! {
         volatility_rows: u32,
         /// Whether any set is sized, goes short or has stops: 1, else 0.
         general: u32,
+        /// `backtest_stitch`: 1 if a weight depends on no earlier decision; a replay then begins a bar before its window.
+        memoryless: u32,
     }
 }
 
@@ -521,7 +523,8 @@ fn replay<R: Real, const MODE: u32>(
     weights: &mut [R],
 ) -> (R, u32) {
     let mut run = Run::new();
-    for j in 0..bars.end {
+    let first = if p.memoryless == 1 { bars.start.saturating_sub(1) } else { 0 };
+    for j in first..bars.end {
         if j == bars.start {
             (run.turnover, run.trades) = (R::ZERO, 0);
         }

@@ -20,6 +20,9 @@
 use crate::backtest::{
     BACKTEST_STITCH, BACKTEST_SWEEP, BAND, BOTH, BacktestParams, CROSS, LONG, MOMENTUM, NO_STOP, OFF, SCALE_BIAS, SET_WORDS, SHORT, STATS, TILE,
 };
+use crate::backtest_tiles::{
+    BACKTEST_BAND, BACKTEST_BAND_STATES, BACKTEST_CROSS, BACKTEST_JOIN, KEYS_BY_ROW, Lattice, PARTS, Sides, TilesParams, WORDS, cuts,
+};
 use crate::conformance::{Case, Outputs, defined};
 use crate::device::{Buffer, Device, DeviceKind, LaunchTime, Pass, Read, View};
 use crate::fixed::{KEY_ZERO, exponent, ratio_key_of};
@@ -29,14 +32,14 @@ use crate::performance::{Performance, finish, performance_read};
 use crate::walk_forward_select::{NONE, SelectParams, WALK_FORWARD_SCORES, WALK_FORWARD_SELECT};
 use crate::{Error, Result};
 use rayon::prelude::*;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
 
 const OP: &str = "backtest_sweep";
 
 /// Kernels of the op, in the order of their first launch.
-pub static SWEEP_KERNELS: [&Kernel; 11] = [
+pub static SWEEP_KERNELS: [&Kernel; 16] = [
     &indicators::PRICE_SUMS,
     &indicators::INDICATOR_SMA,
     &indicators::INDICATOR_EMA,
@@ -45,6 +48,11 @@ pub static SWEEP_KERNELS: [&Kernel; 11] = [
     &indicators::INDICATOR_DONCHIAN,
     &indicators::INDICATOR_VOLATILITY,
     &BACKTEST_SWEEP,
+    &KEYS_BY_ROW,
+    &BACKTEST_BAND_STATES,
+    &BACKTEST_CROSS,
+    &BACKTEST_BAND,
+    &BACKTEST_JOIN,
     &WALK_FORWARD_SELECT,
     &WALK_FORWARD_SCORES,
     &BACKTEST_STITCH,
@@ -348,6 +356,8 @@ struct Machine {
     longest: (u32, u32),
     /// Whether any set is sized, goes short or has stops.
     general: bool,
+    /// Whether any set has stops.
+    stops: bool,
 }
 
 /// A parameter column, checked.
@@ -535,7 +545,8 @@ impl Machine {
         let weights = overlays.iter().map(|o| if o.volatility_row == OFF { 1.0 } else { f64::from(f32::from_bits(o.leverage)) });
         let heaviest = if overlays.is_empty() { 1.0 } else { weights.fold(0.0, f64::max) };
         let longest = (table.longest(), volatility.last().copied().unwrap_or(1));
-        Ok(Machine { mode, mask, table, volatility, sets, overlays, heaviest, longest, general })
+        let stops = overlays.iter().any(Overlay::stops);
+        Ok(Machine { mode, mask, table, volatility, sets, overlays, heaviest, longest, general, stops })
     }
 
     /// The sets that run, with rows for them alone; scales and key widths of all.
@@ -589,6 +600,10 @@ impl Overlay {
         let far = NO_STOP.to_bits();
         Overlay { target: 0, leverage: 0, volatility_row: OFF, stop_loss: far, take_profit: far, trailing_stop: far, max_holding: OFF }
     };
+
+    fn stops(&self) -> bool {
+        [self.stop_loss, self.take_profit, self.trailing_stop].iter().any(|&x| x != NO_STOP.to_bits()) || self.max_holding != OFF
+    }
 }
 
 /// Sizes and stops of all sets, and the windows of their volatility table; a sized set also waits for its window.
@@ -655,8 +670,18 @@ struct Job<'a> {
     scales: Vec<Vec<u32>>,
     outcome: Outcome,
     pending: Pending,
-    /// Prefixes of the launch that is on; every launch uses the same buffer.
-    scratch: Option<Buffer>,
+    /// Prefixes of the launch that is on, and parts of spans; every launch uses the same buffers.
+    scratch: [Option<Buffer>; 2],
+    /// Bars where spans begin and end, if tiles of sets are simulated; empty otherwise.
+    cuts: Vec<u32>,
+    /// Words of the runs of sets so far.
+    lattices: HashMap<Range<usize>, Option<Arc<Words32>>>,
+}
+
+/// A run of sets in words, on the device.
+struct Words32 {
+    data: Buffer,
+    tiles: usize,
 }
 
 /// A pass being recorded, and what to do with its downloads.
@@ -673,8 +698,14 @@ struct Tables {
     price: Buffer,
     returns: Buffer,
     keys: Buffer,
+    /// Keys by row, where the device wants them.
+    by_row: Option<Buffer>,
     inverse_volatility: Buffer,
 }
+
+/// Which scratch buffer.
+const PREFIX: usize = 0;
+const SPAN_PARTS: usize = 1;
 
 /// Running choice of a selection.
 struct Choice {
@@ -691,6 +722,22 @@ const CPU_LAUNCH_TILES: u64 = 1024;
 /// Scratch of one launch stays below this, and on the CPU in its caches: it is written once and read once.
 const SCRATCH_BYTES: u64 = 64 << 20;
 const CPU_SCRATCH_BYTES: u64 = 16 << 20;
+
+/// Rounds of a loop over all bars. 64 bars and an edge count for up to ten: compilers turn branches into loops (llvmpipe was right at
+/// 53,790 bars, wrong at 61,977).
+fn one_set_a_thread(bars: u64, edges: u64) -> u64 {
+    bars + 10 * (bars / 64 + edges) + 8
+}
+
+/// Bars of a span: long series are split over threads, and so are shorter ones where there are too few sets to fill a GPU. The whole
+/// sweep decides, whatever part of it runs; splits change no sum and so no choice, only the last bits of drawdown and total return.
+fn span_bars(bars: u32, sets: usize) -> u32 {
+    match (bars, sets) {
+        (8193.., _) => 1024,
+        (1025.., 0..16_384) => 512,
+        _ => u32::MAX,
+    }
+}
 
 impl<'a> Sweep<'a> {
     /// Runs the sweep; `visit` gets every chunk of statistics once, assets in order, then sets in order.
@@ -738,7 +785,7 @@ impl<'a> Sweep<'a> {
         for (cost, choice) in pooled.iter().enumerate() {
             for sets in &plan.sets {
                 let tiles = sets.len().div_ceil(TILE);
-                let all = job.scratch((self.assets * tiles * job.edges.len() * 4 * TILE) as u64)?;
+                let all = job.scratch(PREFIX, (self.assets * tiles * job.edges.len() * 4 * TILE) as u64)?;
                 for (i, assets) in plan.assets.iter().enumerate() {
                     let tables = match held.take() {
                         Some(tables) if tables.assets == *assets => tables,
@@ -863,6 +910,9 @@ impl<'a> Job<'a> {
         let scales = sweep.cost_bps.iter().map(|&bps| scales(sweep, t, machine.heaviest, bps * 1e-4)).collect();
         let stitched_bars = stitch.chunks_exact(3).flat_map(|p| p[0]..p[1]).collect();
         let pending = Pending { pass: device.pass(OP), chunks: Vec::new(), selected: Vec::new(), bytes: 0 };
+        let on_cpu = matches!(device.info().kind, DeviceKind::Cpu | DeviceKind::Reference);
+        let all = sweep.parameters.first().map_or(0, |p| p.1.len()) * n;
+        let cuts = if on_cpu || machine.general || bars == 0 { Vec::new() } else { cuts(&edges, bars, span_bars(bars, all)) };
         Ok(Job {
             sweep,
             device,
@@ -878,7 +928,9 @@ impl<'a> Job<'a> {
             scales,
             outcome: Outcome { stitched_bars, ..Outcome::default() },
             pending,
-            scratch: None,
+            scratch: [None, None],
+            cuts,
+            lattices: HashMap::new(),
         })
     }
 
@@ -899,15 +951,15 @@ impl<'a> Job<'a> {
         let per_asset = (t * rows).max(4 * (t + 1));
         let prefix = (self.edges.len() * 4 * TILE).max(STATS * TILE) as u64;
         let scores = if self.sweep.scores { 2 * self.sweep.windows.len() * TILE } else { 0 } as u64;
-        let tile_elements = prefix.max(scores);
+        let parts = (self.cuts.len().max(1) - 1) * PARTS * TILE;
+        let tile_elements = prefix.max(scores).max(parts as u64);
         let work = if self.machine.general { 40 } else { 13 } * TILE as u64 * t;
         // Workgroups of an asset's largest table, and of its windows.
         let windows = self.sweep.windows.len() as u64;
         let asset_groups = (t * rows).div_ceil(u64::from(indicators::INDICATOR_SMA.workgroup)).max(windows);
         // Sequential loops: bars and their blocks in the simulation; sets, and assets where pooled, in the selection.
         let edges = self.edges.len() as u64;
-        // 64 bars and an edge count for up to ten: compilers turn branches into loops (llvmpipe was right at 53,790 bars, wrong at 61,977).
-        self.device.check_rounds(OP, t + 10 * (t / 64 + edges) + 8, "rounds")?;
+        self.device.check_rounds(OP, self.rounds(edges), "rounds")?;
         // Assets first: as many as fit beside all sets, or else beside one tile of them (all assets, if their prefixes are needed together).
         let mut assets = self.device.plan(OP, n as u64, per_asset.max(tile_elements), asset_groups, work.max(600 * per_asset))?;
         let beside_all = (scratch_bytes / (4 * tile_elements * tiles)).max(1);
@@ -933,15 +985,46 @@ impl<'a> Job<'a> {
         })
     }
 
-    /// `words` words of the scratch buffer.
-    fn scratch(&mut self, words: u64) -> Result<View> {
-        let buffer = match self.scratch.take() {
+    /// Rounds of the longest loop of one thread.
+    fn rounds(&self, edges: u64) -> u64 {
+        let bars = self.t as u64;
+        let recursive = matches!(self.machine.table, Table::Ema(_) | Table::Rsi(_));
+        let replayed = !self.sweep.windows.is_empty() && !self.memoryless();
+        if self.cuts.is_empty() || recursive || replayed { one_set_a_thread(bars, edges) } else { bars / 64 + self.cuts.len() as u64 + edges }
+    }
+
+    /// Whether the weight over a bar depends on no earlier decision.
+    fn memoryless(&self) -> bool {
+        self.machine.mode != BAND && !self.machine.stops
+    }
+
+    /// `words` words of a scratch buffer.
+    fn scratch(&mut self, which: usize, words: u64) -> Result<View> {
+        let buffer = match self.scratch[which].take() {
             Some(buffer) if buffer.len() >= words => buffer,
-            _ => self.device.zeros_u32("prefix", words)?,
+            _ => self.device.zeros_u32(["prefix", "parts"][which], words)?,
         };
         let view = buffer.view(0..words);
-        self.scratch = Some(buffer);
+        self.scratch[which] = Some(buffer);
         Ok(view)
+    }
+
+    /// Words of a run of sets, if tiles of sets are simulated and these sets fill them.
+    fn lattice(&mut self, sets: &Range<usize>) -> Result<Option<Arc<Words32>>> {
+        if self.cuts.is_empty() {
+            return Ok(None);
+        }
+        if let Some(known) = self.lattices.get(sets) {
+            return Ok(known.clone());
+        }
+        let side = |w: &Words| Sides { a: (w.a, w.threshold_a), b: (w.b, w.threshold_b), first: w.first };
+        let sides: Vec<Sides> = self.machine.sets[sets.clone()].iter().map(side).collect();
+        let found = match Lattice::of(self.machine.mode, &sides) {
+            Some(lattice) => Some(Arc::new(Words32 { tiles: lattice.tiles, data: self.device.upload_words("lattice", lattice.data)? })),
+            None => None,
+        };
+        self.lattices.insert(sets.clone(), found.clone());
+        Ok(found)
     }
 
     /// Prices, returns and indicators of an asset chunk.
@@ -1016,7 +1099,15 @@ impl<'a> Job<'a> {
             Table::Donchian(_) => pass.launch(&indicators::INDICATOR_DONCHIAN, &IndicatorParams { extra, ..params }, &[p, k])?,
             Table::None => {}
         }
-        Ok(Tables { assets, price, returns, keys, inverse_volatility })
+        let mut by_row = None;
+        if !self.cuts.is_empty() && device.info().kind == DeviceKind::Wgpu {
+            let turned = device.zeros_u32("keys by row", words.max(4))?;
+            let params = TilesParams { a: a as u32, t: t as u32, rows: rows as u32, ..bytemuck::Zeroable::zeroed() };
+            self.pending.pass.launch(&KEYS_BY_ROW, &params, &[View::from(&keys), View::from(&turned)])?;
+            self.pending.bytes += 4 * words;
+            by_row = Some(turned);
+        }
+        Ok(Tables { assets, price, returns, keys, by_row, inverse_volatility })
     }
 
     fn backtest_params(&self, tables: &Tables, cost: usize) -> BacktestParams {
@@ -1038,37 +1129,41 @@ impl<'a> Job<'a> {
             stitched: self.stitched as u32,
             volatility_rows: self.machine.volatility.len() as u32,
             general: u32::from(self.machine.general),
+            memoryless: u32::from(self.memoryless()),
         }
     }
 
     /// Simulates a run of sets on an asset chunk, and selects per asset if a choice is given. `all` is the prefix buffer of all assets.
     fn simulate(&mut self, tables: &Tables, cost: usize, sets: Range<usize>, choice: Option<&Choice>, all: Option<&View>) -> Result<()> {
         let (device, a, tiles) = (self.device, tables.assets.len(), sets.len().div_ceil(TILE));
-        let set_words = device.upload_words("sets", self.machine.words(sets.clone()))?;
-        let plan: Vec<u32> = self.edges.iter().chain(&self.scales[cost][tables.assets.clone()]).copied().collect();
-        let plan = device.upload_u32("plan", &plan)?;
         let stats = device.zeros("stats", (a * tiles * STATS * TILE) as u64)?;
         let per_asset = (tiles * self.edges.len() * 4 * TILE) as u64;
         let prefix = match all {
             Some(all) => all.buffer.view(tables.assets.start as u64 * per_asset..tables.assets.end as u64 * per_asset),
-            None => self.scratch((a as u64 * per_asset).max(4))?,
+            None => self.scratch(PREFIX, (a as u64 * per_asset).max(4))?,
         };
-        let params = BacktestParams { tiles: tiles as u32, ..self.backtest_params(tables, cost) };
+        let lattice = self.lattice(&sets)?;
         let view = View::from;
-        let args = [
-            view(&tables.price),
-            view(&tables.returns),
-            view(&tables.keys),
-            view(&tables.inverse_volatility),
-            view(&set_words),
-            view(&plan),
-            view(&stats),
-            prefix.clone(),
-        ];
-        self.pending.pass.launch(&BACKTEST_SWEEP, &params, &args)?;
+        let mut words = None;
+        if lattice.is_none() || choice.is_some() {
+            words = Some(device.upload_words("sets", self.machine.words(sets.clone()))?);
+        }
+        match (&lattice, &words) {
+            (Some(lattice), _) => self.simulate_tiles(tables, cost, lattice, tiles, &stats, &prefix)?,
+            (None, Some(words)) => {
+                device.check_rounds(OP, one_set_a_thread(self.t as u64, self.edges.len() as u64), "rounds")?;
+                let plan: Vec<u32> = self.edges.iter().chain(&self.scales[cost][tables.assets.clone()]).copied().collect();
+                let plan = device.upload_u32("plan", &plan)?;
+                let params = BacktestParams { tiles: tiles as u32, ..self.backtest_params(tables, cost) };
+                let [p, r, k, v] = [&tables.price, &tables.returns, &tables.keys, &tables.inverse_volatility].map(View::from);
+                let args = [p, r, k, v, View::from(words), View::from(&plan), View::from(&stats), prefix.clone()];
+                self.pending.pass.launch(&BACKTEST_SWEEP, &params, &args)?;
+            }
+            (None, None) => {}
+        }
         let select = self.select_params(a, 1, &sets);
-        if let Some(choice) = choice {
-            let args = [prefix.clone(), view(&self.train), view(&set_words), view(&choice.best), view(&choice.chosen)];
+        if let (Some(choice), Some(words)) = (choice, &words) {
+            let args = [prefix.clone(), view(&self.train), view(words), view(&choice.best), view(&choice.chosen)];
             self.pending.pass.launch(&WALK_FORWARD_SELECT, &select, &args)?;
         }
         let mut scores = None;
@@ -1093,6 +1188,46 @@ impl<'a> Job<'a> {
         };
         self.pending.chunks.push((chunk, read, scores));
         Ok(())
+    }
+
+    /// Simulates a run of sets tile by tile and span by span.
+    fn simulate_tiles(&mut self, tables: &Tables, cost: usize, lattice: &Words32, set_tiles: usize, stats: &Buffer, prefix: &View) -> Result<()> {
+        let (device, a, spans, view) = (self.device, tables.assets.len(), self.cuts.len() - 1, View::from);
+        let plan: Vec<u32> = self.edges.iter().chain(&self.scales[cost][tables.assets.clone()]).chain(&self.cuts).copied().collect();
+        let plan = device.upload_u32("plan", &plan)?;
+        let parts = self.scratch(SPAN_PARTS, (a * spans * PARTS * set_tiles * TILE) as u64)?;
+        let base = self.backtest_params(tables, cost);
+        let (keys, row_stride, bar_stride) = match &tables.by_row {
+            Some(by_row) => (view(by_row), base.t, 1),
+            None => (view(&tables.keys), 1, base.rows),
+        };
+        let params = TilesParams {
+            a: base.a,
+            t: base.t,
+            rows: base.rows,
+            tiles: lattice.tiles as u32,
+            edges: base.edges,
+            spans: spans as u32,
+            lag: base.lag,
+            start: base.start,
+            shift: base.shift,
+            mask: base.mask,
+            cost: base.cost,
+            cost_low: base.cost_low,
+            set_tiles: set_tiles as u32,
+            row_stride,
+            bar_stride,
+        };
+        let band = self.machine.mode == BAND;
+        let groups = if band && spans > 1 { a * spans * lattice.tiles } else { 1 };
+        let states = device.zeros_u32("states", (groups * 2 * WORDS) as u64)?;
+        let pass = &mut self.pending.pass;
+        if band && spans > 1 {
+            pass.launch(&BACKTEST_BAND_STATES, &params, &[keys.clone(), view(&lattice.data), view(&plan), view(&states)])?;
+        }
+        let args = [keys, view(&lattice.data), view(&plan), view(&tables.returns), view(&states), parts.clone(), prefix.clone()];
+        pass.launch(if band { &BACKTEST_BAND } else { &BACKTEST_CROSS }, &params, &args)?;
+        pass.launch(&BACKTEST_JOIN, &params, &[parts, view(&plan), view(stats), prefix.clone()])
     }
 
     fn select_params(&self, a: usize, pooled: usize, sets: &Range<usize>) -> SelectParams {

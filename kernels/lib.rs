@@ -12,6 +12,7 @@ pub mod kernel;
 pub mod backtest;
 mod backtest_lanes;
 pub mod backtest_sweep;
+pub mod backtest_tiles;
 pub mod block_bootstrap;
 pub mod ceilings;
 pub mod conformance;
@@ -83,7 +84,7 @@ pub static OPS: [Op; 6] = [
 ];
 
 /// Every kernel: those of the ops, then the ceiling that `forback bench` measures.
-pub static KERNELS: [&Kernel; 24] = [
+pub static KERNELS: [&Kernel; 29] = [
     &philox::PHILOX,
     &performance::PERFORMANCE,
     &walk_forward_sharpe::SEGMENT_MOMENTS,
@@ -98,6 +99,11 @@ pub static KERNELS: [&Kernel; 24] = [
     &indicators::INDICATOR_VOLATILITY,
     &backtest::BACKTEST_SWEEP,
     &backtest::BACKTEST_STITCH,
+    &backtest_tiles::KEYS_BY_ROW,
+    &backtest_tiles::BACKTEST_BAND_STATES,
+    &backtest_tiles::BACKTEST_CROSS,
+    &backtest_tiles::BACKTEST_BAND,
+    &backtest_tiles::BACKTEST_JOIN,
     &walk_forward_select::WALK_FORWARD_SELECT,
     &walk_forward_select::WALK_FORWARD_SCORES,
     &multiple_testing::CSCV_BLOCKS,

@@ -19,6 +19,7 @@ struct BacktestParams {
     stitched: u32,
     volatility_rows: u32,
     general: u32,
+    memoryless: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: BacktestParams;
@@ -305,7 +306,7 @@ fn backtest_stitch(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroup
     var position = flat();
     var turnover = 0.0;
     var trades = 0.0;
-    for (var j = 0u; j < to_bar; j++) {
+    for (var j = select(0u, max(from_bar, 1u) - 1u, params.memoryless == 1u); j < to_bar; j++) {
         let before = position.weight;
         position = decide(params.mode, s, a, j, position);
         let traded = abs(position.weight - before);

@@ -887,6 +887,45 @@ fn sweeps_have_parity_and_equal_choices() {
     }
 }
 
+/// Grids of sets go through tiles on a GPU, and series through spans: sums must be those of one thread that walks all bars.
+#[test]
+fn tiles_and_spans_have_the_sums_of_one_walk() {
+    let (devices, mut rng) = (devices(), Rng::new(46));
+    let plain = [Strategy::SmaCross, Strategy::EmaCross, Strategy::RsiReversion, Strategy::BollingerReversion, Strategy::Macd, Strategy::DonchianBreakout];
+    let cpu = &devices[1];
+    for (i, strategy) in plain.into_iter().enumerate() {
+        // one span, spans of 512 bars, spans of 1,024 bars; grids that fill words and grids that do not, each set twice
+        for (bars, assets, sides) in [(190, 2, [5, 40]), (1300, 2, [37, 3]), (8300, 1, [3, 5])] {
+            let execution = [Execution::SameClose, Execution::NextClose][i % 2];
+            let n = sides[0] * sides[1];
+            let grid = |set: usize| (2.0 + (set % sides[0]) as f32, 3.0 + (set / sides[0] % sides[1]) as f32);
+            let column = |f: &dyn Fn(f32, f32) -> f32| (0..2 * n).map(|set| f(grid(set).0, grid(set).1)).collect::<Vec<f32>>();
+            let parameters = match strategy {
+                Strategy::RsiReversion => vec![("period", column(&|a, _| a)), ("low", column(&|_, b| 10.0 + b)), ("high", column(&|_, b| 99.0 - b))],
+                Strategy::BollingerReversion => vec![("period", column(&|a, _| a)), ("width", column(&|_, b| 0.1 * b))],
+                Strategy::DonchianBreakout => vec![("entry", column(&|a, _| a)), ("exit", column(&|_, b| b))],
+                Strategy::Macd => vec![("fast", column(&|a, _| a)), ("slow", column(&|_, b| 40.0 + b)), ("signal", column(&|_, _| 5.0))],
+                _ => vec![("fast", column(&|a, _| a)), ("slow", column(&|_, b| 20.0 + b))],
+            };
+            let windows = common::rolling(bars as u32 - 1, 0, bars as u32 / 3, bars as u32 / 9);
+            let case = Case { execution, parameters, cost_bps: vec![7.0], windows, ..Case::random(&mut rng, strategy, bars, assets, 1) };
+            let want = case.run(cpu).unwrap();
+            for device in devices.iter().skip(2) {
+                let label = format!("{} T {bars} on {}", strategy.name(), device.info());
+                let got = case.run(device).unwrap();
+                let launched = got.outcome.launches > 0;
+                for (g, w) in got.stats.iter().flatten().zip(want.stats.iter().flatten()) {
+                    assert!(launched && g.trades == w.trades && (close_to(g.sharpe, w.sharpe, 2e-6) || g.sharpe.is_nan() && w.sharpe.is_nan()), "{label}: {g:?}, expected {w:?}");
+                    let off = (g.total_return - w.total_return).abs() / (1.0 + w.total_return) + (g.max_drawdown - w.max_drawdown).abs();
+                    assert!(off < 2e-5, "{label}: {g:?}, expected {w:?}");
+                }
+                let choices = |s: &common::Swept| s.outcome.per_asset.iter().chain(&s.outcome.pooled).flat_map(|p| p.best.clone()).collect::<Vec<_>>();
+                assert_eq!(choices(&got), choices(&want), "{label}");
+            }
+        }
+    }
+}
+
 /// Windows where two devices chose different sets. Both must be as good: sets that only rounding tells apart, say because they pay
 /// the same cost on different bars of a standstill.
 fn near_ties(label: &str, case: &Case, got: &common::Swept, want: &common::Swept) -> usize {

@@ -9,6 +9,7 @@ mod portfolio;
 
 use common::{Case, DEVICES, Rng, assert_bits, open, open_all, open_with, rolling, variants};
 use forback::kernels::backtest::{BACKTEST_STITCH, BACKTEST_SWEEP, BacktestParams, NO_STOP, OFF, SCALE_BIAS, SET_WORDS, STATS, TILE};
+use forback::kernels::backtest_tiles::{BACKTEST_BAND, BACKTEST_BAND_STATES, BACKTEST_CROSS, BACKTEST_JOIN, KEYS_BY_ROW, TilesParams};
 use forback::kernels::backtest_sweep::{Chunk, Outcome, SetStats, Strategy, Sweep};
 use forback::kernels::block_bootstrap::{self, BLOCK_BOOTSTRAP, Bootstrap, BootstrapParams, bootstrap_sharpe};
 use forback::kernels::ceilings::{CEILING_MULTIPLY_ADD, CeilingParams};
@@ -296,7 +297,8 @@ fn too_large_names_need_and_limit() {
         assert_eq!(large(error(long(50_000).run(&half))).1, MIB / 2);
         // more rounds than a thread's loops may take (llvmpipe)
         if device.limits().loop_rounds < 70_000 {
-            let (needed, limit) = large(error(long(70_000).run(&open_with(spec, &OpenOptions::default()).unwrap())));
+            let recursive = Case { strategy: Strategy::EmaCross, ..long(70_000) };
+            let (needed, limit) = large(error(recursive.run(&open_with(spec, &OpenOptions::default()).unwrap())));
             assert!(needed > 70_000 && limit == device.limits().loop_rounds, "{needed} {limit}");
         }
         // one raw launch
@@ -825,9 +827,45 @@ fn guarded(mut g: Guards) {
         stitched: 0,
         volatility_rows: rows as u32,
         general: 1,
+        memoryless: 0,
     };
     let (stats, prefix) = (g.out(Elem::F32, a * tiles * STATS * TILE), g.out(Elem::U32, a * tiles * 5 * 4 * TILE));
     launch!(BACKTEST_SWEEP, params, [price, earned, keys, volatility, sets, plan, stats, prefix]);
+    // the same sets as four words of a tile, over two spans
+    let tile = TilesParams {
+        a: a as u32,
+        t: t as u32,
+        rows: rows as u32,
+        tiles: 1,
+        edges: 5,
+        spans: 2,
+        lag: 1,
+        start: 0,
+        shift: 50,
+        mask: u32::MAX,
+        cost: 1e-3,
+        cost_low: 0.0,
+        set_tiles: tiles as u32,
+        row_stride: t as u32,
+        bar_stride: 1,
+    };
+    let turned = g.out(Elem::U32, table);
+    launch!(KEYS_BY_ROW, tile, [keys, turned]);
+    let slots: Vec<u32> = (0..512u32).flat_map(|slot| if slot < lanes as u32 { [slot, 13] } else { [NONE, 13] }).collect();
+    let spanned = g.words(&[0, 20, 30, 50, 70, scale, scale, scale, 0, 50, t as u32 - 1]);
+    for kernel in [&BACKTEST_CROSS, &BACKTEST_BAND] {
+        let band = kernel.name == BACKTEST_BAND.name;
+        let list = 16 * 8 + 512 * 2;
+        let heads = (0..16u32).flat_map(|w| [w % 2, if band { list } else { 0 }, w % 5, w << 27, 1, 13, 4, 0]);
+        let lattice: Vec<u32> = heads.chain(slots.iter().copied()).chain((0..32).map(|i| i << 27)).collect();
+        let lattice = g.words(&lattice);
+        let states = g.out(Elem::U32, a * 2 * 16 * 2);
+        launch!(BACKTEST_BAND_STATES, tile, [turned, lattice, spanned, states]);
+        let (stats, prefix) = (g.out(Elem::F32, a * tiles * STATS * TILE), g.out(Elem::U32, a * tiles * 5 * 4 * TILE));
+        let parts = g.out(Elem::U32, a * 2 * 11 * lanes);
+        launch!(*kernel, tile, [turned, lattice, spanned, earned, states, parts, prefix]);
+        launch!(BACKTEST_JOIN, tile, [parts, spanned, stats, prefix]);
+    }
     let select = SelectParams { a: a as u32, pooled: 1, w: w as u32, tiles: tiles as u32, edges: 5, sets: lanes as u32 - 3, first: 0, shift: 50 };
     let train = g.words(&[0, 2, 30, 0, 1, 3, 30, 0]);
     let (best, chosen) = (g.words(&[0, NONE].repeat(a * w)), g.out(Elem::U32, a * w * SET_WORDS));
