@@ -13,8 +13,8 @@
 //! min(x·G, l), and its lowest level is min(x·m, d).
 //!
 //! Shapes   keys [A,T,rows] or, by row, [A,rows,T], told by two strides; lattice: heads [words,8] (kind: 0 list is side a, 1 side b;
-//!          first row or offset of the list, shared row, shared threshold, words from here on with this list, latest first bar of the
-//!          tile, last row of the list, 0), slots
+//!          first row or offset of the list, shared row, shared threshold, words from here on with this list and the same first bars,
+//!          latest of these, last row of the list, earliest of these), slots
 //!          [words·32,2] (set or NONE, first bar), lists; plan = edges [E], scales [A], cuts [spans+1]; states [A,spans,tiles,16,2];
 //!          parts [A,spans,11,sets]: sum and sum of squares (64 bits each), trades, growth as mantissa and exponent, level, lowest, G, m;
 //!          stats [A,set_tiles,5,64] and prefix [A,set_tiles,E,4,64] as in `backtest.rs`.
@@ -245,15 +245,14 @@ impl Lattice {
             // words without sets repeat the one before
             data.copy_within((w - 1) * HEAD..w * HEAD, w * HEAD);
         }
-        for tile in 0..tiles {
-            let of_tile = words.iter().skip(tile * WORDS).take(WORDS);
-            let latest = of_tile.flat_map(|w| w.sets.iter().map(|&id| sets[id as usize].first)).max().unwrap_or(0);
-            let heads = &mut data[tile * WORDS * HEAD..(tile + 1) * WORDS * HEAD];
-            for w in (0..WORDS).rev() {
-                let same = w + 1 < WORDS && [0, 1, 6].iter().all(|&i| heads[w * HEAD + i] == heads[(w + 1) * HEAD + i]);
-                heads[w * HEAD + 4] = if same { heads[(w + 1) * HEAD + 4] + 1 } else { 1 };
-                heads[w * HEAD + 5] = latest;
-            }
+        let firsts = |w: usize| (0..32).map(move |lane| tiles * WORDS * HEAD + (w * 32 + lane) * 2 + 1);
+        for w in (0..tiles * WORDS).rev() {
+            let same = |i: usize| data[w * HEAD + i] == data[(w + 1) * HEAD + i];
+            let goes_on = (w + 1) % WORDS > 0 && [0, 1, 6].into_iter().all(same) && firsts(w).zip(firsts(w + 1)).all(|(x, y)| data[x] == data[y]);
+            data[w * HEAD + 4] = if goes_on { data[(w + 1) * HEAD + 4] + 1 } else { 1 };
+            let of_sets = firsts(w).filter(|&at| data[at - 1] != NONE).map(|at| data[at]);
+            let (earliest, latest) = of_sets.fold((u32::MAX, 0), |(low, high), first| (low.min(first), high.max(first)));
+            (data[w * HEAD + 5], data[w * HEAD + 7]) = (latest, earliest);
         }
         Lattice { data, tiles }
     }

@@ -90,18 +90,18 @@ fn four_keys(asset: u32, row: u32, last: u32, t: u32, flip: u32) -> vec4<u32> {
         ^ vec4<u32>(flip, flip, flip, flip);
 }
 
-// Takes out the sets that are not past their first legal bar; needed only while t is below the latest of them.
-fn wait_for_first(tile: u32, bar: u32, t: u32, words: u32) {
-    for (var i = 0u; i < words; i++) {
-        let slots = params.tiles * WORDS * HEAD + (tile * WORDS + i) * 64u;
-        var legal = 0u;
-        for (var k = 0u; k < 32u; k += 4u) {
-            let first = vec4<u32>(lattice[slots + 2u * k + 1u], lattice[slots + 2u * k + 3u], lattice[slots + 2u * k + 5u], lattice[slots + 2u * k + 7u]);
-            let bits = select(vec4<u32>(0u, 0u, 0u, 0u), vec4<u32>(1u, 2u, 4u, 8u), vec4<u32>(t, t, t, t) >= first);
-            legal |= ((bits.x | bits.y) | (bits.z | bits.w)) << k;
-        }
-        sh_enter[bar * WORDS + i] &= legal;
+// Bits of the sets that are past their first legal bar: the same for all words of a run.
+fn legal_bits(word: u32, t: u32) -> u32 {
+    let latest = lattice[word * HEAD + 5u];
+    let slots = params.tiles * WORDS * HEAD + word * 64u;
+    let n = select(0u, 32u, t >= lattice[word * HEAD + 7u] && t < latest);
+    var legal = select(0u, 0xffffffffu, t >= latest);
+    for (var k = 0u; k < n; k += 4u) {
+        let first = vec4<u32>(lattice[slots + 2u * k + 1u], lattice[slots + 2u * k + 3u], lattice[slots + 2u * k + 5u], lattice[slots + 2u * k + 7u]);
+        let bits = select(vec4<u32>(0u, 0u, 0u, 0u), vec4<u32>(1u, 2u, 4u, 8u), vec4<u32>(t, t, t, t) >= first);
+        legal |= ((bits.x | bits.y) | (bits.z | bits.w)) << k;
     }
+    return legal;
 }
 
 // Words of a tile at bar t where they cross: `enter` alone.
@@ -114,6 +114,7 @@ fn decide_cross(tile: u32, asset: u32, bar: u32, t: u32, words: u32) {
         let row = lattice[head + 1u];
         let last = lattice[head + 6u];
         let end = i + lattice[head + 4u];
+        let legal = legal_bits(tile * WORDS + i, t);
         let k0 = four_keys(asset, row, last, t, flip);
         let k1 = four_keys(asset, row + 4u, last, t, flip);
         let k2 = four_keys(asset, row + 8u, last, t, flip);
@@ -126,7 +127,7 @@ fn decide_cross(tile: u32, asset: u32, bar: u32, t: u32, words: u32) {
             let x = key_at(asset, lattice[(tile * WORDS + i) * HEAD + 2u], t) ^ flip;
             let low = above(k0, x) | above(k1, x) << 4u | above(k2, x) << 8u | above(k3, x) << 12u;
             let high = above(k4, x) << 16u | above(k5, x) << 20u | above(k6, x) << 24u | above(k7, x) << 28u;
-            sh_enter[bar * WORDS + i] = low | high;
+            sh_enter[bar * WORDS + i] = (low | high) & legal;
         }
     }
 }
@@ -150,11 +151,12 @@ fn decide_band(tile: u32, asset: u32, bar: u32, t: u32, words: u32) {
         let list_is_b = lattice[head] == 1u;
         let of_list = below(lattice[head + 1u], key_at(asset, lattice[head + 6u], t) ^ select(params.mask, 0u, list_is_b));
         let end = i + lattice[head + 4u];
+        let legal = legal_bits(tile * WORDS + i, t);
         for (; i < end; i++) {
             let word = (tile * WORDS + i) * HEAD;
             let x = key_at(asset, lattice[word + 2u], t) ^ select(0u, params.mask, list_is_b);
             let of_shared = select(0u, 0xffffffffu, x > lattice[word + 3u]);
-            sh_enter[bar * WORDS + i] = select(of_list, of_shared, list_is_b);
+            sh_enter[bar * WORDS + i] = select(of_list, of_shared, list_is_b) & legal;
             sh_leave[bar * WORDS + i] = select(of_shared, of_list, list_is_b);
         }
     }
@@ -170,7 +172,6 @@ fn decide(tile: u32, asset: u32, base: u32, end: u32, tid: u32, crossing: bool) 
     } else {
         decide_band(tile, asset, tid, t, words);
     }
-    wait_for_first(tile, tid, t, select(0u, words, base < lattice[tile * WORDS * HEAD + 5u] + params.lag));
 }
 
 // Asset, span and tile of a workgroup.
