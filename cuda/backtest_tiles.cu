@@ -4,7 +4,8 @@
 //   backtest_cross, _band   grid  A·spans·tiles        block WG    decide: lane = set of a word, one vote a bar; earn: thread = 8 sets
 //   backtest_join           grid  A·⌈sets/WG⌉          block WG    thread = set, sequential over spans
 // Net returns and their sums must have the bits of the CPU column, because they select: nothing is left to contract.
-// Eight sets a thread hold 96 registers of sums; 8 blocks of 64 threads an SM leave 128 a thread.
+// Eight sets a thread hold 96 to 112 registers of sums; 6 blocks of 64 threads an SM leave 168 a thread (with 8 blocks, 128 each, NVRTC spilled
+// 56 to 280 bytes).
 
 struct TilesParams {
     uint32_t a;
@@ -331,7 +332,7 @@ __device__ __forceinline__ void simulate(const float* __restrict__ returns, cons
     put_parts(params, slots, parts, a, place.span, x);
 }
 
-extern "C" __global__ void __launch_bounds__(WG, 8)
+extern "C" __global__ void __launch_bounds__(WG, 6)
     backtest_cross(const uint32_t* __restrict__ keys, const uint32_t* __restrict__ lattice, const uint32_t* __restrict__ plan,
                    const float* __restrict__ returns, const uint32_t* __restrict__ states, uint32_t* __restrict__ parts, uint32_t* __restrict__ prefix,
                    TilesParams params) {
@@ -346,7 +347,7 @@ extern "C" __global__ void __launch_bounds__(WG, 8)
     }
 }
 
-extern "C" __global__ void __launch_bounds__(WG, 8)
+extern "C" __global__ void __launch_bounds__(WG, 6)
     backtest_band(const uint32_t* __restrict__ keys, const uint32_t* __restrict__ lattice, const uint32_t* __restrict__ plan,
                   const float* __restrict__ returns, const uint32_t* __restrict__ states, uint32_t* __restrict__ parts, uint32_t* __restrict__ prefix,
                   TilesParams params) {
