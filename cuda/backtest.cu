@@ -22,7 +22,8 @@ struct BacktestParams {
     uint32_t stitched;
     uint32_t volatility_rows;
     uint32_t general;
-    uint32_t memoryless;
+    uint32_t piece;
+    uint32_t pieces;
 };
 
 #define SET_WORDS 16
@@ -262,19 +263,22 @@ extern "C" __global__ void __launch_bounds__(WG)
                     const float* __restrict__ inverse_volatility, const uint32_t* __restrict__ sets, const uint32_t* __restrict__ windows,
                     float* __restrict__ net, float* __restrict__ activity, BacktestParams params) {
     const uint32_t slot = group_index() * WG + threadIdx.x;
-    if (slot >= params.a * params.tiles) {
+    if (slot >= params.a * params.tiles * params.pieces) {
         return;
     }
-    const uint32_t a = slot / params.tiles, window = slot % params.tiles;
+    const uint32_t a = slot / (params.tiles * params.pieces), window = slot / params.pieces % params.tiles;
     const ParameterSet s = load_set(sets, a * params.per_asset * params.tiles + window);
     const Market m = market_of(price, returns, keys, inverse_volatility, params, a);
-    const uint32_t from_bar = windows[3 * window], to_bar = windows[3 * window + 1];
-    float* __restrict__ out = net + a * params.stitched + windows[3 * window + 2];
+    const uint32_t window_end = windows[3 * window + 1];
+    const uint32_t skipped = min(slot % params.pieces * params.piece, window_end - windows[3 * window]);
+    const uint32_t from_bar = windows[3 * window] + skipped;
+    const uint32_t to_bar = params.piece ? min(window_end, from_bar + params.piece) : window_end;
+    float* __restrict__ out = net + a * params.stitched + windows[3 * window + 2] + skipped;
     float* __restrict__ weights = out + params.a * params.stitched;
     Position x = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0, 0.0f};
     float turnover = 0.0f;
     uint32_t trades = 0;
-    for (uint32_t j = params.memoryless ? max(from_bar, 1u) - 1 : 0; j < to_bar; j++) {
+    for (uint32_t j = params.piece ? max(from_bar, 1u) - 1 : 0; j < to_bar; j++) {
         const float before = x.weight;
         decide(params.mode, x, params, s, m, j);
         if (j >= from_bar) {

@@ -22,9 +22,9 @@
 //!          NONE, stop_loss, take_profit, trailing_stop, max_holding; 1e30 and 2³²−1 where a stop is off); plan = edges [E] then scales [A];
 //!          stats [A,tiles,5,TILE] (sharpe per bar, total return, max drawdown, turnover, trades); prefix [A,tiles,E,4,TILE]: sum and sum of
 //!          squares of net returns before each edge as 64-bit fixed-point, in units of 2^(scale−shift) and 2^(2·scale−shift);
-//!          `backtest_stitch`: net [2,A,stitched], net returns then weights; activity [A,windows,2], turnover and trades.
+//!          `backtest_stitch`: net [2,A,stitched], net returns then weights; activity [A,windows,pieces,2], turnover and trades.
 //! Launch   `backtest_sweep`: workgroup = (asset, tile of TILE sets), thread = set, sequential over bars: nothing of size sets × time.
-//!          `backtest_stitch`: thread = (asset, window) replays the chosen set and writes its net returns over the stitched bars.
+//!          `backtest_stitch`: thread = (asset, window, piece of it) replays the chosen set and writes its net returns over the stitched bars.
 //! Scratch  prefix; memory is inputs + sets × metrics, whatever T.
 //! Floor    11 instructions per set and bar where neither stops nor sizes are asked for: compare, change, earn, pay, four sums of which two are
 //!          fused multiply-adds, drawdown (fused multiply-add, two minima); two key loads. About 30 with stops and sizes.
@@ -85,8 +85,11 @@ params! {
         volatility_rows: u32,
         /// Whether any set is sized, goes short or has stops: 1, else 0.
         general: u32,
-        /// `backtest_stitch`: 1 if a weight depends on no earlier decision; a replay then begins a bar before its window.
-        memoryless: u32,
+        /// `backtest_stitch`: bars that a thread replays where a weight depends on no earlier decision; 0 where it does, and each thread
+        /// walks from bar 0 to the end of its window.
+        piece: u32,
+        /// `backtest_stitch`: threads of a window.
+        pieces: u32,
     }
 }
 
@@ -168,7 +171,7 @@ pub static BACKTEST_STITCH: Kernel = Kernel {
     params: layout::<BacktestParams>(),
     workgroup: TILE as u32,
     constants: &[],
-    groups: |words| (u64::from(params(words).a) * u64::from(params(words).tiles)).div_ceil(TILE as u64),
+    groups: |words| (u64::from(params(words).a) * u64::from(params(words).tiles) * u64::from(params(words).pieces)).div_ceil(TILE as u64),
     wgsl: wgsl!("backtest"),
     cuda: cuda!("backtest"),
     cpu: Some(Cpu { f32: backtest_stitch_cpu::<f32>, f64: backtest_stitch_cpu::<f64> }),
@@ -491,7 +494,8 @@ fn backtest_stitch_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
     let (count, stitched) = (p.tiles as usize, p.stitched as usize);
     let cost = R::of(f64::from(p.cost)) + R::of(f64::from(p.cost_low));
     let (net, weights) = net.split_at_mut(p.a as usize * stitched);
-    let rows = net.par_chunks_exact_mut(stitched).zip(weights.par_chunks_exact_mut(stitched)).zip(activity.par_chunks_exact_mut(2 * count));
+    let pieces = p.pieces as usize;
+    let rows = net.par_chunks_exact_mut(stitched).zip(weights.par_chunks_exact_mut(stitched)).zip(activity.par_chunks_exact_mut(2 * count * pieces));
     rows.enumerate().take(p.a as usize).for_each(|(a, ((net, weights), activity))| {
         let market = Market::of(&p, a, price, returns, keys, inverse_volatility);
         for (w, window) in windows.chunks_exact(3).take(count).enumerate() {
@@ -503,16 +507,20 @@ fn backtest_stitch_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
                 _ => replay::<R, MOMENTUM>,
             };
             let (from, to, offset) = (window[0] as usize, window[1] as usize, window[2] as usize);
-            let part = offset..offset + to - from;
-            let (turnover, trades) = replay(&p, cost, &set, &market, from..to, &mut net[part.clone()], &mut weights[part]);
-            activity[2 * w] = turnover;
-            activity[2 * w + 1] = R::of(f64::from(trades));
+            for (k, activity) in activity[2 * w * pieces..2 * (w + 1) * pieces].chunks_exact_mut(2).enumerate() {
+                let begin = to.min(from + k * p.piece as usize);
+                let end = if p.piece == 0 { to } else { to.min(begin + p.piece as usize) };
+                let part = offset + begin - from..offset + end - from;
+                let (turnover, trades) = replay(&p, cost, &set, &market, begin..end, &mut net[part.clone()], &mut weights[part]);
+                activity[0] = turnover;
+                activity[1] = R::of(f64::from(trades));
+            }
         }
     });
     Ok(())
 }
 
-/// Net returns and weights over `bars`, simulated from bar 0; turnover and trades inside `bars`.
+/// Net returns and weights over `bars`, simulated from bar 0 or, in pieces, from the bar before; turnover and trades inside `bars`.
 fn replay<R: Real, const MODE: u32>(
     p: &BacktestParams,
     cost: R,
@@ -523,7 +531,7 @@ fn replay<R: Real, const MODE: u32>(
     weights: &mut [R],
 ) -> (R, u32) {
     let mut run = Run::new();
-    let first = if p.memoryless == 1 { bars.start.saturating_sub(1) } else { 0 };
+    let first = if p.piece > 0 { bars.start.saturating_sub(1) } else { 0 };
     for j in first..bars.end {
         if j == bars.start {
             (run.turnover, run.trades) = (R::ZERO, 0);

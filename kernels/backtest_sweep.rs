@@ -723,6 +723,9 @@ const CPU_LAUNCH_TILES: u64 = 1024;
 const SCRATCH_BYTES: u64 = 64 << 20;
 const CPU_SCRATCH_BYTES: u64 = 16 << 20;
 
+/// Bars that one thread replays where it needs none before them.
+const STITCH_BARS: u32 = 2048;
+
 /// Rounds of a loop over all bars. 64 bars and an edge count for up to ten: compilers turn branches into loops (llvmpipe was right at
 /// 53,790 bars, wrong at 61,977).
 fn one_set_a_thread(bars: u64, edges: u64) -> u64 {
@@ -989,8 +992,8 @@ impl<'a> Job<'a> {
     fn rounds(&self, edges: u64) -> u64 {
         let bars = self.t as u64;
         let recursive = matches!(self.machine.table, Table::Ema(_) | Table::Rsi(_));
-        let replayed = !self.sweep.windows.is_empty() && !self.memoryless();
-        if self.cuts.is_empty() || recursive || replayed { one_set_a_thread(bars, edges) } else { bars / 64 + self.cuts.len() as u64 + edges }
+        let walked = self.cuts.is_empty() || recursive || !(self.sweep.windows.is_empty() || self.memoryless());
+        if walked { one_set_a_thread(bars, edges) } else { bars / 64 + self.cuts.len() as u64 + edges }
     }
 
     /// Whether the weight over a bar depends on no earlier decision.
@@ -1129,7 +1132,8 @@ impl<'a> Job<'a> {
             stitched: self.stitched as u32,
             volatility_rows: self.machine.volatility.len() as u32,
             general: u32::from(self.machine.general),
-            memoryless: u32::from(self.memoryless()),
+            piece: 0,
+            pieces: 1,
         }
     }
 
@@ -1255,8 +1259,12 @@ impl<'a> Job<'a> {
     fn stitch(&mut self, tables: &Tables, cost: usize, choice: &Choice, pooled: bool) -> Result<()> {
         let (device, a, w) = (self.device, tables.assets.len(), self.sweep.windows.len());
         let windows = device.upload_u32("stitched windows", &self.stitch)?;
-        let (net, activity) = (device.zeros("net", (2 * a * self.stitched) as u64)?, device.zeros("activity", (2 * a * w) as u64)?);
-        let params = BacktestParams { tiles: w as u32, per_asset: u32::from(!pooled), ..self.backtest_params(tables, cost) };
+        let longest = self.stitch.chunks_exact(3).map(|part| part[1] - part[0]).max().unwrap_or(0);
+        let (piece, pieces) = if self.memoryless() { (STITCH_BARS, longest.div_ceil(STITCH_BARS).max(1)) } else { (0, 1) };
+        let net = device.zeros("net", (2 * a * self.stitched) as u64)?;
+        let activity = device.zeros("activity", (2 * a * w) as u64 * u64::from(pieces))?;
+        let base = self.backtest_params(tables, cost);
+        let params = BacktestParams { tiles: w as u32, per_asset: u32::from(!pooled), piece, pieces, ..base };
         let view = View::from;
         let args = [
             view(&tables.price),
@@ -1320,9 +1328,10 @@ impl<'a> Job<'a> {
             let (returns, weights) = net.split_at(net.len() / 2);
             slot.stitched[assets.start * k..assets.end * k].copy_from_slice(returns);
             slot.weights[assets.start * k..assets.end * k].copy_from_slice(weights);
-            for (i, pair) in done.f64(activity)?.chunks_exact(2).enumerate() {
-                slot.turnover[assets.start * w + i] = pair[0];
-                slot.trades[assets.start * w + i] = pair[1] as u64;
+            let activity = done.f64(activity)?;
+            for (i, pieces) in activity.chunks_exact((activity.len() / (assets.len() * w).max(1)).max(2)).enumerate() {
+                slot.turnover[assets.start * w + i] = pieces.iter().step_by(2).sum();
+                slot.trades[assets.start * w + i] = pieces.iter().skip(1).step_by(2).sum::<f64>() as u64;
             }
             let statistics = done.f64(statistics)?;
             slot.performance.extend(finish(&statistics, k as u64, self.sweep.periods_per_year));

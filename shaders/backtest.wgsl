@@ -19,7 +19,8 @@ struct BacktestParams {
     stitched: u32,
     volatility_rows: u32,
     general: u32,
-    memoryless: u32,
+    piece: u32,
+    pieces: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: BacktestParams;
@@ -294,19 +295,21 @@ fn backtest_sweep(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups
 @compute @workgroup_size(WG)
 fn backtest_stitch(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) nwg: vec3<u32>, @builtin(local_invocation_index) tid: u32) {
     let slot = group_index(wid, nwg) * WG + tid;
-    if slot >= params.a * params.tiles {
+    if slot >= params.a * params.tiles * params.pieces {
         return;
     }
-    let a = slot / params.tiles;
-    let window = slot % params.tiles;
+    let a = slot / (params.tiles * params.pieces);
+    let window = slot / params.pieces % params.tiles;
     let s = load_set(a * params.per_asset * params.tiles + window);
-    let from_bar = windows[3u * window];
-    let to_bar = windows[3u * window + 1u];
-    let out = a * params.stitched + windows[3u * window + 2u];
+    let window_end = windows[3u * window + 1u];
+    let skipped = min(slot % params.pieces * params.piece, window_end - windows[3u * window]);
+    let from_bar = windows[3u * window] + skipped;
+    let to_bar = select(window_end, min(window_end, from_bar + params.piece), params.piece > 0u);
+    let out = a * params.stitched + windows[3u * window + 2u] + skipped;
     var position = flat();
     var turnover = 0.0;
     var trades = 0.0;
-    for (var j = select(0u, max(from_bar, 1u) - 1u, params.memoryless == 1u); j < to_bar; j++) {
+    for (var j = select(0u, max(from_bar, 1u) - 1u, params.piece > 0u); j < to_bar; j++) {
         let before = position.weight;
         position = decide(params.mode, s, a, j, position);
         let traded = abs(position.weight - before);

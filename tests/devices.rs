@@ -827,7 +827,8 @@ fn guarded(mut g: Guards) {
         stitched: 0,
         volatility_rows: rows as u32,
         general: 1,
-        memoryless: 0,
+        piece: 0,
+        pieces: 1,
     };
     let (stats, prefix) = (g.out(Elem::F32, a * tiles * STATS * TILE), g.out(Elem::U32, a * tiles * 5 * 4 * TILE));
     launch!(BACKTEST_SWEEP, params, [price, earned, keys, volatility, sets, plan, stats, prefix]);
@@ -877,6 +878,8 @@ fn guarded(mut g: Guards) {
     let (net, activity) = (g.out(Elem::F32, 2 * a * 40), g.out(Elem::F32, 2 * a * w));
     let params = BacktestParams { tiles: w as u32, per_asset: 1, stitched: 40, ..params };
     launch!(BACKTEST_STITCH, params, [price, earned, keys, volatility, chosen, windows, net, activity]);
+    let (net, activity) = (g.out(Elem::F32, 2 * a * 40), g.out(Elem::F32, 2 * a * w * 3));
+    launch!(BACKTEST_STITCH, BacktestParams { piece: 9, pieces: 3, ..params }, [price, earned, keys, volatility, chosen, windows, net, activity]);
 
     // portfolios: 5 books (the last workgroup is not full) of 3 and of 130 assets, 2 costs
     for (n, bars) in [(3usize, 7usize), (130, 2)] {
