@@ -21,7 +21,7 @@ use crate::backtest::{
     BACKTEST_STITCH, BACKTEST_SWEEP, BAND, BOTH, BacktestParams, CROSS, LONG, MOMENTUM, NO_STOP, OFF, SCALE_BIAS, SET_WORDS, SHORT, STATS, TILE,
 };
 use crate::backtest_tiles::{
-    BACKTEST_BAND, BACKTEST_BAND_STATES, BACKTEST_CROSS, BACKTEST_JOIN, KEYS_BY_ROW, Lattice, PARTS, Sides, TilesParams, WORDS, cuts,
+    BACKTEST_BAND, BACKTEST_BAND_STATES, BACKTEST_CROSS, BACKTEST_JOIN, BACKTEST_SIZED, Detail, KEYS_BY_ROW, Lattice, PARTS, Sides, TilesParams, WORDS, cuts,
 };
 use crate::conformance::{Case, Outputs, defined};
 use crate::device::{Buffer, Device, DeviceKind, LaunchTime, Pass, Read, View};
@@ -39,7 +39,7 @@ use std::sync::Arc;
 const OP: &str = "backtest_sweep";
 
 /// Kernels of the op, in the order of their first launch.
-pub static SWEEP_KERNELS: [&Kernel; 16] = [
+pub static SWEEP_KERNELS: [&Kernel; 17] = [
     &indicators::PRICE_SUMS,
     &indicators::INDICATOR_SMA,
     &indicators::INDICATOR_EMA,
@@ -52,6 +52,7 @@ pub static SWEEP_KERNELS: [&Kernel; 16] = [
     &BACKTEST_BAND_STATES,
     &BACKTEST_CROSS,
     &BACKTEST_BAND,
+    &BACKTEST_SIZED,
     &BACKTEST_JOIN,
     &WALK_FORWARD_SELECT,
     &WALK_FORWARD_SCORES,
@@ -568,6 +569,12 @@ impl Machine {
         self.sets.len()
     }
 
+    /// Side and size of a set.
+    fn detail(&self, set: usize) -> Detail {
+        let o = self.overlays.get(set).copied().unwrap_or(Overlay::NONE);
+        [self.sets[set].side, o.target, o.leverage, o.volatility_row]
+    }
+
     /// Words of a run of sets, padded to whole tiles.
     fn words(&self, sets: Range<usize>) -> Vec<u32> {
         let mut words = vec![0; sets.len().next_multiple_of(TILE) * SET_WORDS];
@@ -682,6 +689,8 @@ struct Job<'a> {
 struct Words32 {
     data: Buffer,
     tiles: usize,
+    words: usize,
+    details: usize,
 }
 
 /// A pass being recorded, and what to do with its downloads.
@@ -915,7 +924,10 @@ impl<'a> Job<'a> {
         let pending = Pending { pass: device.pass(OP), chunks: Vec::new(), selected: Vec::new(), bytes: 0 };
         let on_cpu = matches!(device.info().kind, DeviceKind::Cpu | DeviceKind::Reference);
         let all = sweep.parameters.first().map_or(0, |p| p.1.len()) * n;
-        let cuts = if on_cpu || machine.general || bars == 0 { Vec::new() } else { cuts(&edges, bars, span_bars(bars, all)) };
+        // A sized or shorted band starts from three states: it is not split.
+        let whole = machine.general && machine.mode == BAND;
+        let length = if whole { u32::MAX } else { span_bars(bars, all) };
+        let cuts = if on_cpu || machine.stops || bars == 0 { Vec::new() } else { cuts(&edges, bars, length) };
         Ok(Job {
             sweep,
             device,
@@ -993,7 +1005,9 @@ impl<'a> Job<'a> {
         let bars = self.t as u64;
         let recursive = matches!(self.machine.table, Table::Ema(_) | Table::Rsi(_));
         let walked = self.cuts.is_empty() || recursive || !(self.sweep.windows.is_empty() || self.memoryless());
-        if walked { one_set_a_thread(bars, edges) } else { bars / 64 + self.cuts.len() as u64 + edges }
+        let walk = if walked { one_set_a_thread(bars, edges) } else { 0 };
+        let span = self.cuts.windows(2).map(|cut| u64::from(cut[1] - cut[0])).max().unwrap_or(0);
+        walk.max(2 * span + bars / 64 + self.cuts.len() as u64 + edges)
     }
 
     /// Whether the weight over a bar depends on no earlier decision.
@@ -1022,8 +1036,11 @@ impl<'a> Job<'a> {
         }
         let side = |w: &Words| Sides { a: (w.a, w.threshold_a), b: (w.b, w.threshold_b), first: w.first };
         let sides: Vec<Sides> = self.machine.sets[sets.clone()].iter().map(side).collect();
-        let found = match Lattice::of(self.machine.mode, &sides) {
-            Some(lattice) => Some(Arc::new(Words32 { tiles: lattice.tiles, data: self.device.upload_words("lattice", lattice.data)? })),
+        let details: Option<Vec<Detail>> = self.machine.general.then(|| sets.clone().map(|set| self.machine.detail(set)).collect());
+        let found = match Lattice::of(self.machine.mode, &sides, details.as_deref()) {
+            Some(Lattice { data, tiles, words, details }) => {
+                Some(Arc::new(Words32 { data: self.device.upload_words("lattice", data)?, tiles, words, details }))
+            }
             None => None,
         };
         self.lattices.insert(sets.clone(), found.clone());
@@ -1103,7 +1120,7 @@ impl<'a> Job<'a> {
             Table::None => {}
         }
         let mut by_row = None;
-        if !self.cuts.is_empty() && device.info().kind == DeviceKind::Wgpu {
+        if !self.cuts.is_empty() && rows > 0 && device.info().kind == DeviceKind::Wgpu {
             let turned = device.zeros_u32("keys by row", words.max(4))?;
             let params = TilesParams { a: a as u32, t: t as u32, rows: rows as u32, ..bytemuck::Zeroable::zeroed() };
             self.pending.pass.launch(&KEYS_BY_ROW, &params, &[View::from(&keys), View::from(&turned)])?;
@@ -1221,15 +1238,25 @@ impl<'a> Job<'a> {
             set_tiles: set_tiles as u32,
             row_stride,
             bar_stride,
+            words: lattice.words as u32,
+            mode: base.mode,
+            volatility_rows: base.volatility_rows,
+            details: lattice.details as u32,
         };
+        let pass = &mut self.pending.pass;
+        if self.machine.general {
+            let data = [keys, view(&lattice.data), view(&plan), view(&tables.returns), parts.clone(), prefix.clone()];
+            let args: Vec<View> = data.into_iter().chain([view(&tables.price), view(&tables.inverse_volatility)]).collect();
+            pass.launch(&BACKTEST_SIZED, &params, &args)?;
+            return pass.launch(&BACKTEST_JOIN, &params, &[parts, view(&plan), view(stats), prefix.clone()]);
+        }
         let band = self.machine.mode == BAND;
         let groups = if band && spans > 1 { a * spans * lattice.tiles } else { 1 };
         let states = device.zeros_u32("states", (groups * 2 * WORDS) as u64)?;
-        let pass = &mut self.pending.pass;
         if band && spans > 1 {
             pass.launch(&BACKTEST_BAND_STATES, &params, &[keys.clone(), view(&lattice.data), view(&plan), view(&states)])?;
         }
-        let args = [keys, view(&lattice.data), view(&plan), view(&tables.returns), view(&states), parts.clone(), prefix.clone()];
+        let args = [keys, view(&lattice.data), view(&plan), view(&tables.returns), parts.clone(), prefix.clone(), view(&states)];
         pass.launch(if band { &BACKTEST_BAND } else { &BACKTEST_CROSS }, &params, &args)?;
         pass.launch(&BACKTEST_JOIN, &params, &[parts, view(&plan), view(stats), prefix.clone()])
     }

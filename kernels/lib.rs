@@ -84,7 +84,7 @@ pub static OPS: [Op; 6] = [
 ];
 
 /// Every kernel: those of the ops, then the ceiling that `forback bench` measures.
-pub static KERNELS: [&Kernel; 29] = [
+pub static KERNELS: [&Kernel; 30] = [
     &philox::PHILOX,
     &performance::PERFORMANCE,
     &walk_forward_sharpe::SEGMENT_MOMENTS,
@@ -103,6 +103,7 @@ pub static KERNELS: [&Kernel; 29] = [
     &backtest_tiles::BACKTEST_BAND_STATES,
     &backtest_tiles::BACKTEST_CROSS,
     &backtest_tiles::BACKTEST_BAND,
+    &backtest_tiles::BACKTEST_SIZED,
     &backtest_tiles::BACKTEST_JOIN,
     &walk_forward_select::WALK_FORWARD_SELECT,
     &walk_forward_select::WALK_FORWARD_SCORES,

@@ -1,7 +1,8 @@
-// Back-tests of long-or-flat sets, a tile of 512 per workgroup and a span of bars. Maths, shapes and source: kernels/backtest_tiles.rs.
+// Back-tests of sets without stops, a tile of 512 or 256 per workgroup and a span of bars. Maths, shapes and source: kernels/backtest_tiles.rs.
 //   keys_by_row             grid  A·⌈T/32⌉·⌈rows/32⌉   workgroup 256   a 32 × 32 block through workgroup memory
 //   backtest_band_states    grid  A·spans·tiles        workgroup WG    decide: thread = bar; follow: thread = word
 //   backtest_cross, _band   grid  A·spans·tiles        workgroup WG    decide: thread = bar; earn: thread = 8 sets
+//   backtest_sized          grid  A·spans·tiles        workgroup WG    decide: thread = bar; earn: thread = 4 sets
 //   backtest_join           grid  A·⌈sets/WG⌉          workgroup WG    thread = set, sequential over spans
 
 struct TilesParams {
@@ -20,6 +21,10 @@ struct TilesParams {
     set_tiles: u32,
     row_stride: u32,
     bar_stride: u32,
+    words: u32,
+    mode: u32,
+    volatility_rows: u32,
+    details: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: TilesParams;
@@ -28,11 +33,16 @@ override WG: u32 = 64u;
 const BARS: u32 = 64u;
 const WORDS: u32 = 16u;
 const HEAD: u32 = 8u;
-const PARTS: u32 = 11u;
+const PARTS: u32 = 12u;
 const STATS: u32 = 5u;
 const SET_TILE: u32 = 64u;
 const BLOCK: u32 = 128u;
 const SCALE_BIAS: i32 = 512;
+const SIZED_WORDS: u32 = 8u;
+const DETAILS: u32 = 4u;
+const CROSS: u32 = 0u;
+const BAND: u32 = 1u;
+const MOMENTUM: u32 = 2u;
 const NONE: u32 = 0xffffffffu;
 
 // ---- keys, bar after bar of each row ----------------------------------------------------------------------------
@@ -93,7 +103,7 @@ fn four_keys(asset: u32, row: u32, last: u32, t: u32, flip: u32) -> vec4<u32> {
 // Bits of the sets that are past their first legal bar: the same for all words of a run.
 fn legal_bits(word: u32, t: u32) -> u32 {
     let latest = lattice[word * HEAD + 5u];
-    let slots = params.tiles * WORDS * HEAD + word * 64u;
+    let slots = params.words * HEAD + word * 64u;
     let n = select(0u, 32u, t >= lattice[word * HEAD + 7u] && t < latest);
     var legal = select(0u, 0xffffffffu, t >= latest);
     for (var k = 0u; k < n; k += 4u) {
@@ -104,17 +114,17 @@ fn legal_bits(word: u32, t: u32) -> u32 {
     return legal;
 }
 
-// Words of a tile at bar t where they cross: `enter` alone.
-fn decide_cross(tile: u32, asset: u32, bar: u32, t: u32, words: u32) {
+// Words from `first` on at bar t where they cross; where they do not, they leave.
+fn decide_cross(first: u32, asset: u32, bar: u32, t: u32, words: u32, both: bool) {
     var i = 0u;
     while i < words {
         // keys of a list of neighbouring rows, shared by the words that follow
-        let head = (tile * WORDS + i) * HEAD;
+        let head = (first + i) * HEAD;
         let flip = select(0u, 0xffffffffu, lattice[head] == 1u);
         let row = lattice[head + 1u];
         let last = lattice[head + 6u];
         let end = i + lattice[head + 4u];
-        let legal = legal_bits(tile * WORDS + i, t);
+        let legal = legal_bits(first + i, t);
         let k0 = four_keys(asset, row, last, t, flip);
         let k1 = four_keys(asset, row + 4u, last, t, flip);
         let k2 = four_keys(asset, row + 8u, last, t, flip);
@@ -124,10 +134,13 @@ fn decide_cross(tile: u32, asset: u32, bar: u32, t: u32, words: u32) {
         let k6 = four_keys(asset, row + 24u, last, t, flip);
         let k7 = four_keys(asset, row + 28u, last, t, flip);
         for (; i < end; i++) {
-            let x = key_at(asset, lattice[(tile * WORDS + i) * HEAD + 2u], t) ^ flip;
+            let x = key_at(asset, lattice[(first + i) * HEAD + 2u], t) ^ flip;
             let low = above(k0, x) | above(k1, x) << 4u | above(k2, x) << 8u | above(k3, x) << 12u;
             let high = above(k4, x) << 16u | above(k5, x) << 20u | above(k6, x) << 24u | above(k7, x) << 28u;
             sh_enter[bar * WORDS + i] = (low | high) & legal;
+            if both {
+                sh_leave[bar * WORDS + i] = ~(low | high) & legal;
+            }
         }
     }
 }
@@ -142,35 +155,35 @@ fn below(list: u32, key: u32) -> u32 {
     return select(0xffffffffu, (1u << (n & 31u)) - 1u, n < 32u);
 }
 
-// Words of a tile at bar t where they enter and leave by thresholds.
-fn decide_band(tile: u32, asset: u32, bar: u32, t: u32, words: u32) {
+// Words from `first` on at bar t where they enter and leave by thresholds.
+fn decide_band(first: u32, asset: u32, bar: u32, t: u32, words: u32) {
     var i = 0u;
     while i < words {
         // bits of a list of thresholds, shared by the words that follow
-        let head = (tile * WORDS + i) * HEAD;
+        let head = (first + i) * HEAD;
         let list_is_b = lattice[head] == 1u;
         let of_list = below(lattice[head + 1u], key_at(asset, lattice[head + 6u], t) ^ select(params.mask, 0u, list_is_b));
         let end = i + lattice[head + 4u];
-        let legal = legal_bits(tile * WORDS + i, t);
+        let legal = legal_bits(first + i, t);
         for (; i < end; i++) {
-            let word = (tile * WORDS + i) * HEAD;
+            let word = (first + i) * HEAD;
             let x = key_at(asset, lattice[word + 2u], t) ^ select(0u, params.mask, list_is_b);
             let of_shared = select(0u, 0xffffffffu, x > lattice[word + 3u]);
             sh_enter[bar * WORDS + i] = select(of_list, of_shared, list_is_b) & legal;
-            sh_leave[bar * WORDS + i] = select(of_shared, of_list, list_is_b);
+            sh_leave[bar * WORDS + i] = select(of_shared, of_list, list_is_b) & legal;
         }
     }
 }
 
-// Bars base to end of a tile, a bar a thread.
+// Bars base to end of a tile of long-or-flat sets, a bar a thread.
 fn decide(tile: u32, asset: u32, base: u32, end: u32, tid: u32, crossing: bool) {
     let j = base + tid;
     let t = max(j, params.lag) - params.lag;
     let words = select(0u, WORDS, j >= params.lag && j < end);
     if crossing {
-        decide_cross(tile, asset, tid, t, words);
+        decide_cross(tile * WORDS, asset, tid, t, words, false);
     } else {
-        decide_band(tile, asset, tid, t, words);
+        decide_band(tile * WORDS, asset, tid, t, words);
     }
 }
 
@@ -219,9 +232,9 @@ fn backtest_band_states(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_work
 // ---- earn ---------------------------------------------------------------------------------------------------------
 
 @group(0) @binding(4) var<storage, read> returns: array<f32>;
-@group(0) @binding(5) var<storage, read> states_in: array<u32>;
-@group(0) @binding(6) var<storage, read_write> parts: array<u32>;
-@group(0) @binding(7) var<storage, read_write> prefix: array<u32>;
+@group(0) @binding(5) var<storage, read_write> parts: array<u32>;
+@group(0) @binding(6) var<storage, read_write> prefix: array<u32>;
+@group(0) @binding(7) var<storage, read> states_in: array<u32>;
 
 // Four sets: plain sums of a block, then what lasts over the span.
 struct Four {
@@ -248,16 +261,10 @@ fn four() -> Four {
     return Four(zero, zero, one, one, one, one, one, none, none, none, none, none, one, vec4<i32>(0, 0, 0, 0));
 }
 
-// One bar. The span's path from its start and the least of it are kept only where spans are joined.
-fn earn(x_in: Four, r: f32, held: u32, changed: u32, joined: bool) -> Four {
+// One bar's net returns. The span's path from its start and the least of it are kept only where spans are joined.
+fn add(x_in: Four, net: vec4<f32>, traded: vec4<bool>, joined: bool) -> Four {
     var x = x_in;
-    let bits = vec4<u32>(1u, 2u, 4u, 8u);
-    let none = vec4<u32>(0u, 0u, 0u, 0u);
-    let zero = vec4<f32>(0.0, 0.0, 0.0, 0.0);
-    let on = (vec4<u32>(held, held, held, held) & bits) != none;
-    let trade = (vec4<u32>(changed, changed, changed, changed) & bits) != none;
-    let net = select(zero, vec4<f32>(r, r, r, r), on) - select(zero, vec4<f32>(params.cost, params.cost, params.cost, params.cost), trade);
-    x.trades += select(none, vec4<u32>(1u, 1u, 1u, 1u), trade);
+    x.trades += select(vec4<u32>(0u, 0u, 0u, 0u), vec4<u32>(1u, 1u, 1u, 1u), traded);
     x.sum += net;
     x.square = fma(net, net, x.square);
     x.growth = fma(x.growth, net, x.growth);
@@ -268,6 +275,17 @@ fn earn(x_in: Four, r: f32, held: u32, changed: u32, joined: bool) -> Four {
         x.least = min(x.least, x.path);
     }
     return x;
+}
+
+// One bar of sets that hold 1 or nothing.
+fn earn(x: Four, r: f32, held: u32, changed: u32, joined: bool) -> Four {
+    let bits = vec4<u32>(1u, 2u, 4u, 8u);
+    let none = vec4<u32>(0u, 0u, 0u, 0u);
+    let zero = vec4<f32>(0.0, 0.0, 0.0, 0.0);
+    let on = (vec4<u32>(held, held, held, held) & bits) != none;
+    let trade = (vec4<u32>(changed, changed, changed, changed) & bits) != none;
+    let net = select(zero, vec4<f32>(r, r, r, r), on) - select(zero, vec4<f32>(params.cost, params.cost, params.cost, params.cost), trade);
+    return add(x, net, trade, joined);
 }
 
 struct Wide {
@@ -343,7 +361,7 @@ fn put_prefixes(a: u32, slot: u32, edge: u32, x: Four) {
     put_prefix(a, lattice[slot + 6u], edge, x.sum_low.w, x.sum_high.w, x.square_low.w, x.square_high.w);
 }
 
-fn put_parts(a: u32, span: u32, slot: u32, x: Four) {
+fn put_parts(a: u32, span: u32, slot: u32, x: Four, turnover: vec4<f32>) {
     let sets = params.set_tiles * SET_TILE;
     for (var k = 0u; k < 4u; k++) {
         let index = lattice[slot + 2u * k];
@@ -360,6 +378,7 @@ fn put_parts(a: u32, span: u32, slot: u32, x: Four) {
             parts[at + 8u * sets] = bitcast<u32>(x.lowest[k]);
             parts[at + 9u * sets] = bitcast<u32>(x.path[k]);
             parts[at + 10u * sets] = bitcast<u32>(x.least[k]);
+            parts[at + 11u * sets] = bitcast<u32>(turnover[k]);
         }
     }
 }
@@ -393,7 +412,7 @@ fn simulate(group: u32, tid: u32, crossing: bool) {
     let joined = params.spans > 1u;
     let word = tid / 4u;
     let turn = tid % 4u * 8u;
-    let slot = params.tiles * WORDS * HEAD + (tile * WORDS * 32u + tid * 8u) * 2u;
+    let slot = params.words * HEAD + (tile * WORDS * 32u + tid * 8u) * 2u;
 
     // inside: where the machine is; held: what of it counts
     var inside = 0u;
@@ -466,8 +485,8 @@ fn simulate(group: u32, tid: u32, crossing: bool) {
             }
         }
     }
-    put_parts(a, place.y, slot, x);
-    put_parts(a, place.y, slot + 8u, y);
+    put_parts(a, place.y, slot, x, vec4<f32>(x.trades));
+    put_parts(a, place.y, slot + 8u, y, vec4<f32>(y.trades));
 }
 
 @compute @workgroup_size(WG)
@@ -484,6 +503,172 @@ fn backtest_band(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups)
     if group < params.a * params.spans * params.tiles {
         simulate(group, tid, false);
     }
+}
+
+// ---- sizes and sides ----------------------------------------------------------------------------------------------
+
+@group(0) @binding(7) var<storage, read> close: array<f32>;
+@group(0) @binding(8) var<storage, read> inverse_volatility: array<f32>;
+
+// Words from `first` on at bar t where they follow the sign of a past return.
+fn decide_momentum(first: u32, a: u32, bar: u32, t: u32, words: u32) {
+    let now = close[a * params.t + t];
+    for (var i = 0u; i < words; i++) {
+        let then = close[a * params.t + t - min(t, lattice[(first + i) * HEAD + 2u])];
+        let legal = legal_bits(first + i, t);
+        sh_enter[bar * WORDS + i] = select(0u, legal, now > then);
+        sh_leave[bar * WORDS + i] = select(0u, legal, now < then);
+    }
+}
+
+// Bars base to end of a tile of any sets without stops, a bar a thread.
+fn decide_sized(tile: u32, a: u32, base: u32, end: u32, tid: u32) {
+    let j = base + tid;
+    let t = max(j, params.lag) - params.lag;
+    let words = select(0u, SIZED_WORDS, j >= params.lag && j < end);
+    let asset = a * params.t * params.rows;
+    switch params.mode {
+        case CROSS: { decide_cross(tile * SIZED_WORDS, asset, tid, t, words, true); }
+        case BAND: { decide_band(tile * SIZED_WORDS, asset, tid, t, words); }
+        default: { decide_momentum(tile * SIZED_WORDS, a, tid, t, words); }
+    }
+}
+
+// What four sets make of a direction: weights up and down, size = min(target·inverse volatility, leverage).
+struct Sizes {
+    up: vec4<f32>,
+    down: vec4<f32>,
+    goal: vec4<f32>,
+    leverage: vec4<f32>,
+    row: vec4<u32>,
+}
+
+fn sizes_of(slot: u32) -> Sizes {
+    var x: Sizes;
+    for (var k = 0u; k < 4u; k++) {
+        let at = params.details + (slot + k) * DETAILS;
+        let side = lattice[at] & 3u;
+        x.up[k] = select(1.0, 0.0, side == 2u);
+        x.down[k] = select(-1.0, 0.0, side == 0u);
+        x.goal[k] = bitcast<f32>(lattice[at + 1u]);
+        x.leverage[k] = bitcast<f32>(lattice[at + 2u]);
+        x.row[k] = lattice[at + 3u];
+    }
+    return x;
+}
+
+fn size_of(row: u32, at: u32) -> f32 {
+    return select(0.0, inverse_volatility[at + min(row, max(params.volatility_rows, 1u) - 1u)], row != NONE);
+}
+
+// Weights of four sets that are up or down at bar t.
+fn weights(s: Sizes, a: u32, t: u32, inside: u32, below_bits: u32) -> vec4<f32> {
+    let bits = vec4<u32>(1u, 2u, 4u, 8u);
+    let none = vec4<u32>(0u, 0u, 0u, 0u);
+    let zero = vec4<f32>(0.0, 0.0, 0.0, 0.0);
+    let up = (vec4<u32>(inside, inside, inside, inside) & bits) != none;
+    let down = (vec4<u32>(below_bits, below_bits, below_bits, below_bits) & bits) != none;
+    let at = (a * params.t + t) * params.volatility_rows;
+    let calm = vec4<f32>(size_of(s.row.x, at), size_of(s.row.y, at), size_of(s.row.z, at), size_of(s.row.w, at));
+    let sized = min(s.goal * calm, s.leverage);
+    let size = select(sized, vec4<f32>(1.0, 1.0, 1.0, 1.0), s.row == vec4<u32>(NONE, NONE, NONE, NONE));
+    return select(select(zero, s.down, down), s.up, up) * size;
+}
+
+// Where the machine is after a bar: up, and down.
+fn follow(at: u32, turn: u32, before: vec2<u32>) -> vec2<u32> {
+    let enter = sh_enter[at] >> turn;
+    let leave = sh_leave[at] >> turn;
+    if params.mode != BAND {
+        return vec2<u32>(enter, leave);
+    }
+    let inside = (enter & ~before.x) | (before.x & ~leave);
+    return vec2<u32>(inside, ~inside & (before.y | leave));
+}
+
+@compute @workgroup_size(WG)
+fn backtest_sized(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) nwg: vec3<u32>, @builtin(local_invocation_index) tid: u32) {
+    let group = group_index(wid, nwg);
+    if group >= params.a * params.spans * params.tiles {
+        return;
+    }
+    let place = place_of(group);
+    let a = place.x;
+    let earned = a * (params.t - 1u);
+    let scale = i32(plan[params.edges + a]) - SCALE_BIAS;
+    let shift = i32(params.shift);
+    let from_bar = cut(place.y);
+    let to_bar = cut(place.y + 1u);
+    let word = tid / 8u;
+    let turn = tid % 8u * 4u;
+    let own = place.z * SIZED_WORDS * 32u + tid * 4u;
+    let slot = params.words * HEAD + own * 2u;
+    let s = sizes_of(own);
+
+    // the weight before the span is that of the bar before
+    let zero = vec4<f32>(0.0, 0.0, 0.0, 0.0);
+    var machine = vec2<u32>(0u, 0u);
+    var weight = zero;
+    let goes_on = from_bar > max(params.lag, params.start);
+    decide_sized(place.z, a, from_bar - min(from_bar, 1u), from_bar, tid);
+    workgroupBarrier();
+    if goes_on {
+        machine = follow(word, turn, machine);
+        weight = weights(s, a, from_bar - 1u - params.lag, machine.x, machine.y);
+    }
+
+    var x = four();
+    var turnover = zero;
+    var traded_so_far = zero;
+    var edge = select(edge_after(from_bar), 0u, from_bar == 0u);
+    var begun = from_bar;
+    if edge < params.edges && plan[min(edge, max(params.edges, 1u) - 1u)] == from_bar {
+        put_prefixes(a, slot, edge, x);
+        edge++;
+    }
+    for (var base = from_bar; base < to_bar; base += BARS) {
+        workgroupBarrier();
+        decide_sized(place.z, a, base, min(base + BARS, to_bar), tid);
+        if base + tid < to_bar {
+            sh_return[tid] = returns[earned + base + tid];
+        }
+        workgroupBarrier();
+        let end = min(base + BARS, to_bar);
+        var j = base;
+        while j < end {
+            var next = min(begun + BLOCK, to_bar);
+            if edge < params.edges {
+                next = min(next, plan[edge]);
+            }
+            let stop = min(end, next);
+            for (; j < stop; j++) {
+                var wanted = zero;
+                if j >= params.lag {
+                    machine = follow((j - base) * WORDS + word, turn, machine);
+                    if j >= params.start {
+                        wanted = weights(s, a, j - params.lag, machine.x, machine.y);
+                    }
+                }
+                let traded = abs(wanted - weight);
+                let r = sh_return[j - base];
+                let net = fma(wanted, vec4<f32>(r, r, r, r), -(params.cost * traded));
+                weight = wanted;
+                turnover += traded;
+                x = add(x, net, traded > zero, params.spans > 1u);
+            }
+            if j == next {
+                x = flush(x, shift, scale);
+                traded_so_far += turnover;
+                turnover = zero;
+                begun = j;
+                if edge < params.edges && plan[min(edge, max(params.edges, 1u) - 1u)] == j {
+                    put_prefixes(a, slot, edge, x);
+                    edge++;
+                }
+            }
+        }
+    }
+    put_parts(a, place.y, slot, x, traded_so_far);
 }
 
 // ---- join ---------------------------------------------------------------------------------------------------------
@@ -512,6 +697,7 @@ fn backtest_join(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups)
     var sums = vec2<u32>(0u, 0u);
     var squares = vec2<u32>(0u, 0u);
     var trades = 0u;
+    var turnover = 0.0;
     var mantissa = 1.0;
     var exponent = 0;
     var level = 1.0;
@@ -531,6 +717,7 @@ fn backtest_join(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups)
         sums = add64(sums, vec2<u32>(parts_in[at], parts_in[at + sets]));
         squares = add64(squares, vec2<u32>(parts_in[at + 2u * sets], parts_in[at + 3u * sets]));
         trades += parts_in[at + 4u * sets];
+        turnover += bitcast<f32>(parts_in[at + 11u * sets]);
         let product = mantissa * bitcast<f32>(parts_in[at + 5u * sets]);
         let power = i32((bitcast<u32>(product) >> 23u) & 0xffu) - 127;
         exponent += bitcast<i32>(parts_in[at + 6u * sets]) + select(0, power, product != 0.0);
@@ -544,6 +731,6 @@ fn backtest_join(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups)
     stats[at] = sharpe_of(counted, sums, scaled_variance(counted, sums, squares, params.shift));
     stats[at + SET_TILE] = ldexp(mantissa, clamp(exponent, -126, 127)) - 1.0;
     stats[at + 2u * SET_TILE] = 1.0 - lowest;
-    stats[at + 3u * SET_TILE] = f32(trades);
+    stats[at + 3u * SET_TILE] = turnover;
     stats[at + 4u * SET_TILE] = f32(trades);
 }

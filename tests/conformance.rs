@@ -891,25 +891,34 @@ fn sweeps_have_parity_and_equal_choices() {
 #[test]
 fn tiles_and_spans_have_the_sums_of_one_walk() {
     let (devices, mut rng) = (devices(), Rng::new(46));
-    let plain = [Strategy::SmaCross, Strategy::EmaCross, Strategy::RsiReversion, Strategy::BollingerReversion, Strategy::Macd, Strategy::DonchianBreakout];
     let cpu = &devices[1];
-    for (i, strategy) in plain.into_iter().enumerate() {
+    for (i, strategy) in Strategy::ALL.into_iter().enumerate() {
         // one span, spans of 512 bars, spans of 1,024 bars; grids that fill words and grids that do not, each set twice
         for (bars, assets, sides) in [(190, 2, [5, 40]), (1300, 2, [37, 3]), (8300, 1, [3, 5])] {
-            if bars > 8192 && ![Strategy::SmaCross, Strategy::RsiReversion].contains(&strategy) {
+            if bars > 8192 && ![Strategy::SmaCross, Strategy::RsiReversion, Strategy::TsMomentum].contains(&strategy) {
                 continue;
             }
             let execution = [Execution::SameClose, Execution::NextClose][i % 2];
             let n = sides[0] * sides[1];
             let grid = |set: usize| (2.0 + (set % sides[0]) as f32, 3.0 + (set / sides[0] % sides[1]) as f32);
             let column = |f: &dyn Fn(f32, f32) -> f32| (0..2 * n).map(|set| f(grid(set).0, grid(set).1)).collect::<Vec<f32>>();
-            let parameters = match strategy {
+            let mut parameters = match strategy {
+                Strategy::TsMomentum => vec![("lookback", column(&|a, _| a)), ("max_leverage", column(&|_, b| 1.0 + b / 20.0))],
                 Strategy::RsiReversion => vec![("period", column(&|a, _| a)), ("low", column(&|_, b| 10.0 + b)), ("high", column(&|_, b| 99.0 - b))],
                 Strategy::BollingerReversion => vec![("period", column(&|a, _| a)), ("width", column(&|_, b| 0.1 * b))],
                 Strategy::DonchianBreakout => vec![("entry", column(&|a, _| a)), ("exit", column(&|_, b| b))],
                 Strategy::Macd => vec![("fast", column(&|a, _| a)), ("slow", column(&|_, b| 40.0 + b)), ("signal", column(&|_, _| 5.0))],
                 _ => vec![("fast", column(&|a, _| a)), ("slow", column(&|_, b| 20.0 + b))],
             };
+            // sides and sizes without stops
+            if strategy == Strategy::TsMomentum || bars == 190 {
+                parameters.push(("side", (0..2 * n).map(|set| [1.0, 0.0, -1.0][set % 3]).collect()));
+                parameters.push(("target_vol", (0..2 * n).map(|set| if set % 5 == 0 && strategy != Strategy::TsMomentum { 0.0 } else { 0.1 }).collect()));
+                parameters.push(("vol_window", column(&|_, b| 2.0 + b)));
+                if strategy != Strategy::TsMomentum {
+                    parameters.push(("max_leverage", column(&|a, _| a)));
+                }
+            }
             let windows = common::rolling(bars as u32 - 1, 0, bars as u32 / 3, bars as u32 / 9);
             let case = Case { execution, parameters, cost_bps: vec![7.0], windows, ..Case::random(&mut rng, strategy, bars, assets, 1) };
             let want = case.run(cpu).unwrap();
@@ -918,7 +927,8 @@ fn tiles_and_spans_have_the_sums_of_one_walk() {
                 let got = case.run(device).unwrap();
                 let launched = got.outcome.launches > 0;
                 for (g, w) in got.stats.iter().flatten().zip(want.stats.iter().flatten()) {
-                    assert!(launched && g.trades == w.trades && (close_to(g.sharpe, w.sharpe, 2e-6) || g.sharpe.is_nan() && w.sharpe.is_nan()), "{label}: {g:?}, expected {w:?}");
+                    let turnover = (g.turnover - w.turnover).abs() <= 1e-5 * w.turnover;
+                    assert!(launched && turnover && g.trades == w.trades && (close_to(g.sharpe, w.sharpe, 2e-6) || g.sharpe.is_nan() && w.sharpe.is_nan()), "{label}: {g:?}, expected {w:?}");
                     let off = (g.total_return - w.total_return).abs() / (1.0 + w.total_return) + (g.max_drawdown - w.max_drawdown).abs();
                     assert!(off < 2e-5, "{label}: {g:?}, expected {w:?}");
                 }

@@ -9,7 +9,7 @@ mod portfolio;
 
 use common::{Case, DEVICES, Rng, assert_bits, open, open_all, open_with, rolling, variants};
 use forback::kernels::backtest::{BACKTEST_STITCH, BACKTEST_SWEEP, BacktestParams, NO_STOP, OFF, SCALE_BIAS, SET_WORDS, STATS, TILE};
-use forback::kernels::backtest_tiles::{BACKTEST_BAND, BACKTEST_BAND_STATES, BACKTEST_CROSS, BACKTEST_JOIN, KEYS_BY_ROW, TilesParams};
+use forback::kernels::backtest_tiles::{BACKTEST_BAND, BACKTEST_BAND_STATES, BACKTEST_CROSS, BACKTEST_JOIN, BACKTEST_SIZED, KEYS_BY_ROW, TilesParams};
 use forback::kernels::backtest_sweep::{Chunk, Outcome, SetStats, Strategy, Sweep};
 use forback::kernels::block_bootstrap::{self, BLOCK_BOOTSTRAP, Bootstrap, BootstrapParams, bootstrap_sharpe};
 use forback::kernels::ceilings::{CEILING_MULTIPLY_ADD, CeilingParams};
@@ -849,6 +849,10 @@ fn guarded(mut g: Guards) {
         set_tiles: tiles as u32,
         row_stride: t as u32,
         bar_stride: 1,
+        words: 16,
+        mode: 0,
+        volatility_rows: rows as u32,
+        details: 0,
     };
     let turned = g.out(Elem::U32, table);
     launch!(KEYS_BY_ROW, tile, [keys, turned]);
@@ -863,9 +867,23 @@ fn guarded(mut g: Guards) {
         let states = g.out(Elem::U32, a * 2 * 16 * 2);
         launch!(BACKTEST_BAND_STATES, tile, [turned, lattice, spanned, states]);
         let (stats, prefix) = (g.out(Elem::F32, a * tiles * STATS * TILE), g.out(Elem::U32, a * tiles * 5 * 4 * TILE));
-        let parts = g.out(Elem::U32, a * 2 * 11 * lanes);
-        launch!(*kernel, tile, [turned, lattice, spanned, earned, states, parts, prefix]);
+        let parts = g.out(Elem::U32, a * 2 * 12 * lanes);
+        launch!(*kernel, tile, [turned, lattice, spanned, earned, parts, prefix, states]);
         launch!(BACKTEST_JOIN, tile, [parts, spanned, stats, prefix]);
+    }
+    for mode in [0, 1, 2u32] {
+        let list = if mode == 1 { 8 * 8 + 256 * 2 } else { 0 };
+        let heads = (0..8u32).flat_map(|w| [0, list, w % 5, w << 27, 1, 13, 4, 0]);
+        let lists = (0..32).map(|i| i << 27);
+        let details = (0..256u32).flat_map(|s| [s % 3, 0.1f32.to_bits(), 2f32.to_bits(), size(s)]);
+        let lattice: Vec<u32> = heads.chain(slots[..512].iter().copied()).chain(lists).chain(details).collect();
+        let lattice = g.words(&lattice);
+        let sized = TilesParams { words: 8, mode, details: 8 * 8 + 256 * 2 + 32, spans: if mode == 1 { 1 } else { 2 }, ..tile };
+        let plan = g.words(&[0, 20, 30, 50, 70, scale, scale, scale, 0, if mode == 1 { t as u32 - 1 } else { 50 }, t as u32 - 1]);
+        let (stats, prefix) = (g.out(Elem::F32, a * tiles * STATS * TILE), g.out(Elem::U32, a * tiles * 5 * 4 * TILE));
+        let parts = g.out(Elem::U32, a * sized.spans as usize * 12 * lanes);
+        launch!(BACKTEST_SIZED, sized, [turned, lattice, plan, earned, parts, prefix, price, volatility]);
+        launch!(BACKTEST_JOIN, sized, [parts, plan, stats, prefix]);
     }
     let select = SelectParams { a: a as u32, pooled: 1, w: w as u32, tiles: tiles as u32, edges: 5, sets: lanes as u32 - 3, first: 0, shift: 50 };
     let train = g.words(&[0, 2, 30, 0, 1, 3, 30, 0]);
