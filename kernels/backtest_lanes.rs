@@ -16,7 +16,7 @@ use crate::{Error, Result};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 use std::any::Any;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::ops::Range;
 
 /// Most tiles of a job.
@@ -519,36 +519,17 @@ impl<'a> Table<'a> {
 }
 
 impl Table<'_> {
-    /// The values of one vector over all bars, unless they are there.
-    #[inline(always)]
-    fn pack<S: Simd>(self, _: S, rows: &[u32], out: &mut Pack) {
-        let (lanes, rows_of) = (S::U32_LANES, Rows::of(rows));
-        if out.rows == Some(rows_of) && rows_of != Rows::Any {
-            return;
-        }
-        out.rows = Some(rows_of);
-        out.keys.resize(self.words.len() / self.stride.max(1) * lanes, 0);
-        for (out, bar) in out.keys.chunks_exact_mut(lanes).zip(self.words.chunks_exact(self.stride.max(1))) {
-            match rows_of {
-                Rows::From(row) => store_u32::<S>(out, 0, load_u32::<S>(bar, row)),
-                Rows::Same(row) => out.fill(bar[row]),
-                Rows::Any => gather(bar, rows, out),
-            }
-        }
+    fn bars(self) -> usize {
+        self.words.len() / self.stride.max(1)
     }
 
-    /// A few rows over all bars.
-    fn tile(self, rows: [u32; MOST]) -> Vec<[u32; MOST]> {
-        let mut tile = vec![[0; MOST]; self.words.len() / self.stride.max(1)];
-        let neighbours = rows.windows(2).all(|r| r[1] == r[0] + 1);
-        for (out, bar) in tile.iter_mut().zip(self.words.chunks_exact(self.stride.max(1))) {
-            if neighbours {
-                out.copy_from_slice(&bar[rows[0] as usize..][..MOST]);
-            } else {
-                gather(bar, &rows, out);
-            }
+    /// The values of any rows, one bar after the other.
+    #[inline(always)]
+    fn gather<S: Simd>(self, _: S, rows: &[u32], out: &mut Vec<u32>) {
+        out.resize(self.bars() * S::U32_LANES, 0);
+        for (out, bar) in out.chunks_exact_mut(S::U32_LANES).zip(self.words.chunks_exact(self.stride.max(1))) {
+            gather(bar, rows, out);
         }
-        tile
     }
 }
 
@@ -597,22 +578,81 @@ fn stretches(spans: &[Span]) -> Vec<&[Span]> {
     stretches
 }
 
-/// Keys of a vector over a stretch, bar by bar.
-#[derive(Default)]
-struct Pack {
-    keys: Vec<u32>,
-    rows: Option<Rows>,
-}
-
-/// Keys of a job over a stretch, as the groups read them.
+/// Keys of a job over a stretch, as some of its groups read them: bar by bar, so that memory is read and written in order.
 #[derive(Default)]
 struct Packs {
-    /// What all vectors of a group share.
-    wide: Pack,
-    /// Rows that a whole vector compares with: MOST of them, bar by bar.
-    tiles: HashMap<[u32; MOST], Vec<[u32; MOST]>>,
-    /// Rows a and b of groups whose vectors read their own.
-    own: [[Pack; 2]; MOST],
+    /// Rows by lane that vectors share, and their keys.
+    wide: Vec<Rows>,
+    wide_keys: Vec<Vec<u32>>,
+    /// Rows that whole vectors compare with, one of each vector of a group, and their keys.
+    tiles: Vec<[u32; MOST]>,
+    tile_keys: Vec<Vec<[u32; MOST]>>,
+    /// Rows a and b of a group whose vectors read their own.
+    own: [[Vec<u32>; 2]; MOST],
+}
+
+/// Most rows of each kind that are packed at a time.
+const WIDE: usize = 8;
+const TILES: usize = 64;
+
+impl Packs {
+    /// Notes a group's rows; false where there is no place left.
+    fn wants(&mut self, group: &Group, lanes: usize, sets: &Sets) -> bool {
+        let by_lane = |rows: &[u32]| Rows::of(&rows[group.at[0]..group.at[0] + lanes]);
+        let by_vector = |rows: &[u32]| Some(group.at.map(|at| rows[at]));
+        let (wide, tile) = match group.kind {
+            SHARED_A => (vec![by_lane(&sets.a)], by_vector(&sets.b)),
+            SHARED_B => (vec![by_lane(&sets.b)], by_vector(&sets.a)),
+            SHARED_AB => (vec![by_lane(&sets.a), by_lane(&sets.b)], None),
+            _ => return true,
+        };
+        let fits = self.wide.len() + 2 <= WIDE && self.tiles.len() < TILES;
+        let known = wide.iter().all(|rows| self.wide.contains(rows)) && tile.is_none_or(|tile| self.tiles.contains(&tile));
+        if fits && !known {
+            for rows in wide {
+                self.wide.extend((!self.wide.contains(&rows)).then_some(rows));
+            }
+            self.tiles.extend(tile.filter(|tile| !self.tiles.contains(tile)));
+        }
+        fits || known
+    }
+
+    /// Fills what was noted from the table's bars.
+    #[inline(always)]
+    fn fill<S: Simd>(&mut self, _: S, table: Table<'_>) {
+        let (lanes, bars) = (S::U32_LANES, table.bars());
+        self.wide_keys.resize_with(self.wide.len().max(self.wide_keys.len()), Vec::new);
+        self.tile_keys.resize_with(self.tiles.len().max(self.tile_keys.len()), Vec::new);
+        for keys in &mut self.wide_keys {
+            keys.resize(bars * lanes, 0);
+        }
+        for keys in &mut self.tile_keys {
+            keys.resize(bars, [0; MOST]);
+        }
+        for (k, bar) in table.words.chunks_exact(table.stride.max(1)).enumerate() {
+            for (keys, &rows) in self.wide_keys.iter_mut().zip(&self.wide) {
+                let out = &mut keys[k * lanes..(k + 1) * lanes];
+                match rows {
+                    Rows::From(row) => store_u32::<S>(out, 0, load_u32::<S>(bar, row)),
+                    Rows::Same(row) => out.fill(bar[row]),
+                    Rows::Any => {}
+                }
+            }
+            for (keys, rows) in self.tile_keys.iter_mut().zip(&self.tiles) {
+                keys[k] = [bar[rows[0] as usize], bar[rows[1] as usize], bar[rows[2] as usize], bar[rows[3] as usize]];
+            }
+        }
+    }
+
+    fn wide(&self, rows: &[u32]) -> &[u32] {
+        let at = self.wide.iter().position(|&wide| wide == Rows::of(rows));
+        at.map_or(&[], |at| &self.wide_keys[at])
+    }
+
+    fn tile(&self, rows: [u32; MOST]) -> &[[u32; MOST]] {
+        let at = self.tiles.iter().position(|&tile| tile == rows);
+        at.map_or(&[], |at| &self.tile_keys[at])
+    }
 }
 
 /// All groups of a job over the bars of one stretch.
@@ -635,7 +675,6 @@ impl WithSimd for Plain<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
-        *self.packs = Packs::default();
         match self.p.mode {
             CROSS => self.groups::<S, CROSS>(simd),
             _ => self.groups::<S, BAND>(simd),
@@ -674,11 +713,30 @@ struct Reads<'a, S: Simd, const G: usize> {
     base: usize,
 }
 
-impl Plain<'_> {
+impl<'a> Plain<'a> {
+    /// Bars of the stretch from the first whose decision is known.
+    fn bars(&self) -> Range<usize> {
+        let to = self.spans.last().map_or(0, |s| s.to);
+        self.spans.first().map_or(0, |s| s.from).max(self.p.lag as usize).min(to)..to
+    }
+
+    /// Keys that decide about them.
+    fn table(&self) -> Table<'a> {
+        let (Range { start, end }, lag, rows) = (self.bars(), self.p.lag as usize, self.m.rows);
+        Table { words: &self.m.keys[start.saturating_sub(lag) * rows..end.saturating_sub(lag) * rows], stride: rows }
+    }
+
     #[inline(always)]
     fn groups<S: Simd, const MODE: u32>(&mut self, simd: S) {
         let slots = self.slots;
+        let mut packed = 0;
         for (i, group) in slots.groups.iter().enumerate() {
+            if i == packed {
+                let table = self.table();
+                (self.packs.wide, self.packs.tiles) = (Vec::new(), Vec::new());
+                packed += slots.groups[i..].iter().take_while(|group| self.packs.wants(group, S::F32_LANES, self.sets)).count().max(1);
+                self.packs.fill(simd, table);
+            }
             match (group.kind, group.vectors) {
                 (SHARED_A, 4) => self.group::<S, MODE, SHARED_A, 4>(simd, i, group),
                 (SHARED_A, 2) => self.group::<S, MODE, SHARED_A, 2>(simd, i, group),
@@ -700,12 +758,19 @@ impl Plain<'_> {
     fn group<S: Simd, const MODE: u32, const KIND: u32, const G: usize>(&mut self, simd: S, index: usize, group: &Group) {
         let (p, m, sets, lanes) = (self.p, self.m, self.sets, S::F32_LANES);
         let (lag, counted) = (p.lag as usize, p.start as usize);
-        let (Some(from), Some(to)) = (self.spans.first().map(|s| s.from), self.spans.last().map(|s| s.to)) else { return };
-        // The first bar whose decision is known, the first that matters: nothing has to be known of earlier ones.
-        let base = from.max(lag).min(to);
+        let Range { start: base, end: to } = self.bars();
+        // The first bar that matters: nothing has to be known of earlier ones.
         let begin = (group.first.0 + lag).max(if MODE == BAND { 0 } else { counted }).max(base).min(to);
         let at = |v: usize| group.at[v]..group.at[v] + lanes;
-        let Packs { wide, tiles, own } = &mut *self.packs;
+        if KIND == OWN && begin < to {
+            let table = self.table();
+            for v in 0..G {
+                let [a, b] = &mut self.packs.own[v];
+                table.gather(simd, &sets.a[at(v)], a);
+                table.gather(simd, &sets.b[at(v)], b);
+            }
+        }
+        let packs = &*self.packs;
         let nothing: [&[u32]; 2] = [&[], &[]];
         let mut reads: Reads<'_, S, G> = Reads {
             wide: [nothing; G],
@@ -717,32 +782,13 @@ impl Plain<'_> {
             mask: simd.splat_u32s(p.mask),
             base,
         };
-        if begin < to {
-            let table = Table { words: &m.keys[(base - lag) * m.rows..(to - lag) * m.rows], stride: m.rows };
-            match KIND {
-                SHARED_A | SHARED_B => {
-                    let (by_lane, by_vector) = if KIND == SHARED_A { (&sets.a, &sets.b) } else { (&sets.b, &sets.a) };
-                    table.pack(simd, &by_lane[at(0)], wide);
-                    let rows = group.at.map(|at| by_vector[at]);
-                    reads.tile = tiles.entry(rows).or_insert_with(|| table.tile(rows));
-                    reads.wide[0][0] = &wide.keys;
-                }
-                SHARED_AB => {
-                    table.pack(simd, &sets.a[at(0)], wide);
-                    let rows_b = &sets.b[at(0)];
-                    let same = sets.a[at(0)] == *rows_b;
-                    if !same {
-                        table.pack(simd, rows_b, &mut own[0][1]);
-                    }
-                    reads.wide[0] = [&wide.keys, if same { &wide.keys } else { &own[0][1].keys }];
-                }
-                _ => {
-                    for (v, (own, reads)) in own.iter_mut().zip(&mut reads.wide).enumerate() {
-                        let [a, b] = own;
-                        table.pack(simd, &sets.a[at(v)], a);
-                        table.pack(simd, &sets.b[at(v)], b);
-                        *reads = [&a.keys, &b.keys];
-                    }
+        match KIND {
+            SHARED_A => (reads.wide[0][0], reads.tile) = (packs.wide(&sets.a[at(0)]), packs.tile(group.at.map(|at| sets.b[at]))),
+            SHARED_B => (reads.wide[0][0], reads.tile) = (packs.wide(&sets.b[at(0)]), packs.tile(group.at.map(|at| sets.a[at]))),
+            SHARED_AB => reads.wide[0] = [packs.wide(&sets.a[at(0)]), packs.wide(&sets.b[at(0)])],
+            _ => {
+                for v in 0..G {
+                    reads.wide[v] = [&packs.own[v][0], &packs.own[v][1]];
                 }
             }
         }
@@ -813,7 +859,7 @@ fn write<S: Simd>(simd: S, (slots, state, edge, edges): (&Slots, &State, usize, 
         let (lane, to) = (slot - at, set % TILE);
         for (plane, out) in planes.iter().zip(out.chunks_exact_mut(TILE)) {
             if n == lanes {
-                out[to..to + lanes].copy_from_slice(&plane[..lanes]);
+                store_u32::<S>(out, to, load_u32::<S>(plane, 0));
             } else {
                 for (out, &word) in out[to..to + n].iter_mut().zip(&plane[lane..]) {
                     *out = word;
