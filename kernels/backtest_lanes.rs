@@ -15,10 +15,14 @@ use crate::kernel::CpuLaunch;
 use crate::{Error, Result};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
+use std::any::Any;
+use std::collections::HashSet;
 use std::ops::Range;
 
 /// Most tiles of a job.
-const JOB_TILES: usize = 32;
+const JOB_TILES: usize = 128;
+/// Most bars that a group passes over at once: its keys stay in the second-level cache, its state in registers.
+const STRETCH: usize = 20 * BLOCK;
 /// Widest vector.
 const WIDEST: usize = 16;
 /// Most vectors side by side.
@@ -54,8 +58,10 @@ impl Rows {
 const SHARED_A: u32 = 0;
 /// Vectors of a group share rows a and rows b.
 const SHARED_AB: u32 = 1;
+/// Vectors of a group share rows b; each has one row a for all its lanes.
+const SHARED_B: u32 = 2;
 /// Every vector reads its own rows.
-const OWN: u32 = 2;
+const OWN: u32 = 3;
 
 /// Up to MOST vectors that run side by side.
 struct Group {
@@ -73,16 +79,22 @@ struct Slots {
     /// Set of each slot.
     order: Vec<u32>,
     groups: Vec<Group>,
-    /// (first set, its slot, how many), within tiles: where each set's results are.
+    /// (first set, its slot, how many), within tiles: where each set's results are, in the order of slots.
     results: Vec<(usize, usize, usize)>,
+    /// First result of each vector, and the end.
+    starts: Vec<usize>,
+    lanes: usize,
 }
+
+/// (kind, first row by lane, first row b if shared, first slot).
+type Vector = (u32, u32, u32, usize);
 
 impl Slots {
     fn of(a: &[u32], b: &[u32], first: &[u32], lanes: usize, side_by_side: usize) -> Slots {
-        let mut slots = Slots::default();
-        // (kind, row a, row b, first slot)
-        let mut vectors: Vec<(u32, u32, u32, usize)> = Vec::new();
-        let mut rest: Vec<u32> = Vec::new();
+        let mut slots = Slots { lanes, ..Slots::default() };
+        let mut vectors: Vec<Vector> = Vec::new();
+        // Sets in runs too short for a vector, and the ends of longer runs, one run after the other.
+        let (mut rest, mut ends): (Vec<u32>, Vec<Range<usize>>) = (Vec::new(), Vec::new());
         let step = |i: usize| (a[i + 1].wrapping_sub(a[i]), b[i + 1].wrapping_sub(b[i]));
         let mut from = 0;
         while from < a.len() {
@@ -91,28 +103,29 @@ impl Slots {
             while to < a.len() && matches!(run, (1, 0) | (0, 0) | (1, 1)) && step(to - 1) == run {
                 to += 1;
             }
-            if to - from < lanes {
-                rest.extend(from as u32..to as u32);
-                from = to;
-                continue;
-            }
+            let whole = (to - from) / lanes * lanes;
             let (kind, row_b) = if run == (1, 0) { (SHARED_A, 0) } else { (SHARED_AB, 1) };
-            let mut done = from;
-            while done < to {
-                let start = done.min(to - lanes);
+            for start in (from..from + whole).step_by(lanes) {
                 vectors.push((kind, a[start], row_b * b[start], slots.order.len()));
-                slots.result(done, slots.order.len() + done - start, start + lanes - done);
-                slots.order.extend(start as u32..(start + lanes) as u32);
-                done = start + lanes;
+                slots.run(start..start + lanes, start..start + lanes);
+            }
+            match whole {
+                0 => rest.extend(from as u32..to as u32),
+                _ if from + whole < to => ends.push(from + whole..to),
+                _ => {}
             }
             from = to;
         }
+        let taken = slots.across(a, b, &ends, &mut vectors);
+        for end in ends.into_iter().filter(|end| end.clone().any(|set| !taken.contains(&(set as u32)))) {
+            let run = end.end - lanes..end.end;
+            let kind = if b[run.start] == b[end.start] && a[run.start] != a[end.start] { SHARED_A } else { SHARED_AB };
+            vectors.push((kind, a[run.start], if kind == SHARED_A { 0 } else { b[run.start] }, slots.order.len()));
+            slots.run(run, end);
+        }
         for some in rest.chunks(lanes) {
             vectors.push((OWN, 0, 0, slots.order.len()));
-            for (l, &set) in some.iter().enumerate() {
-                slots.result(set as usize, slots.order.len() + l, 1);
-            }
-            slots.order.extend((0..lanes).map(|l| some[l.min(some.len() - 1)]));
+            slots.any(some);
         }
         vectors.sort_unstable();
         for same in vectors.chunk_by(|x, y| (x.0, x.1, x.2) == (y.0, y.1, y.2)) {
@@ -126,10 +139,52 @@ impl Slots {
                 left = &left[n..];
             }
         }
-        // Groups with the same rows b follow each other and share their tile.
-        let rows_b = |g: &Group| g.at.map(|at| b[slots.order[at] as usize]);
-        slots.groups.sort_by_cached_key(|g| (g.kind, g.vectors, rows_b(g)));
+        let vector = |slot: usize| slot / lanes;
+        slots.starts = (0..=slots.order.len() / lanes).map(|v| slots.results.partition_point(|r| vector(r.1) < v)).collect();
         slots
+    }
+
+    /// Puts the ends of runs that lie one above the other into vectors across the runs: of sets with the same row a and neighbouring
+    /// rows b. Returns the sets that found a place.
+    fn across(&mut self, a: &[u32], b: &[u32], ends: &[Range<usize>], vectors: &mut Vec<Vector>) -> HashSet<u32> {
+        let lanes = self.lanes;
+        let mut sets: Vec<u32> = ends.iter().filter(|end| b[end.start] == b[end.start - 1]).flat_map(|end| end.start as u32..end.end as u32).collect();
+        let rows = |set: u32| (a[set as usize], b[set as usize]);
+        sets.sort_unstable_by_key(|&set| (rows(set), set));
+        // Sets that occur again find no place here.
+        let mut taken = HashSet::new();
+        for run in sets.chunk_by(|&x, &y| rows(y) == (rows(x).0, rows(x).1 + 1)).filter(|run| run.len() >= lanes) {
+            let mut done = 0;
+            while done < run.len() {
+                let start = done.min(run.len() - lanes);
+                vectors.push((SHARED_B, rows(run[start]).1, 0, self.order.len()));
+                self.any(&run[start..start + lanes]);
+                done = start + lanes;
+            }
+            taken.extend(run);
+        }
+        taken
+    }
+
+    /// Gives a run of sets the next slots; only some of them have their results there.
+    fn run(&mut self, run: Range<usize>, some: Range<usize>) {
+        self.result(some.start, self.order.len() + some.start - run.start, some.len());
+        self.order.extend(run.start as u32..run.end as u32);
+    }
+
+    /// Gives up to a vector of sets the next slots.
+    fn any(&mut self, some: &[u32]) {
+        for (l, &set) in some.iter().enumerate() {
+            self.result(set as usize, self.order.len() + l, 1);
+        }
+        self.order.extend((0..self.lanes).map(|l| some[l.min(some.len() - 1)]));
+    }
+
+    /// Results of a vector.
+    #[inline(always)]
+    fn of_vector(&self, at: usize) -> &[(usize, usize, usize)] {
+        let vector = at / self.lanes.max(1);
+        &self.results[self.starts[vector]..self.starts[vector + 1]]
     }
 
     /// Notes where the results of a run of sets are, cut at tiles.
@@ -262,15 +317,17 @@ struct State {
     exponent: Vec<i32>,
     turnover: Vec<f32>,
     trades: Vec<u32>,
+    /// Directions of each group's lanes, as bits.
+    before: Vec<u64>,
 }
 
 impl State {
-    fn new(n: usize, general: bool) -> State {
+    fn new(n: usize, groups: usize, general: bool) -> State {
         let zero = vec![0f32; n];
         let stops = vec![0f32; if general { n } else { 0 }];
         State {
             signal: zero.clone(),
-            held: stops.clone(),
+            held: zero.clone(),
             blocked: stops.clone(),
             entry: stops.clone(),
             best: stops.clone(),
@@ -284,6 +341,7 @@ impl State {
             exponent: vec![0; n],
             turnover: zero,
             trades: vec![0; n],
+            before: vec![0; groups],
         }
     }
 
@@ -291,19 +349,18 @@ impl State {
     #[inline(always)]
     fn flush<S: Simd>(&mut self, simd: S, at: usize, units: Units, sum: S::f32s, square: S::f32s, growth: S::f32s) {
         let lanes = S::F32_LANES;
-        let (mut x, mut xx, mut factor) = ([0f32; WIDEST], [0f32; WIDEST], [0f32; WIDEST]);
-        store::<S>(&mut factor, 0, growth);
         let (sums, squares) = (&mut self.sums[at..at + lanes], &mut self.squares[at..at + lanes]);
         if units.within_f32 {
-            store::<S>(&mut x, 0, simd.mul_f32s(sum, simd.splat_f32s(units.sum as f32)));
-            store::<S>(&mut xx, 0, simd.mul_f32s(square, simd.splat_f32s(units.square as f32)));
+            let x = whole(simd, simd.mul_f32s(sum, simd.splat_f32s(units.sum as f32)));
+            let xx = whole(simd, simd.mul_f32s(square, simd.splat_f32s(units.square as f32)));
             for (total, &x) in sums.iter_mut().zip(&x) {
-                *total += x as i64;
+                *total += x;
             }
             for (total, &x) in squares.iter_mut().zip(&xx) {
-                *total += x as i64 as u64;
+                *total += x as u64;
             }
         } else {
+            let (mut x, mut xx) = ([0f32; WIDEST], [0f32; WIDEST]);
             store::<S>(&mut x, 0, sum);
             store::<S>(&mut xx, 0, square);
             for (total, &x) in sums.iter_mut().zip(&x) {
@@ -313,12 +370,15 @@ impl State {
                 *total += (f64::from(x) * units.square) as i64 as u64;
             }
         }
-        let mut far = false;
+        let mut factor = [0f32; WIDEST];
+        store::<S>(&mut factor, 0, growth);
+        let mut far = 0u64;
         for (total, &x) in self.mantissa[at..at + lanes].iter_mut().zip(&factor) {
             *total *= f64::from(x);
-            far |= !(1e-100..1e100).contains(&total.abs());
+            // Outside 2^±330, well within f64 and its square.
+            far |= u64::from(((total.to_bits() >> 52) & 0x7ff).wrapping_sub(1023 - 330) > 660);
         }
-        if far {
+        if far != 0 {
             self.rescale(at..at + lanes);
         }
     }
@@ -333,6 +393,39 @@ impl State {
                 *exponent += power;
             }
         }
+    }
+}
+
+/// x truncated to whole numbers, for |x| < 2^63.
+#[inline(always)]
+fn whole<S: Simd>(simd: S, x: S::f32s) -> [i64; WIDEST] {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(v4) = (&simd as &dyn Any).downcast_ref::<pulp::x86::V4>() {
+        let halves: [pulp::f32x8; 2] = bytemuck::cast(bytemuck::cast::<S::f32s, pulp::f32x16>(x));
+        return bytemuck::cast([v4.avx512dq._mm512_cvttps_epi64(pulp::cast(halves[0])), v4.avx512dq._mm512_cvttps_epi64(pulp::cast(halves[1]))]);
+    }
+    let (mut reals, mut out) = ([0f32; WIDEST], [0i64; WIDEST]);
+    store::<S>(&mut reals, 0, x);
+    for l in 0..S::F32_LANES {
+        out[l] = reals[l] as i64;
+    }
+    out
+}
+
+/// The halves of a vector of 64-bit words.
+#[inline(always)]
+fn halves<S: Simd>(simd: S, x: &[u64], low: &mut [u32; WIDEST], high: &mut [u32; WIDEST]) {
+    #[cfg(target_arch = "x86_64")]
+    if let (Some(v4), Ok(x)) = ((&simd as &dyn Any).downcast_ref::<pulp::x86::V4>(), <&[u64; WIDEST]>::try_from(x)) {
+        let [a, b]: [pulp::u64x8; 2] = bytemuck::cast(*x);
+        let (a, b) = (pulp::cast(a), pulp::cast(b));
+        let (up_a, up_b) = (v4.avx512f._mm512_srli_epi64::<32>(a), v4.avx512f._mm512_srli_epi64::<32>(b));
+        *low = bytemuck::cast([v4.avx512f._mm512_cvtepi64_epi32(a), v4.avx512f._mm512_cvtepi64_epi32(b)]);
+        *high = bytemuck::cast([v4.avx512f._mm512_cvtepi64_epi32(up_a), v4.avx512f._mm512_cvtepi64_epi32(up_b)]);
+        return;
+    }
+    for ((low, high), &x) in low.iter_mut().zip(high).zip(x) {
+        (*low, *high) = (x as u32, (x >> 32) as u32);
     }
 }
 
@@ -353,8 +446,32 @@ fn load_f32<S: Simd>(x: &[f32], at: usize) -> S::f32s {
 }
 
 #[inline(always)]
+fn load_u64<S: Simd>(x: &[u64], at: usize) -> S::u64s {
+    S::as_simd_u64s(&x[at..at + S::U64_LANES]).0[0]
+}
+
+#[inline(always)]
 fn load_u32<S: Simd>(x: &[u32], at: usize) -> S::u32s {
     S::as_simd_u32s(&x[at..at + S::U32_LANES]).0[0]
+}
+
+/// The values of a group's vectors.
+#[inline(always)]
+fn reals_at<S: Simd, const G: usize>(simd: S, x: &[f32], group: &Group) -> [S::f32s; G] {
+    let mut values = [simd.splat_f32s(0.0); G];
+    for v in 0..G {
+        values[v] = load_f32::<S>(x, group.at[v]);
+    }
+    values
+}
+
+#[inline(always)]
+fn words_at<S: Simd, const G: usize>(simd: S, x: &[u32], group: &Group) -> [S::u32s; G] {
+    let mut values = [simd.splat_u32s(0); G];
+    for v in 0..G {
+        values[v] = load_u32::<S>(x, group.at[v]);
+    }
+    values
 }
 
 #[inline(always)]
@@ -401,6 +518,21 @@ impl<'a> Table<'a> {
     }
 }
 
+impl Table<'_> {
+    fn bars(self) -> usize {
+        self.words.len() / self.stride.max(1)
+    }
+
+    /// The values of any rows, one bar after the other.
+    #[inline(always)]
+    fn gather<S: Simd>(self, _: S, rows: &[u32], out: &mut Vec<u32>) {
+        out.resize(self.bars() * S::U32_LANES, 0);
+        for (out, bar) in out.chunks_exact_mut(S::U32_LANES).zip(self.words.chunks_exact(self.stride.max(1))) {
+            gather(bar, rows, out);
+        }
+    }
+}
+
 #[inline(always)]
 fn gather(row: &[u32], any: &[u32], out: &mut [u32]) {
     for (key, &r) in out.iter_mut().zip(any) {
@@ -408,7 +540,555 @@ fn gather(row: &[u32], any: &[u32], out: &mut [u32]) {
     }
 }
 
-// ---- one block ------------------------------------------------------------------------------------------------------------
+// ---- directions 0 and 1 -----------------------------------------------------------------------------------------------------
+
+/// Bars between two flushes, and the edge at their end.
+struct Span {
+    from: usize,
+    to: usize,
+    edge: Option<usize>,
+}
+
+/// The spans of a run: blocks restart at every edge.
+fn spans_of(edges: &[u32], bars: usize) -> Vec<Span> {
+    let mut spans = Vec::new();
+    let mut from = 0;
+    for e in 0..=edges.len() {
+        let end = edges.get(e).map_or(bars, |&edge| edge as usize);
+        while end - from > BLOCK {
+            spans.push(Span { from, to: from + BLOCK, edge: None });
+            from += BLOCK;
+        }
+        spans.push(Span { from, to: end, edge: (e < edges.len()).then_some(e) });
+        from = end;
+    }
+    spans
+}
+
+/// Cuts spans into stretches.
+fn stretches(spans: &[Span]) -> Vec<&[Span]> {
+    let mut stretches = Vec::new();
+    let mut rest = spans;
+    while let Some(first) = rest.first() {
+        let n = rest.partition_point(|s| s.to - first.from <= STRETCH).max(1);
+        let (some, more) = rest.split_at(n);
+        stretches.push(some);
+        rest = more;
+    }
+    stretches
+}
+
+/// Keys of a job over a stretch, as some of its groups read them: bar by bar, so that memory is read and written in order.
+#[derive(Default)]
+struct Packs {
+    /// Rows by lane that vectors share, and their keys.
+    wide: Vec<Rows>,
+    wide_keys: Vec<Vec<u32>>,
+    /// Rows that whole vectors compare with, one of each vector of a group, and their keys.
+    tiles: Vec<[u32; MOST]>,
+    tile_keys: Vec<Vec<[u32; MOST]>>,
+    /// Rows a and b of a group whose vectors read their own.
+    own: [[Vec<u32>; 2]; MOST],
+}
+
+/// Most rows of each kind that are packed at a time.
+const WIDE: usize = 8;
+const TILES: usize = 64;
+
+impl Packs {
+    /// Notes a group's rows; false where there is no place left.
+    fn wants(&mut self, group: &Group, lanes: usize, sets: &Sets) -> bool {
+        let by_lane = |rows: &[u32]| Rows::of(&rows[group.at[0]..group.at[0] + lanes]);
+        let by_vector = |rows: &[u32]| Some(group.at.map(|at| rows[at]));
+        let (wide, tile) = match group.kind {
+            SHARED_A => (vec![by_lane(&sets.a)], by_vector(&sets.b)),
+            SHARED_B => (vec![by_lane(&sets.b)], by_vector(&sets.a)),
+            SHARED_AB => (vec![by_lane(&sets.a), by_lane(&sets.b)], None),
+            _ => return true,
+        };
+        let fits = self.wide.len() + 2 <= WIDE && self.tiles.len() < TILES;
+        let known = wide.iter().all(|rows| self.wide.contains(rows)) && tile.is_none_or(|tile| self.tiles.contains(&tile));
+        if fits && !known {
+            for rows in wide {
+                self.wide.extend((!self.wide.contains(&rows)).then_some(rows));
+            }
+            self.tiles.extend(tile.filter(|tile| !self.tiles.contains(tile)));
+        }
+        fits || known
+    }
+
+    /// Fills what was noted from the table's bars.
+    #[inline(always)]
+    fn fill<S: Simd>(&mut self, _: S, table: Table<'_>) {
+        let (lanes, bars) = (S::U32_LANES, table.bars());
+        self.wide_keys.resize_with(self.wide.len().max(self.wide_keys.len()), Vec::new);
+        self.tile_keys.resize_with(self.tiles.len().max(self.tile_keys.len()), Vec::new);
+        for keys in &mut self.wide_keys {
+            keys.resize(bars * lanes, 0);
+        }
+        for keys in &mut self.tile_keys {
+            keys.resize(bars, [0; MOST]);
+        }
+        for (k, bar) in table.words.chunks_exact(table.stride.max(1)).enumerate() {
+            for (keys, &rows) in self.wide_keys.iter_mut().zip(&self.wide) {
+                let out = &mut keys[k * lanes..(k + 1) * lanes];
+                match rows {
+                    Rows::From(row) => store_u32::<S>(out, 0, load_u32::<S>(bar, row)),
+                    Rows::Same(row) => out.fill(bar[row]),
+                    Rows::Any => {}
+                }
+            }
+            for (keys, rows) in self.tile_keys.iter_mut().zip(&self.tiles) {
+                keys[k] = [bar[rows[0] as usize], bar[rows[1] as usize], bar[rows[2] as usize], bar[rows[3] as usize]];
+            }
+        }
+    }
+
+    fn wide(&self, rows: &[u32]) -> &[u32] {
+        let at = self.wide.iter().position(|&wide| wide == Rows::of(rows));
+        at.map_or(&[], |at| &self.wide_keys[at])
+    }
+
+    fn tile(&self, rows: [u32; MOST]) -> &[[u32; MOST]] {
+        let at = self.tiles.iter().position(|&tile| tile == rows);
+        at.map_or(&[], |at| &self.tile_keys[at])
+    }
+}
+
+/// All groups of a job over the bars of one stretch.
+struct Plain<'a> {
+    p: &'a BacktestParams,
+    m: &'a Market<'a>,
+    sets: &'a Sets,
+    slots: &'a Slots,
+    state: &'a mut State,
+    packs: &'a mut Packs,
+    history: &'a mut History,
+    units: Units,
+    spans: &'a [Span],
+    edges: usize,
+    prefix: &'a mut [u32],
+}
+
+impl WithSimd for Plain<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, simd: S) {
+        match self.p.mode {
+            CROSS => self.groups::<S, CROSS>(simd),
+            _ => self.groups::<S, BAND>(simd),
+        }
+    }
+}
+
+/// State of a group between spans.
+struct Registers<S: Simd, const G: usize> {
+    /// The band machine's direction.
+    inside: [S::f32s; G],
+    /// The direction held, where masks are vectors.
+    held: [S::f32s; G],
+    /// What leaving costs: −cost if held, else 0.
+    owed: [S::f32s; G],
+    level: [S::f32s; G],
+    lowest: [S::f32s; G],
+    sum: [S::f32s; G],
+    square: [S::f32s; G],
+    growth: [S::f32s; G],
+    trades: [S::u32s; G],
+}
+
+/// What a group reads over a stretch, from the first bar whose decision is known.
+struct Reads<'a, S: Simd, const G: usize> {
+    /// Keys by lane: of the group, or a and b of each vector.
+    wide: [[&'a [u32]; 2]; G],
+    /// Keys that are the same for all lanes, of each vector, bar by bar.
+    tile: &'a [[u32; MOST]],
+    threshold_a: [S::u32s; G],
+    threshold_b: [S::u32s; G],
+    first: [S::u32s; G],
+    /// −cost.
+    fee: S::f32s,
+    mask: S::u32s,
+    base: usize,
+}
+
+impl<'a> Plain<'a> {
+    /// Bars of the stretch from the first whose decision is known.
+    fn bars(&self) -> Range<usize> {
+        let to = self.spans.last().map_or(0, |s| s.to);
+        self.spans.first().map_or(0, |s| s.from).max(self.p.lag as usize).min(to)..to
+    }
+
+    /// Keys that decide about them.
+    fn table(&self) -> Table<'a> {
+        let (Range { start, end }, lag, rows) = (self.bars(), self.p.lag as usize, self.m.rows);
+        Table { words: &self.m.keys[start.saturating_sub(lag) * rows..end.saturating_sub(lag) * rows], stride: rows }
+    }
+
+    #[inline(always)]
+    fn groups<S: Simd, const MODE: u32>(&mut self, simd: S) {
+        let slots = self.slots;
+        let mut packed = 0;
+        for (i, group) in slots.groups.iter().enumerate() {
+            if i == packed {
+                let table = self.table();
+                (self.packs.wide, self.packs.tiles) = (Vec::new(), Vec::new());
+                packed += slots.groups[i..].iter().take_while(|group| self.packs.wants(group, S::F32_LANES, self.sets)).count().max(1);
+                self.packs.fill(simd, table);
+            }
+            match (group.kind, group.vectors) {
+                (SHARED_A, 4) => self.group::<S, MODE, SHARED_A, 4>(simd, i, group),
+                (SHARED_A, 2) => self.group::<S, MODE, SHARED_A, 2>(simd, i, group),
+                (SHARED_A, _) => self.group::<S, MODE, SHARED_A, 1>(simd, i, group),
+                (SHARED_B, 4) => self.group::<S, MODE, SHARED_B, 4>(simd, i, group),
+                (SHARED_B, 2) => self.group::<S, MODE, SHARED_B, 2>(simd, i, group),
+                (SHARED_B, _) => self.group::<S, MODE, SHARED_B, 1>(simd, i, group),
+                (SHARED_AB, 4) => self.group::<S, MODE, SHARED_AB, 4>(simd, i, group),
+                (SHARED_AB, 2) => self.group::<S, MODE, SHARED_AB, 2>(simd, i, group),
+                (SHARED_AB, _) => self.group::<S, MODE, SHARED_AB, 1>(simd, i, group),
+                (_, 4) => self.group::<S, MODE, OWN, 4>(simd, i, group),
+                (_, 2) => self.group::<S, MODE, OWN, 2>(simd, i, group),
+                _ => self.group::<S, MODE, OWN, 1>(simd, i, group),
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn group<S: Simd, const MODE: u32, const KIND: u32, const G: usize>(&mut self, simd: S, index: usize, group: &Group) {
+        let (p, m, sets, lanes) = (self.p, self.m, self.sets, S::F32_LANES);
+        let (lag, counted) = (p.lag as usize, p.start as usize);
+        let Range { start: base, end: to } = self.bars();
+        // The first bar that matters: nothing has to be known of earlier ones.
+        let begin = (group.first.0 + lag).max(if MODE == BAND { 0 } else { counted }).max(base).min(to);
+        let at = |v: usize| group.at[v]..group.at[v] + lanes;
+        if KIND == OWN && begin < to {
+            let table = self.table();
+            for v in 0..G {
+                let [a, b] = &mut self.packs.own[v];
+                table.gather(simd, &sets.a[at(v)], a);
+                table.gather(simd, &sets.b[at(v)], b);
+            }
+        }
+        let packs = &*self.packs;
+        let nothing: [&[u32]; 2] = [&[], &[]];
+        let mut reads: Reads<'_, S, G> = Reads {
+            wide: [nothing; G],
+            tile: &[],
+            threshold_a: words_at(simd, &sets.threshold_a, group),
+            threshold_b: words_at(simd, &sets.threshold_b, group),
+            first: words_at(simd, &sets.first, group),
+            fee: simd.neg_f32s(simd.splat_f32s(p.cost + p.cost_low)),
+            mask: simd.splat_u32s(p.mask),
+            base,
+        };
+        match KIND {
+            SHARED_A => (reads.wide[0][0], reads.tile) = (packs.wide(&sets.a[at(0)]), packs.tile(group.at.map(|at| sets.b[at]))),
+            SHARED_B => (reads.wide[0][0], reads.tile) = (packs.wide(&sets.b[at(0)]), packs.tile(group.at.map(|at| sets.a[at]))),
+            SHARED_AB => reads.wide[0] = [packs.wide(&sets.a[at(0)]), packs.wide(&sets.b[at(0)])],
+            _ => {
+                for v in 0..G {
+                    reads.wide[v] = [&packs.own[v][0], &packs.own[v][1]];
+                }
+            }
+        }
+        let state = &*self.state;
+        let (zero, one) = (simd.splat_f32s(0.0), simd.splat_f32s(1.0));
+        let mut x: Registers<S, G> = Registers {
+            inside: reals_at(simd, &state.signal, group),
+            held: reals_at(simd, &state.held, group),
+            owed: reals_at(simd, &state.weight, group),
+            level: reals_at(simd, &state.level, group),
+            lowest: reals_at(simd, &state.lowest, group),
+            sum: [zero; G],
+            square: [zero; G],
+            growth: [one; G],
+            trades: words_at(simd, &state.age, group),
+        };
+        self.history.begin(self.state.before[index]);
+        for span in self.spans {
+            if begin < span.to {
+                // Bars that only the machine sees, that some lanes still warm up in, and all others.
+                let begin = begin.max(span.from);
+                let start = begin.max(counted).min(span.to);
+                let legal = start.max(group.first.1 + lag).min(span.to);
+                self.history.make_room(simd, span.to - start);
+                if MODE == BAND {
+                    bars::<S, MODE, KIND, true, false, G>(simd, (p, m, begin..start), &reads, self.history, &mut x);
+                }
+                bars::<S, MODE, KIND, true, true, G>(simd, (p, m, start..legal), &reads, self.history, &mut x);
+                bars::<S, MODE, KIND, false, true, G>(simd, (p, m, legal..span.to), &reads, self.history, &mut x);
+                for v in 0..G {
+                    self.state.flush(simd, group.at[v], self.units, x.sum[v], x.square[v], x.growth[v]);
+                }
+                (x.sum, x.square, x.growth) = ([zero; G], [zero; G], [one; G]);
+            }
+            if let Some(edge) = span.edge {
+                for v in 0..G {
+                    write(simd, (self.slots, self.state, edge, self.edges), group.at[v], self.prefix);
+                }
+            }
+        }
+        let state = &mut *self.state;
+        for v in 0..G {
+            let at = group.at[v];
+            store::<S>(&mut state.signal, at, x.inside[v]);
+            store::<S>(&mut state.held, at, x.held[v]);
+            store::<S>(&mut state.weight, at, x.owed[v]);
+            store::<S>(&mut state.level, at, x.level[v]);
+            store::<S>(&mut state.lowest, at, x.lowest[v]);
+            store_u32::<S>(&mut state.age, at, x.trades[v]);
+        }
+        if packed::<S>() {
+            state.before[index] = self.history.end(simd, group, &mut state.age);
+        }
+    }
+}
+
+/// Writes the exact sums of a vector before an edge.
+#[inline(always)]
+fn write<S: Simd>(simd: S, (slots, state, edge, edges): (&Slots, &State, usize, usize), at: usize, prefix: &mut [u32]) {
+    let lanes = S::F32_LANES;
+    let (sums, squares) = (&state.sums[at..at + lanes], &state.squares[at..at + lanes]);
+    let mut planes = [[0u32; WIDEST]; 4];
+    let [low_sums, high_sums, low_squares, high_squares] = &mut planes;
+    halves(simd, bytemuck::cast_slice(sums), low_sums, high_sums);
+    halves(simd, squares, low_squares, high_squares);
+    for &(set, slot, n) in slots.of_vector(at) {
+        let out = &mut prefix[(set / TILE * edges + edge) * 4 * TILE..][..4 * TILE];
+        let (lane, to) = (slot - at, set % TILE);
+        for (plane, out) in planes.iter().zip(out.chunks_exact_mut(TILE)) {
+            if n == lanes {
+                store_u32::<S>(out, to, load_u32::<S>(plane, 0));
+            } else {
+                for (out, &word) in out[to..to + n].iter_mut().zip(&plane[lane..]) {
+                    *out = word;
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn vectors<S: Simd>(keys: &[u32], first: usize, n: usize) -> &[S::u32s] {
+    &S::as_simd_u32s(keys).0[first..first + n]
+}
+
+/// Bars of one span. LEGAL: some lanes may still warm up. EARN: the bars count.
+#[inline(always)]
+fn bars<S: Simd, const MODE: u32, const KIND: u32, const LEGAL: bool, const EARN: bool, const G: usize>(
+    simd: S,
+    block: (&BacktestParams, &Market<'_>, Range<usize>),
+    reads: &Reads<'_, S, G>,
+    history: &mut History,
+    x: &mut Registers<S, G>,
+) {
+    let (p, m, bars) = block;
+    if bars.is_empty() {
+        return;
+    }
+    let (zero, one, unit) = (simd.splat_f32s(0.0), simd.splat_f32s(1.0), simd.splat_u32s(1));
+    let (fee, fee_bits) = (reads.fee, simd.transmute_u32s_f32s(reads.fee));
+    let (n, first, decided) = (bars.len(), bars.start - reads.base, bars.start - p.lag as usize);
+    let returns = &m.returns[bars];
+    let mut wide: [[&[S::u32s]; 2]; G] = [[&[]; 2]; G];
+    for v in 0..if KIND == OWN { G } else { 1 } {
+        wide[v][0] = vectors::<S>(reads.wide[v][0], first, n);
+        if KIND != SHARED_A && KIND != SHARED_B {
+            wide[v][1] = vectors::<S>(reads.wide[v][1], first, n);
+        }
+    }
+    let tile = if KIND == SHARED_A || KIND == SHARED_B { &reads.tile[first..first + n] } else { &[] };
+    let history = history.words(if EARN && packed::<S>() { n } else { 0 });
+    let mut inside = [simd.greater_than_f32s(zero, one); G];
+    let mut held = inside;
+    for v in 0..G {
+        (inside[v], held[v]) = (simd.greater_than_f32s(x.inside[v], zero), simd.greater_than_f32s(x.held[v], zero));
+    }
+    let Registers { mut owed, mut level, mut lowest, mut sum, mut square, mut growth, mut trades, .. } = *x;
+    for k in 0..n {
+        let (r, rises) = (simd.splat_f32s(returns[k]), returns[k] > 0.0);
+        let legal = simd.splat_u32s((decided + k) as u32);
+        // A level that sinks on the next bar is not the lowest: only before a rise is it looked at, and only a rise can pass 1.
+        if EARN && rises {
+            for v in 0..G {
+                lowest[v] = simd.min_f32s(lowest[v], level[v]);
+            }
+        }
+        for v in 0..G {
+            // decide
+            let (key_a, key_b) = match KIND {
+                SHARED_A => (wide[0][0][k], simd.splat_u32s(tile[k][v])),
+                SHARED_B => (simd.splat_u32s(tile[k][v]), wide[0][0][k]),
+                SHARED_AB => (wide[0][0][k], wide[0][1][k]),
+                _ => (wide[v][0][k], wide[v][1][k]),
+            };
+            let mut on = if MODE == CROSS {
+                simd.greater_than_u32s(key_a, key_b)
+            } else {
+                let enters = simd.greater_than_u32s(simd.xor_u32s(key_a, reads.mask), reads.threshold_a[v]);
+                let stays = simd.less_than_or_equal_u32s(key_b, reads.threshold_b[v]);
+                // inside ? stays : enters
+                simd.xor_m32s(enters, simd.and_m32s(inside[v], simd.xor_m32s(enters, stays)))
+            };
+            if LEGAL {
+                on = simd.and_m32s(on, simd.less_than_or_equal_u32s(reads.first[v], legal));
+            }
+            if MODE == BAND {
+                inside[v] = on;
+            }
+            if !EARN {
+                continue;
+            }
+            if packed::<S>() {
+                history[k][v] = bits(on);
+            } else {
+                let changed = simd.xor_m32s(on, held[v]);
+                held[v] = on;
+                trades[v] = simd.add_u32s(trades[v], simd.select_u32s(changed, unit, simd.splat_u32s(0)));
+            }
+            // pay and earn: in, r − cost or r; out, −cost or 0
+            let entry = simd.transmute_f32s_u32s(simd.xor_u32s(simd.transmute_u32s_f32s(owed[v]), fee_bits));
+            let net = simd.select_f32s(on, simd.add_f32s(r, entry), owed[v]);
+            owed[v] = simd.select_f32s(on, fee, zero);
+            sum[v] = simd.add_f32s(sum[v], net);
+            square[v] = simd.mul_add_f32s(net, net, square[v]);
+            growth[v] = simd.mul_add_f32s(growth[v], net, growth[v]);
+            level[v] = simd.mul_add_f32s(level[v], net, level[v]);
+        }
+        if EARN && rises {
+            for v in 0..G {
+                level[v] = simd.min_f32s(level[v], one);
+            }
+        }
+    }
+    if EARN {
+        for v in 0..G {
+            lowest[v] = simd.min_f32s(lowest[v], level[v]);
+        }
+    }
+    for v in 0..G {
+        (x.inside[v], x.held[v]) = (simd.select_f32s(inside[v], one, zero), simd.select_f32s(held[v], one, zero));
+    }
+    *x = Registers { inside: x.inside, held: x.held, owed, level, lowest, sum, square, growth, trades };
+}
+
+// ---- trades -----------------------------------------------------------------------------------------------------------------
+
+/// Whether masks are 16 bits, one per lane: then they are stored bar by bar, and changes are counted bit by bit.
+#[inline(always)]
+const fn packed<S: Simd>() -> bool {
+    size_of::<S::m32s>() == size_of::<u16>()
+}
+
+#[inline(always)]
+fn bits<M: bytemuck::NoUninit>(mask: M) -> u16 {
+    if size_of::<M>() == size_of::<u16>() { bytemuck::cast(mask) } else { 0 }
+}
+
+/// Bars whose directions are kept before they are counted.
+const KEPT: usize = 4 * BLOCK;
+/// Words of 64 bits in the widest vector.
+const ROW: usize = 8;
+/// Digits of a counter: a stretch has fewer than 2^DIGITS·ROW bars.
+const DIGITS: usize = 10;
+
+/// Directions of a group's lanes, 16 bits a vector and bar, and counts of their changes as binary digits: digit d of bit l in `digits[d]`.
+struct History {
+    /// The bar before, and those kept.
+    words: Box<[u64; ROW + KEPT]>,
+    n: usize,
+    digits: [[u64; ROW]; DIGITS],
+}
+
+/// Adds three digits: the sum's digit, and the carry.
+#[inline(always)]
+fn add_digits<S: Simd>(simd: S, a: S::u64s, b: S::u64s, c: S::u64s) -> (S::u64s, S::u64s) {
+    let half = simd.xor_u64s(a, b);
+    (simd.xor_u64s(half, c), simd.or_u64s(simd.and_u64s(a, b), simd.and_u64s(half, c)))
+}
+
+impl History {
+    fn new() -> History {
+        History { words: Box::new([0; ROW + KEPT]), n: 0, digits: [[0; ROW]; DIGITS] }
+    }
+
+    /// A new group, whose directions were `before`.
+    fn begin(&mut self, before: u64) {
+        (self.words[ROW - 1], self.n, self.digits) = (before, 0, [[0; ROW]; DIGITS]);
+    }
+
+    /// Counts, if `bars` more would not fit.
+    #[inline(always)]
+    fn make_room<S: Simd>(&mut self, simd: S, bars: usize) {
+        if packed::<S>() && self.n + bars > KEPT {
+            self.count(simd);
+        }
+    }
+
+    /// Words of the next n bars.
+    #[inline(always)]
+    fn words(&mut self, n: usize) -> &mut [[u16; MOST]] {
+        let from = ROW + self.n;
+        self.n += n;
+        bytemuck::cast_slice_mut(&mut self.words[from..from + n])
+    }
+
+    /// Adds the changes of all kept bars to the counters.
+    #[inline(always)]
+    fn count<S: Simd>(&mut self, simd: S) {
+        let last = self.words[ROW + self.n - 1];
+        let n = self.n.next_multiple_of(8 * ROW);
+        self.words[ROW + self.n..ROW + n].fill(last);
+        let mut d = [simd.splat_u64s(0); DIGITS];
+        for i in 0..DIGITS {
+            d[i] = load_u64::<S>(&self.digits[i], 0);
+        }
+        for at in (ROW..ROW + n).step_by(8 * ROW) {
+            let mut changed = [d[0]; 8];
+            for i in 0..8 {
+                let here = at + i * ROW;
+                changed[i] = simd.xor_u64s(load_u64::<S>(&self.words[..], here), load_u64::<S>(&self.words[..], here - 1));
+            }
+            let mut twos = [d[1]; 4];
+            for i in 0..4 {
+                (d[0], twos[i]) = add_digits(simd, d[0], changed[2 * i], changed[2 * i + 1]);
+            }
+            let (one, four_a) = add_digits(simd, d[1], twos[0], twos[1]);
+            let (one, four_b) = add_digits(simd, one, twos[2], twos[3]);
+            let (four, mut carry) = add_digits(simd, d[2], four_a, four_b);
+            (d[1], d[2]) = (one, four);
+            for i in 3..DIGITS {
+                (d[i], carry) = (simd.xor_u64s(d[i], carry), simd.and_u64s(d[i], carry));
+            }
+        }
+        for i in 0..DIGITS {
+            S::as_mut_simd_u64s(&mut self.digits[i]).0[0] = d[i];
+        }
+        self.words[ROW - 1] = last;
+        self.n = 0;
+    }
+
+    /// Adds the counts to those of each slot, and says which directions the group holds now.
+    #[inline(always)]
+    fn end<S: Simd>(&mut self, simd: S, group: &Group, trades: &mut [u32]) -> u64 {
+        if self.n > 0 {
+            self.count(simd);
+        }
+        for (v, &at) in group.at.iter().enumerate().take(group.vectors) {
+            for (d, digit) in self.digits.iter().enumerate() {
+                for word in digit.iter().map(|&word| (word >> (WIDEST * v)) as u32).filter(|word| word & 0xffff != 0) {
+                    for (l, trades) in trades[at..at + WIDEST].iter_mut().enumerate() {
+                        *trades += ((word >> l) & 1) << d;
+                    }
+                }
+            }
+        }
+        self.words[ROW - 1]
+    }
+}
+
+// ---- all others -------------------------------------------------------------------------------------------------------------
 
 /// All groups of a job over the bars `from..to` of one block.
 struct Block<'a> {
@@ -418,11 +1098,10 @@ struct Block<'a> {
     groups: &'a [Group],
     state: &'a mut State,
     /// Taken out when the block begins.
-    tiles: Option<&'a mut Tiles>,
+    tiles: Option<&'a mut [Packed; 3]>,
     units: Units,
     from: usize,
     to: usize,
-    plain: bool,
 }
 
 impl WithSimd for Block<'_> {
@@ -430,56 +1109,10 @@ impl WithSimd for Block<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
-        let Some(tiles) = self.tiles.take() else { return };
-        if !self.plain {
-            return general::block(&mut self, simd, tiles);
-        }
-        match self.p.mode {
-            CROSS => self.plain::<S, CROSS>(simd, tiles),
-            _ => self.plain::<S, BAND>(simd, tiles),
+        if let Some(tiles) = self.tiles.take() {
+            general::block(&mut self, simd, tiles);
         }
     }
-}
-
-/// Registers of the hot loop.
-struct Registers<S: Simd, const G: usize> {
-    /// Only before the first counted bar apart from `held`.
-    inside: [S::m32s; G],
-    held: [S::m32s; G],
-    level: [S::f32s; G],
-    lowest: [S::f32s; G],
-    sum: [S::f32s; G],
-    square: [S::f32s; G],
-    growth: [S::f32s; G],
-    trades: [S::u32s; G],
-}
-
-/// Bars that do not count: only the machine runs.
-const SILENT: u32 = 0;
-/// The first counted bar: the machine may be in already, but nothing is held.
-const FIRST: u32 = 1;
-/// All others.
-const HOT: u32 = 2;
-
-/// Packed keys, and which rows b they hold.
-struct Tiles {
-    a: [Packed; MOST],
-    b: [Packed; MOST],
-    rows_b: Option<(usize, [u32; MOST])>,
-}
-
-/// What a group reads over a block, from the first bar whose decision is known.
-struct Reads<'a, S: Simd, const G: usize> {
-    /// Keys a: of the group, or of each vector.
-    a: [(&'a [u32], usize); G],
-    b: [(&'a [u32], usize); G],
-    /// Keys b of the group's vectors, bar by bar, as bits of reals: those are broadcast from memory.
-    tile: &'a [f32],
-    threshold_a: [S::u32s; G],
-    threshold_b: [S::u32s; G],
-    first: [S::u32s; G],
-    cost: S::f32s,
-    mask: S::u32s,
 }
 
 impl Block<'_> {
@@ -488,191 +1121,6 @@ impl Block<'_> {
         let counted = if self.p.mode == BAND { 0 } else { self.p.start as usize };
         (first + self.p.lag as usize).max(counted).max(self.from)
     }
-
-    #[inline(always)]
-    fn plain<S: Simd, const MODE: u32>(&mut self, simd: S, tiles: &mut Tiles) {
-        tiles.rows_b = None;
-        for group in self.groups {
-            if self.begin(group.first.0) >= self.to {
-                continue;
-            }
-            match (group.kind, group.vectors) {
-                (SHARED_A, 4) => self.group::<S, MODE, SHARED_A, 4>(simd, group, tiles),
-                (SHARED_A, 2) => self.group::<S, MODE, SHARED_A, 2>(simd, group, tiles),
-                (SHARED_A, _) => self.group::<S, MODE, SHARED_A, 1>(simd, group, tiles),
-                (SHARED_AB, 4) => self.group::<S, MODE, SHARED_AB, 4>(simd, group, tiles),
-                (SHARED_AB, 2) => self.group::<S, MODE, SHARED_AB, 2>(simd, group, tiles),
-                (SHARED_AB, _) => self.group::<S, MODE, SHARED_AB, 1>(simd, group, tiles),
-                (_, 4) => self.group::<S, MODE, OWN, 4>(simd, group, tiles),
-                (_, 2) => self.group::<S, MODE, OWN, 2>(simd, group, tiles),
-                _ => self.group::<S, MODE, OWN, 1>(simd, group, tiles),
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn group<S: Simd, const MODE: u32, const KIND: u32, const G: usize>(&mut self, simd: S, group: &Group, tiles: &mut Tiles) {
-        let (p, sets, lanes) = (self.p, self.sets, S::F32_LANES);
-        let lag = p.lag as usize;
-        // The first bar whose decision is known.
-        let base = self.from.max(lag);
-        let n = self.to - base;
-        let table = Table { words: &self.m.keys[(base - lag) * self.m.rows..], stride: self.m.rows };
-        let Tiles { a: pa, b: pb, rows_b } = tiles;
-        let empty: (&[u32], usize) = (&[], 0);
-        let (mut a, mut b, mut tile) = ([empty; G], [empty; G], &[][..]);
-        let at = |v: usize| group.at[v]..group.at[v] + lanes;
-        if KIND != SHARED_A {
-            *rows_b = None;
-        }
-        if KIND == OWN {
-            for (v, (pa, pb)) in pa.iter_mut().zip(pb).enumerate().take(G) {
-                a[v] = table.lanes(simd, &sets.a[at(v)], n, pa);
-                b[v] = table.lanes(simd, &sets.b[at(v)], n, pb);
-            }
-        } else {
-            let ([pa, ..], [pb, ..]) = (pa, pb);
-            a[0] = table.lanes(simd, &sets.a[at(0)], n, pa);
-            if KIND == SHARED_AB {
-                b[0] = table.lanes(simd, &sets.b[at(0)], n, pb);
-            } else {
-                let rows: [u32; MOST] = group.at.map(|at| sets.b[at]);
-                if *rows_b != Some((G, rows)) {
-                    for (v, &row) in rows.iter().enumerate().take(G) {
-                        let column = table.words[row as usize..].iter().step_by(table.stride);
-                        for (out, key) in pb[v..n * G].iter_mut().step_by(G).zip(column) {
-                            *out = *key;
-                        }
-                    }
-                    *rows_b = Some((G, rows));
-                }
-                tile = bytemuck::cast_slice(&pb[..n * G]);
-            }
-        }
-        let reads: Reads<'_, S, G> = Reads {
-            a,
-            b,
-            tile,
-            threshold_a: std::array::from_fn(|v| load_u32::<S>(&sets.threshold_a, group.at[v])),
-            threshold_b: std::array::from_fn(|v| load_u32::<S>(&sets.threshold_b, group.at[v])),
-            first: std::array::from_fn(|v| load_u32::<S>(&sets.first, group.at[v])),
-            cost: simd.splat_f32s(p.cost + p.cost_low),
-            mask: simd.splat_u32s(p.mask),
-        };
-        let state = &*self.state;
-        let load = |x: &[f32]| -> [S::f32s; G] { std::array::from_fn(|v| load_f32::<S>(x, group.at[v])) };
-        let (zero, one) = (simd.splat_f32s(0.0), simd.splat_f32s(1.0));
-        let mut registers: Registers<S, G> = Registers {
-            inside: load(&state.signal).map(|w| simd.greater_than_f32s(w, zero)),
-            held: load(&state.weight).map(|w| simd.greater_than_f32s(w, zero)),
-            level: load(&state.level),
-            lowest: load(&state.lowest),
-            sum: [zero; G],
-            square: [zero; G],
-            growth: [one; G],
-            trades: [simd.splat_u32s(0); G],
-        };
-        let first = group.first;
-        let begin = self.begin(first.0);
-        let start = begin.max(p.start as usize).min(self.to);
-        let legal = start.max(first.1 + lag).min(self.to);
-        let mut hot = start;
-        if MODE == BAND && begin < self.to && p.start as usize >= self.from {
-            self.bars::<S, MODE, KIND, true, SILENT, G>(simd, &reads, &mut registers, begin - base..start - base);
-            hot = (start + 1).min(self.to);
-            self.bars::<S, MODE, KIND, true, FIRST, G>(simd, &reads, &mut registers, start - base..hot - base);
-        }
-        let legal = legal.max(hot);
-        self.bars::<S, MODE, KIND, true, HOT, G>(simd, &reads, &mut registers, hot - base..legal - base);
-        self.bars::<S, MODE, KIND, false, HOT, G>(simd, &reads, &mut registers, legal - base..self.to - base);
-
-        let state = &mut *self.state;
-        for v in 0..G {
-            let at = group.at[v];
-            store::<S>(&mut state.signal, at, simd.select_f32s(registers.inside[v], one, zero));
-            store::<S>(&mut state.weight, at, simd.select_f32s(registers.held[v], one, zero));
-            store::<S>(&mut state.level, at, registers.level[v]);
-            store::<S>(&mut state.lowest, at, registers.lowest[v]);
-            let trades = simd.add_u32s(load_u32::<S>(&state.age, at), registers.trades[v]);
-            store_u32::<S>(&mut state.age, at, trades);
-            state.flush(simd, at, self.units, registers.sum[v], registers.square[v], registers.growth[v]);
-        }
-    }
-
-    /// The hot loop over bars counted from the first whose decision is known. LEGAL: some lanes may still warm up.
-    #[inline(always)]
-    fn bars<S: Simd, const MODE: u32, const KIND: u32, const LEGAL: bool, const ROLE: u32, const G: usize>(
-        &self,
-        simd: S,
-        reads: &Reads<'_, S, G>,
-        registers: &mut Registers<S, G>,
-        bars: Range<usize>,
-    ) {
-        if bars.is_empty() {
-            return;
-        }
-        let (zero, one) = (simd.splat_f32s(0.0), simd.splat_f32s(1.0));
-        let (cost, mask) = (reads.cost, reads.mask);
-        let lag = self.p.lag as usize;
-        let base = self.from.max(lag);
-        let returns = &self.m.returns[base + bars.start..base + bars.end];
-        let (a, b) = (reads.a[0], reads.b[0]);
-        let skip = |x: &(&[u32], usize)| x.0.len().min(bars.start * x.1);
-        let mut rows_a = a.0[skip(&a)..].chunks(a.1.max(1));
-        let mut rows_b = b.0[skip(&b)..].chunks(b.1.max(1));
-        let mut tile = reads.tile[reads.tile.len().min(bars.start * G)..].chunks_exact(G);
-        let Registers { mut inside, mut held, mut level, mut lowest, mut sum, mut square, mut growth, mut trades } = *registers;
-        for (k, &r) in returns.iter().enumerate() {
-            let k = bars.start + k;
-            let r = simd.splat_f32s(r);
-            let row_a = if KIND == OWN { &[] } else { rows_a.next().unwrap_or(&[]) };
-            let row_b = if KIND == SHARED_AB { rows_b.next().unwrap_or(&[]) } else { &[] };
-            let of_tile = if KIND == SHARED_A { tile.next().unwrap_or(&[]) } else { &[] };
-            let shared_a = if KIND == OWN { reads.mask } else { load_u32::<S>(row_a, 0) };
-            let shared_b = if KIND == SHARED_AB { load_u32::<S>(row_b, 0) } else { reads.mask };
-            for v in 0..G {
-                // decide
-                let key_a = if KIND == OWN { load_u32::<S>(reads.a[v].0, k * reads.a[v].1) } else { shared_a };
-                let key_b = match KIND {
-                    OWN => load_u32::<S>(reads.b[v].0, k * reads.b[v].1),
-                    SHARED_AB => shared_b,
-                    _ => simd.transmute_u32s_f32s(simd.splat_f32s(of_tile[v])),
-                };
-                let was_in = if ROLE == HOT { held[v] } else { inside[v] };
-                let mut on = if MODE == CROSS {
-                    simd.greater_than_u32s(key_a, key_b)
-                } else {
-                    let enters = simd.greater_than_u32s(simd.xor_u32s(key_a, mask), reads.threshold_a[v]);
-                    let stays = simd.less_than_or_equal_u32s(key_b, reads.threshold_b[v]);
-                    // was_in ? stays : enters
-                    simd.xor_m32s(enters, simd.and_m32s(was_in, simd.xor_m32s(enters, stays)))
-                };
-                if LEGAL {
-                    on = simd.and_m32s(on, simd.less_than_or_equal_u32s(reads.first[v], simd.splat_u32s((base + k - lag) as u32)));
-                }
-                if ROLE != HOT {
-                    inside[v] = on;
-                }
-                if ROLE == SILENT {
-                    continue;
-                }
-                // pay and earn
-                let changed = simd.xor_m32s(on, held[v]);
-                held[v] = on;
-                trades[v] = simd.add_u32s(trades[v], simd.select_u32s(changed, simd.splat_u32s(1), simd.splat_u32s(0)));
-                let net = simd.sub_f32s(simd.select_f32s(on, r, zero), simd.select_f32s(changed, cost, zero));
-                sum[v] = simd.add_f32s(sum[v], net);
-                square[v] = simd.mul_add_f32s(net, net, square[v]);
-                growth[v] = simd.mul_add_f32s(growth[v], net, growth[v]);
-                level[v] = simd.min_f32s(simd.mul_add_f32s(level[v], net, level[v]), one);
-                lowest[v] = simd.min_f32s(lowest[v], level[v]);
-            }
-        }
-        if ROLE == HOT {
-            inside = held;
-        }
-        *registers = Registers { inside, held, level, lowest, sum, square, growth, trades };
-    }
 }
 
 /// Shorts, sizes, stops and momentum: one vector at a time.
@@ -680,7 +1128,7 @@ mod general {
     use super::*;
 
     #[inline(always)]
-    pub(super) fn block<S: Simd>(block: &mut Block<'_>, simd: S, tiles: &mut Tiles) {
+    pub(super) fn block<S: Simd>(block: &mut Block<'_>, simd: S, tiles: &mut [Packed; 3]) {
         match (block.p.mode, block.sets.stops) {
             (CROSS, false) => groups::<S, CROSS, false>(block, simd, tiles),
             (CROSS, true) => groups::<S, CROSS, true>(block, simd, tiles),
@@ -705,7 +1153,7 @@ mod general {
     }
 
     #[inline(always)]
-    fn groups<S: Simd, const MODE: u32, const STOPS: bool>(block: &mut Block<'_>, simd: S, tiles: &mut Tiles) {
+    fn groups<S: Simd, const MODE: u32, const STOPS: bool>(block: &mut Block<'_>, simd: S, tiles: &mut [Packed; 3]) {
         let base = block.from.max(block.p.lag as usize);
         let before = if MODE == MOMENTUM && base < block.to { closes_before(block, base) } else { Vec::new() };
         for group in block.groups {
@@ -722,7 +1170,7 @@ mod general {
         at: usize,
         first: (usize, usize),
         before: &[u32],
-        tiles: &mut Tiles,
+        tiles: &mut [Packed; 3],
     ) {
         let (p, m, sets, lanes) = (block.p, block.m, block.sets, S::F32_LANES);
         let lag = p.lag as usize;
@@ -730,7 +1178,7 @@ mod general {
         let base = block.from.max(lag);
         let n = block.to - base;
         let any = at..at + lanes;
-        let Tiles { a: [pa, pc, ..], b: [pb, ..], .. } = tiles;
+        let [pa, pb, pc] = tiles;
         let keys = Table { words: &m.keys[if MODE == MOMENTUM { 0 } else { (base - lag) * m.rows }..], stride: m.rows };
         let then = Table { words: before, stride: sets.lookbacks.len() };
         let a = if MODE == MOMENTUM { (&[][..], 0) } else { keys.lanes(simd, &sets.a[any.clone()], n, pa) };
@@ -988,7 +1436,7 @@ fn sweep_on(arch: Arch, mut launch: CpuLaunch<'_, f32>) -> Result<()> {
         return Err(Error::Internal("backtest_sweep: edges must ascend".into()));
     }
     let per_tile = edges.len() * 4 * TILE;
-    let run = (tiles * assets / (4 * rayon::current_num_threads())).clamp(1, JOB_TILES);
+    let run = (tiles * assets / (2 * rayon::current_num_threads())).clamp(1, JOB_TILES);
     let mut jobs = Vec::new();
     let (mut stats, mut prefix) = (&mut stats[..assets * tiles * STATS * TILE], &mut prefix[..assets * tiles * per_tile]);
     for asset in 0..assets {
@@ -1022,27 +1470,34 @@ fn sweep_on(arch: Arch, mut launch: CpuLaunch<'_, f32>) -> Result<()> {
 fn simulate(arch: Arch, p: &BacktestParams, market: &Market<'_>, words: &[u32], edges: &[u32], scale: i32, job: &mut Job<'_>) {
     let n = job.stats.len() / STATS;
     let words = &words[job.tile * TILE * SET_WORDS..][..n * SET_WORDS];
-    let plain = p.mode != MOMENTUM && words.chunks_exact(SET_WORDS).all(is_plain);
+    let cost = p.cost + p.cost_low;
+    // Levels stay above 0.
+    let solvent = cost <= 1.0 && market.returns.iter().all(|r| r - cost >= -1.0);
+    let plain = p.mode != MOMENTUM && solvent && words.chunks_exact(SET_WORDS).all(is_plain);
     let word = |i: usize| -> Vec<u32> { words.iter().skip(i).step_by(SET_WORDS).copied().collect() };
     let slots = arch.dispatch(Planner { a: &word(0), b: &word(1), first: &word(4), general: !plain });
     let mut lookbacks = if p.mode == MOMENTUM { word(1) } else { Vec::new() };
     lookbacks.sort_unstable();
     lookbacks.dedup();
     let sets = Sets::of(words, &slots.order, lookbacks);
-    let mut state = State::new(slots.order.len(), !plain);
-    let mut tiles = Tiles { a: [[0u32; BLOCK * WIDEST]; MOST], b: [[0u32; BLOCK * WIDEST]; MOST], rows_b: None };
-    let shift = p.shift as i32;
-    let units = Units::of(shift, scale);
-    let mut j = 0;
-    for e in 0..=edges.len() {
-        let end = edges.get(e).map_or(market.returns.len(), |&edge| edge as usize);
-        while j < end {
-            let to = end.min(j + BLOCK);
-            arch.dispatch(Block { p, m: market, sets: &sets, groups: &slots.groups, state: &mut state, tiles: Some(&mut tiles), units, from: j, to, plain });
-            j = to;
+    let mut state = State::new(slots.order.len(), slots.groups.len(), !plain);
+    let units = Units::of(p.shift as i32, scale);
+    let spans = spans_of(edges, market.returns.len());
+    if plain {
+        let (mut packs, mut history) = (Packs::default(), History::new());
+        for spans in stretches(&spans) {
+            let (state, packs, history) = (&mut state, &mut packs, &mut history);
+            arch.dispatch(Plain { p, m: market, sets: &sets, slots: &slots, state, packs, history, units, spans, edges: edges.len(), prefix: job.prefix });
         }
-        if e < edges.len() {
-            arch.dispatch(Edge { slots: &slots, state: &state, edge: e, edges: edges.len(), prefix: job.prefix });
+    } else {
+        let mut tiles = [[0u32; BLOCK * WIDEST]; 3];
+        for &Span { from, to, edge } in &spans {
+            if from < to {
+                arch.dispatch(Block { p, m: market, sets: &sets, groups: &slots.groups, state: &mut state, tiles: Some(&mut tiles), units, from, to });
+            }
+            if let Some(edge) = edge {
+                arch.dispatch(Edge { slots: &slots, state: &state, edge, edges: edges.len(), prefix: job.prefix });
+            }
         }
     }
     let counted = (market.returns.len() as u64).saturating_sub(u64::from(p.start));
