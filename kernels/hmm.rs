@@ -906,7 +906,7 @@ pub static HMM_EMISSION: Kernel = Kernel {
     constants: &[],
     groups: |words| (steps(words) * u64::from(params(words).k)).div_ceil(u64::from(WIDE)),
     wgsl: wgsl!("hmm"),
-    cuda: None,
+    cuda: cuda!("hmm"),
     cpu: Some(Cpu { f32: hmm_emission_cpu::<f32>, f64: hmm_emission_cpu::<f64> }),
     cost: Cost { unit: "sequence-step", units: steps, bytes: 20.0, flops: 20.0 },
 };
@@ -921,7 +921,7 @@ pub static HMM_FORWARD_BACKWARD: Kernel = Kernel {
     constants: &[],
     groups: |words| u64::from(params(words).b).div_ceil(sequences_per_group(u64::from(params(words).k))),
     wgsl: wgsl!("hmm"),
-    cuda: None,
+    cuda: cuda!("hmm"),
     cpu: Some(Cpu { f32: hmm_forward_backward_cpu, f64: hmm_forward_backward_log_cpu }),
     cost: Cost { unit: "sequence-step", units: steps, bytes: 64.0, flops: 90.0 },
 };

@@ -313,17 +313,12 @@ fn load4(at: u32, first: u32) -> vec4<f32> {
     return vec4<f32>(obs[at + min(first, last)], obs[at + min(first + 1u, last)], obs[at + min(first + 2u, last)], obs[at + min(first + 3u, last)]);
 }
 
-fn density4(m: u32, x: u32, first: u32) -> vec4<f32> {
-    let last = params.k - 1u;
-    var y = vec4<f32>(density(m, x, min(first, last)), 0.0, 0.0, 0.0);
-    if params.k > first + 1u {
-        y.y = density(m, x, first + 1u);
-    }
-    if params.k > first + 2u {
-        y.z = density(m, x, first + 2u);
-    }
-    if params.k > first + 3u {
-        y.w = density(m, x, first + 3u);
+// x with element j replaced.
+fn insert(x: States, j: u32, value: f32, two: bool) -> States {
+    var y = x;
+    y.lo = select(x.lo, vec4<f32>(value), vec4<u32>(0u, 1u, 2u, 3u) == vec4<u32>(j));
+    if two {
+        y.hi = select(x.hi, vec4<f32>(value), vec4<u32>(4u, 5u, 6u, 7u) == vec4<u32>(j));
     }
     return y;
 }
@@ -338,61 +333,39 @@ fn log_b_states(b: u32, t: u32, two: bool) -> States {
                 x.hi = load4(at, 4u);
             }
         } else {
-            let m = model_at(b);
-            let at = (b * params.t + t) * params.d;
-            x.lo = density4(m, at, 0u);
-            if two {
-                x.hi = density4(m, at, 4u);
+            for (var j = 0u; j < params.k; j++) {
+                x = insert(x, j, density(model_at(b), (b * params.t + t) * params.d, j), two);
             }
         }
     }
     return padded(x);
 }
 
-fn transition4(table: u32, b: u32, slot: u32, i: u32, first: u32) -> vec4<f32> {
-    let last = params.k - 1u;
-    return vec4<f32>(
-        transition(table, b, slot, i, min(first, last)),
-        transition(table, b, slot, i, min(first + 1u, last)),
-        transition(table, b, slot, i, min(first + 2u, last)),
-        transition(table, b, slot, i, min(first + 3u, last)),
-    );
+// Row i of slot t as probabilities; zeros from column K on.
+fn row(table: u32, b: u32, slot: u32, i: u32, two: bool) -> States {
+    var x = States(vec4<f32>(LOG_ZERO), vec4<f32>(LOG_ZERO));
+    for (var j = 0u; j < params.k; j++) {
+        x = insert(x, j, transition(table, b, slot, i, j), two);
+    }
+    let y = exp_states(x, select(0.0, max_of(x, two), has(SOFTMAX)), two);
+    return times(y, select(1.0, 1.0 / sum_of(y, two), has(SOFTMAX)));
 }
 
-// Row i of slot t as probabilities; zeros for rows and columns from K on.
-fn row(table: u32, b: u32, slot: u32, i: u32, two: bool) -> States {
-    var x = zero_states();
-    if i >= params.k {
-        return x;
-    }
-    x.lo = transition4(table, b, slot, i, 0u);
-    if two {
-        x.hi = transition4(table, b, slot, i, 4u);
-    }
-    x = padded(x);
-    if !has(SOFTMAX) {
-        return exp_states(x, 0.0, two);
-    }
-    let y = exp_states(x, max_of(x, two), two);
-    return times(y, 1.0 / sum_of(y, two));
+fn insert_row(m: mat4x4<f32>, i: u32, x: vec4<f32>) -> mat4x4<f32> {
+    return mat4x4<f32>(select(m[0], x, i == 0u), select(m[1], x, i == 1u), select(m[2], x, i == 2u), select(m[3], x, i == 3u));
 }
 
 fn transitions_of(b: u32, slot: u32, two: bool) -> Transitions {
     let table = table_at(b, slot);
     var a: Transitions;
-    let r0 = row(table, b, slot, 0u, two);
-    let r1 = row(table, b, slot, 1u, two);
-    let r2 = row(table, b, slot, 2u, two);
-    let r3 = row(table, b, slot, 3u, two);
-    a.ll = mat4x4<f32>(r0.lo, r1.lo, r2.lo, r3.lo);
-    if two {
-        let r4 = row(table, b, slot, 4u, two);
-        let r5 = row(table, b, slot, 5u, two);
-        let r6 = row(table, b, slot, 6u, two);
-        let r7 = row(table, b, slot, 7u, two);
-        a.lh = mat4x4<f32>(r0.hi, r1.hi, r2.hi, r3.hi);
-        a.hl = mat4x4<f32>(r4.lo, r5.lo, r6.lo, r7.lo);
-        a.hh = mat4x4<f32>(r4.hi, r5.hi, r6.hi, r7.hi);
+    for (var i = 0u; i < params.k; i++) {
+        let r = row(table, b, slot, i, two);
+        a.ll = insert_row(a.ll, i, r.lo);
+        if two {
+            a.lh = insert_row(a.lh, i, r.hi);
+            a.hl = insert_row(a.hl, i - 4u, r.lo);
+            a.hh = insert_row(a.hh, i - 4u, r.hi);
+        }
     }
     return a;
 }
@@ -439,19 +412,18 @@ fn load_states(at: u32, two: bool) -> States {
 // States that wait in the summary between launches.
 fn keep(b: u32, x: States, two: bool) {
     let at = b * params.record + 4u;
-    let all = array<f32, 8>(x.lo.x, x.lo.y, x.lo.z, x.lo.w, x.hi.x, x.hi.y, x.hi.z, x.hi.w);
     for (var j = 0u; j < params.k; j++) {
-        summary[at + j] = all[j];
+        let quad = select(x.lo, x.hi, two && j > 3u);
+        summary[at + j] = select(select(quad.x, quad.y, (j & 3u) == 1u), select(quad.z, quad.w, (j & 3u) == 3u), (j & 3u) > 1u);
     }
 }
 
-fn kept(b: u32) -> States {
-    let at = b * params.record + 4u;
-    var all = array<f32, 8>();
+fn kept(b: u32, two: bool) -> States {
+    var x = zero_states();
     for (var j = 0u; j < params.k; j++) {
-        all[j] = summary[at + j];
+        x = insert(x, j, summary[b * params.record + 4u + j], two);
     }
-    return States(vec4<f32>(all[0], all[1], all[2], all[3]), vec4<f32>(all[4], all[5], all[6], all[7]));
+    return x;
 }
 
 // pred·exp(log b − shift) with the joint shift max (log b + log pred), for steps at which the plain shift leaves nothing.
@@ -462,7 +434,7 @@ fn joint(pred: States, x: States, two: bool) -> States {
         vec4<f32>(log_f32(pred.lo.x), log_f32(pred.lo.y), log_f32(pred.lo.z), log_f32(pred.lo.w)),
         vec4<f32>(log_f32(pred.hi.x), log_f32(pred.hi.y), log_f32(pred.hi.z), log_f32(pred.hi.w)),
     );
-    return States(select(none, x.lo + log4.lo, pred.lo > least && x.lo > vec4<f32>(IMPOSSIBLE)), select(none, x.hi + log4.hi, pred.hi > least && x.hi > vec4<f32>(IMPOSSIBLE)));
+    return States(select(none, x.lo + log4.lo, (pred.lo > least) & (x.lo > vec4<f32>(IMPOSSIBLE))), select(none, x.hi + log4.hi, (pred.hi > least) & (x.hi > vec4<f32>(IMPOSSIBLE))));
 }
 
 fn forward(b: u32, length: u32, two: bool) {
@@ -480,15 +452,15 @@ fn forward(b: u32, length: u32, two: bool) {
     if params.begin > 0u && params.begin < length {
         total = Total(summary[record], summary[record + 1u], i32(summary[record + 3u]));
         failed = summary[record + 2u];
-        alpha = kept(b);
+        alpha = kept(b, two);
         sum = select(sum_of(alpha, two), 1.0, failed >= 0.0);
     }
     var a: Transitions;
-    if !has(TRANS_STEP) {
-        a = transitions_of(b, 0u, two);
-    }
     let end = min(params.end, length);
     for (var t = params.begin; t < end; t++) {
+        if t == max(params.begin, 1u) || (has(TRANS_STEP) && t > 0u) {
+            a = transitions_of(b, t - 1u, two);
+        }
         var pred: States;
         if t == 0u {
             let m = model_at(b);
@@ -500,9 +472,6 @@ fn forward(b: u32, length: u32, two: bool) {
             }
             pred = exp_states(padded(init), 0.0, two);
         } else {
-            if has(TRANS_STEP) {
-                a = transitions_of(b, t - 1u, two);
-            }
             pred = predict(a, alpha, two);
         }
         if has(PREDICTED) {
@@ -629,16 +598,14 @@ fn backward(b: u32, length: u32, two: bool) {
             store(posterior + t * params.k, gamma, two);
         }
     } else {
-        gamma = kept(b);
+        gamma = kept(b, two);
     }
     var a: Transitions;
-    if !has(TRANS_STEP) {
-        a = transitions_of(b, 0u, two);
-    }
     var block = no_pairs();
+    let first = t;
     for (; t > params.begin; t--) {
         let now = t - 1u;
-        if has(TRANS_STEP) {
+        if has(TRANS_STEP) || t == first {
             a = transitions_of(b, now, two);
         }
         let alpha = load_states(parked + now * params.k, two);
@@ -663,11 +630,9 @@ fn backward(b: u32, length: u32, two: bool) {
                 block.hl += pairs4(a.hl, scaled.hi, r.lo);
                 block.hh += pairs4(a.hh, scaled.hi, r.hi);
             }
-            if has(PAIR_STEPS) {
-                put_pairs((b * (params.t - 1u) + now) * params.k * params.k, block, false, two);
-                block = no_pairs();
-            } else if now % PAIR_BLOCK == 0u || now == params.begin {
-                put_pairs(b * params.k * params.k, block, true, two);
+            if has(PAIR_STEPS) || now % PAIR_BLOCK == 0u || now == params.begin {
+                let slot = select(b, b * (params.t - 1u) + now, has(PAIR_STEPS));
+                put_pairs(slot * params.k * params.k, block, has(PAIR_SUM), two);
                 block = no_pairs();
             }
         }
