@@ -201,10 +201,16 @@ struct Total {
     exponents: i32,
 }
 
+// The same bits, out of reach of compilers that reorder sums: the last flag bit is never set.
+fn exact(x: f32) -> f32 {
+    return bitcast<f32>(bitcast<u32>(x) ^ (params.flags >> 31u));
+}
+
 fn add(total: Total, x: f32) -> Total {
-    let sum = total.high + x;
-    let part = sum - total.high;
-    return Total(sum, total.low + ((total.high - (sum - part)) + (x - part)), total.exponents);
+    let sum = exact(total.high + x);
+    let part = exact(sum - total.high);
+    let lost = exact(total.high - exact(sum - part)) + (x - part);
+    return Total(sum, total.low + lost, total.exponents);
 }
 
 fn fold(total: Total) -> Total {
@@ -224,7 +230,7 @@ fn power_of_two(e: i32) -> f32 {
 fn finish(b: u32, total: Total, sum: f32, failed: f32) {
     let at = b * params.record;
     let whole = add(fold(total), log_f32(sum));
-    let high = whole.high + whole.low;
+    let high = exact(whole.high + whole.low);
     summary[at] = select(high, LOG_ZERO, failed >= 0.0);
     summary[at + 1u] = select((whole.high - high) + whole.low, 0.0, failed >= 0.0);
     summary[at + 2u] = failed;
@@ -586,58 +592,60 @@ fn backward(b: u32, length: u32, two: bool) {
     let of_b = b * each;
     let posterior = section(POSTERIOR) + of_b;
     let parked = params.park * params.b * each + of_b;
-    if params.begin >= length {
-        return;
-    }
-    var gamma: States;
-    var t = params.end;
-    if params.end >= length {
-        t = length - 1u;
-        gamma = load_states(parked + t * params.k, two);
-        if has(POSTERIOR) {
-            store(posterior + t * params.k, gamma, two);
-        }
-    } else {
+    let pairs = has(PAIR_SUM | PAIR_STEPS);
+    var gamma = zero_states();
+    if params.end < length {
         gamma = kept(b, two);
     }
     var a: Transitions;
     var block = no_pairs();
-    let first = t;
-    for (; t > params.begin; t--) {
-        let now = t - 1u;
-        if has(TRANS_STEP) || t == first {
-            a = transitions_of(b, now, two);
-        }
-        let alpha = load_states(parked + now * params.k, two);
-        let pred = predict(a, alpha, two);
-        var r = zero_states();
-        r.lo = ratio4(gamma.lo, pred.lo);
-        if two {
-            r.hi = ratio4(gamma.hi, pred.hi);
-        }
-        let from_here = onto(a, r, two);
-        gamma = States(alpha.lo * from_here.lo, alpha.hi * from_here.hi);
-        let sum = sum_of(gamma, two);
-        let inverse = select(0.0, 1.0 / sum, sum > 0.0);
-        if has(POSTERIOR) {
-            store(posterior + now * params.k, times(gamma, inverse), two);
-        }
-        if has(PAIR_SUM | PAIR_STEPS) {
-            let scaled = times(alpha, inverse);
-            block.ll += pairs4(a.ll, scaled.lo, r.lo);
-            if two {
-                block.lh += pairs4(a.lh, scaled.lo, r.hi);
-                block.hl += pairs4(a.hl, scaled.hi, r.lo);
-                block.hh += pairs4(a.hh, scaled.hi, r.hi);
+    // The sum over time starts afresh in the launch that holds the last step.
+    var adds = params.end < params.t;
+    for (var after = params.end; after > params.begin; after--) {
+        let t = after - 1u;
+        if after <= length {
+            let alpha = load_states(parked + t * params.k, two);
+            if after == length {
+                gamma = alpha;
+                if has(POSTERIOR) {
+                    store(posterior + t * params.k, gamma, two);
+                }
+            } else {
+                if has(TRANS_STEP) || after == min(params.end, length - 1u) {
+                    a = transitions_of(b, t, two);
+                }
+                let pred = predict(a, alpha, two);
+                var r = zero_states();
+                r.lo = ratio4(gamma.lo, pred.lo);
+                if two {
+                    r.hi = ratio4(gamma.hi, pred.hi);
+                }
+                let from_here = onto(a, r, two);
+                gamma = States(alpha.lo * from_here.lo, alpha.hi * from_here.hi);
+                let sum = sum_of(gamma, two);
+                let inverse = select(0.0, 1.0 / sum, sum > 0.0);
+                if has(POSTERIOR) {
+                    store(posterior + t * params.k, times(gamma, inverse), two);
+                }
+                if pairs {
+                    let scaled = times(alpha, inverse);
+                    block.ll += pairs4(a.ll, scaled.lo, r.lo);
+                    if two {
+                        block.lh += pairs4(a.lh, scaled.lo, r.hi);
+                        block.hl += pairs4(a.hl, scaled.hi, r.lo);
+                        block.hh += pairs4(a.hh, scaled.hi, r.hi);
+                    }
+                }
             }
-            if has(PAIR_STEPS) || now % PAIR_BLOCK == 0u || now == params.begin {
-                let slot = select(b, b * (params.t - 1u) + now, has(PAIR_STEPS));
-                put_pairs(slot * params.k * params.k, block, has(PAIR_SUM), two);
-                block = no_pairs();
-            }
+        }
+        if (has(PAIR_STEPS) && after < params.t) || (has(PAIR_SUM) && (t % PAIR_BLOCK == 0u || t == params.begin)) {
+            let slot = select(b, b * (params.t - 1u) + t, has(PAIR_STEPS));
+            put_pairs(slot * params.k * params.k, block, adds && has(PAIR_SUM), two);
+            block = no_pairs();
+            adds = true;
         }
     }
-    if params.begin > 0u {
+    if params.begin > 0u && params.begin < length {
         keep(b, gamma, two);
     }
 }
@@ -667,28 +675,26 @@ fn hmm_forward_backward_8(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_wo
 
 // ---- several threads per sequence ---------------------------------------------------------------------------------
 
-// Most states, and most states whose transitions are kept in workgroup memory.
-const MAX_STATES: u32 = 512u;
-const KEPT: u32 = 32u;
+// Workgroup memory: four arrays over the states of all sequences of the group (log b or γ, α, predicted or ratio, row sums of a softmax), then,
+// where they fit, the transitions and the pair posteriors of a block of steps.
+const POOL: u32 = 4096u;
+var<workgroup> sh: array<f32, POOL>;
 
-var<workgroup> sh_log_b: array<f32, MAX_STATES>;
-var<workgroup> sh_alpha: array<f32, MAX_STATES>;
-var<workgroup> sh_ratio: array<f32, MAX_STATES>;
-var<workgroup> sh_row: array<f32, MAX_STATES>;
-var<workgroup> sh_transitions: array<f32, 2048>;
-
-// One thread of a sequence: its states are lane, lane + lanes, …; the sequence's part of the state arrays starts at `base`.
+// One thread of a sequence: its states are lane, lane + lanes, …; each array's part of the sequence starts here.
 struct Lane {
     b: u32,
     length: u32,
     lane: u32,
     lanes: u32,
-    base: u32,
+    log_b: u32,
+    alpha: u32,
+    ratio: u32,
+    row: u32,
+    transitions: u32,
+    pairs: u32,
+    keeps_transitions: bool,
+    keeps_pairs: bool,
     valid: bool,
-}
-
-fn keeps_transitions() -> bool {
-    return params.k <= KEPT;
 }
 
 // Fills what transitions of a slot need: the matrix, or for many states under a softmax the logarithm of each row's sum. Barrier after.
@@ -706,23 +712,23 @@ fn fill_transitions(l: Lane, slot: u32) {
                 total += exp_f32(transition(table, l.b, slot, i, j) - most);
             }
             total = most + log_f32(total);
-            sh_row[l.base + i] = total;
+            sh[l.row + i] = total;
         }
-        if keeps_transitions() {
+        if l.keeps_transitions {
             for (var j = 0u; j < k; j++) {
-                sh_transitions[(l.base + i) * k + j] = exp_f32(transition(table, l.b, slot, i, j) - total);
+                sh[l.transitions + i * k + j] = exp_f32(transition(table, l.b, slot, i, j) - total);
             }
         }
     }
 }
 
 fn probability(l: Lane, slot: u32, table: u32, i: u32, j: u32) -> f32 {
-    if keeps_transitions() {
-        return sh_transitions[(l.base + i) * params.k + j];
+    if l.keeps_transitions {
+        return sh[l.transitions + i * params.k + j];
     }
     let x = transition(table, l.b, slot, i, j);
     if has(SOFTMAX) {
-        return exp_f32(x - sh_row[l.base + i]);
+        return exp_f32(x - sh[l.row + i]);
     }
     return exp_f32(x);
 }
@@ -732,15 +738,15 @@ fn predict_state(l: Lane, slot: u32, j: u32) -> f32 {
     let table = table_at(l.b, slot);
     var pred = 0.0;
     for (var i = 0u; i < params.k; i++) {
-        pred += sh_alpha[l.base + i] * probability(l, slot, table, i, j);
+        pred += sh[l.alpha + i] * probability(l, slot, table, i, j);
     }
     return pred;
 }
 
 // α(j) of a step that is done again, from what was predicted and observed.
 fn joint_state(l: Lane, j: u32) -> f32 {
-    let pred = sh_ratio[l.base + j];
-    let x = sh_log_b[l.base + j];
+    let pred = sh[l.ratio + j];
+    let x = sh[l.log_b + j];
     if pred > 1e-37 && x > IMPOSSIBLE {
         return x + log_f32(pred);
     }
@@ -784,7 +790,7 @@ fn forward_lanes(l: Lane) {
         }
         sum = select(sum, 1.0, failed >= 0.0);
         for (var j = l.lane; j < k; j += l.lanes) {
-            sh_alpha[l.base + j] = summary[record + 4u + j];
+            sh[l.alpha + j] = summary[record + 4u + j];
         }
     }
     if l.valid && !has(TRANS_STEP) {
@@ -797,9 +803,9 @@ fn forward_lanes(l: Lane) {
         if runs {
             for (var j = l.lane; j < k; j += l.lanes) {
                 if again > IMPOSSIBLE {
-                    sh_alpha[l.base + j] = exp_f32(joint_state(l, j) - again);
+                    sh[l.alpha + j] = exp_f32(joint_state(l, j) - again);
                 }
-                sh_log_b[l.base + j] = log_b(l.b, t, j);
+                sh[l.log_b + j] = log_b(l.b, t, j);
             }
             if t > 0u && has(TRANS_STEP) {
                 fill_transitions(l, t - 1u);
@@ -810,7 +816,7 @@ fn forward_lanes(l: Lane) {
         let exponent = exponent_of(sum);
         if runs {
             for (var j = 0u; j < k; j++) {
-                shift = max(shift, sh_log_b[l.base + j]);
+                shift = max(shift, sh[l.log_b + j]);
             }
             for (var j = l.lane; j < k; j += l.lanes) {
                 var pred = 0.0;
@@ -822,22 +828,22 @@ fn forward_lanes(l: Lane) {
                 if has(PREDICTED) {
                     states[predicted + t * k + j] = pred / sum;
                 }
-                sh_ratio[l.base + j] = pred * power_of_two(-exponent);
+                sh[l.ratio + j] = pred * power_of_two(-exponent);
             }
             total.exponents += exponent;
         }
         workgroupBarrier();  // all have read α
         if runs {
             for (var j = l.lane; j < k; j += l.lanes) {
-                let b = exp_f32(sh_log_b[l.base + j] - shift);
-                sh_alpha[l.base + j] = select(sh_ratio[l.base + j] * b, 0.0, shift <= IMPOSSIBLE);
+                let b = exp_f32(sh[l.log_b + j] - shift);
+                sh[l.alpha + j] = select(sh[l.ratio + j] * b, 0.0, shift <= IMPOSSIBLE);
             }
         }
         workgroupBarrier();  // α is complete
         if runs {
             sum = 0.0;
             for (var j = 0u; j < k; j++) {
-                sum += sh_alpha[l.base + j];
+                sum += sh[l.alpha + j];
             }
             again = LOG_ZERO;
             if sum < RETRY {
@@ -862,7 +868,7 @@ fn forward_lanes(l: Lane) {
             if has(FILTERED) || parks {
                 let to = select(parked, filtered, has(FILTERED)) + t * k;
                 for (var j = l.lane; j < k; j += l.lanes) {
-                    var alpha = sh_alpha[l.base + j];
+                    var alpha = sh[l.alpha + j];
                     if again > IMPOSSIBLE {
                         alpha = exp_f32(joint_state(l, j) - again);
                     }
@@ -879,7 +885,7 @@ fn forward_lanes(l: Lane) {
     let last = params.end < l.length;
     if last {
         for (var j = l.lane; j < k; j += l.lanes) {
-            var alpha = sh_alpha[l.base + j];
+            var alpha = sh[l.alpha + j];
             if again > IMPOSSIBLE {
                 alpha = exp_f32(joint_state(l, j) - again);
             }
@@ -906,7 +912,7 @@ fn backward_lanes(l: Lane) {
     let parked = params.park * params.b * each + l.b * each;
     let record = l.b * params.record;
     let end = min(params.end, l.length);
-    // γ of the step after lies in sh_log_b
+    // γ of the step after lies where log b lay
     if l.valid && params.begin < l.length {
         for (var j = l.lane; j < k; j += l.lanes) {
             var gamma = 0.0;
@@ -918,21 +924,24 @@ fn backward_lanes(l: Lane) {
                     states[posterior + (end - 1u) * k + j] = gamma;
                 }
             }
-            sh_log_b[l.base + j] = gamma;
+            sh[l.log_b + j] = gamma;
         }
         if !has(TRANS_STEP) {
             fill_transitions(l, 0u);
         }
     }
-    for (var s = params.end; s > params.begin; s--) {
-        let t = s - 1u;
-        let runs = l.valid && t + 1u < l.length;
+    // The sum over time starts afresh in the launch that holds the last step, its blocks after each flush.
+    var adds = params.end < params.t;
+    var fresh = true;
+    for (var after = params.end; after > params.begin; after--) {
+        let t = after - 1u;
+        let runs = l.valid && after < l.length;
         if has(TRANS_STEP) {
             workgroupBarrier();  // all have read the transitions of the step after
         }
         if runs {
             for (var j = l.lane; j < k; j += l.lanes) {
-                sh_alpha[l.base + j] = states[parked + t * k + j];
+                sh[l.alpha + j] = states[parked + t * k + j];
             }
             if has(TRANS_STEP) {
                 fill_transitions(l, t);
@@ -943,40 +952,56 @@ fn backward_lanes(l: Lane) {
         if runs {
             var sum = 0.0;
             for (var j = 0u; j < k; j++) {
-                sum += sh_log_b[l.base + j];
+                sum += sh[l.log_b + j];
             }
             inverse = select(0.0, 1.0 / sum, sum > 0.0);
             for (var j = l.lane; j < k; j += l.lanes) {
                 let pred = predict_state(l, t, j);
-                sh_ratio[l.base + j] = select(0.0, sh_log_b[l.base + j] / pred, pred > 0.0);
+                sh[l.ratio + j] = select(0.0, sh[l.log_b + j] / pred, pred > 0.0);
             }
         }
         workgroupBarrier();  // the ratios are complete, all have read γ
-        if runs {
+        let flush = has(PAIR_SUM) && (!l.keeps_pairs || t % PAIR_BLOCK == 0u || t == params.begin);
+        if l.valid {
             let table = table_at(l.b, t);
-            let steps = (l.b * (params.t - 1u) + t) * k * k;
+            let at = select(l.b, l.b * (params.t - 1u) + t, has(PAIR_STEPS)) * k * k;
             for (var i = l.lane; i < k; i += l.lanes) {
-                let alpha = sh_alpha[l.base + i] * inverse;
+                let alpha = sh[l.alpha + i] * inverse;
                 var onto = 0.0;
                 for (var j = 0u; j < k; j++) {
-                    let p = probability(l, t, table, i, j) * sh_ratio[l.base + j];
-                    onto += p;
-                    if has(PAIR_STEPS) {
-                        pair[steps + i * k + j] = alpha * p;
-                    } else if has(PAIR_SUM) {
-                        pair[(l.b * k + i) * k + j] += alpha * p;
+                    var p = 0.0;
+                    if runs {
+                        p = probability(l, t, table, i, j) * sh[l.ratio + j];
+                        onto += p;
+                    }
+                    if has(PAIR_STEPS) && after < params.t {
+                        pair[at + i * k + j] = select(0.0, alpha * p, runs);
+                    }
+                    if has(PAIR_SUM) {
+                        var total = select(0.0, alpha * p, runs);
+                        if l.keeps_pairs {
+                            total += select(sh[l.pairs + i * k + j], 0.0, fresh);
+                            sh[l.pairs + i * k + j] = total;
+                        }
+                        if flush {
+                            pair[at + i * k + j] = select(0.0, pair[at + i * k + j], adds) + total;
+                        }
                     }
                 }
-                sh_log_b[l.base + i] = alpha * onto;
-                if has(POSTERIOR) {
-                    states[posterior + t * k + i] = alpha * onto;
+                if runs {
+                    sh[l.log_b + i] = alpha * onto;
+                    if has(POSTERIOR) {
+                        states[posterior + t * k + i] = alpha * onto;
+                    }
                 }
             }
         }
+        fresh = flush;
+        adds = adds || flush;
     }
     if l.valid && params.begin > 0u && params.begin < l.length {
         for (var j = l.lane; j < k; j += l.lanes) {
-            summary[record + 4u + j] = sh_log_b[l.base + j];
+            summary[record + 4u + j] = sh[l.log_b + j];
         }
     }
 }
@@ -988,8 +1013,21 @@ fn hmm_forward_backward(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_work
         lanes *= 2u;
     }
     let slot = tid / lanes;
-    var l = Lane(group_index(wid, nwg) * (WG / lanes) + slot, 0u, tid % lanes, lanes, slot * params.k, true);
+    let k = params.k;
+    let all = WG / lanes * k;
+    var l: Lane;
+    l.b = group_index(wid, nwg) * (WG / lanes) + slot;
     l.valid = l.b < params.b;
+    l.lane = tid % lanes;
+    l.lanes = lanes;
+    l.log_b = slot * k;
+    l.alpha = all + l.log_b;
+    l.ratio = 2u * all + l.log_b;
+    l.row = 3u * all + l.log_b;
+    l.transitions = 4u * all + slot * k * k;
+    l.pairs = l.transitions + all * k;
+    l.keeps_transitions = all * (4u + k) <= POOL;
+    l.keeps_pairs = all * (4u + 2u * k) <= POOL;
     if l.valid {
         l.length = length_of(l.b);
     }
