@@ -851,24 +851,24 @@ fn fold<R: Real>(total: &mut Compensated<R>, exponents: &mut i32) {
     total.add(e * R::of(LN2_LOW));
 }
 
-fn run_cpu<R: Real>(mut launch: CpuLaunch<'_, R>, each: fn(&Batch<'_, R>, usize, &mut SequenceOut<'_, R>)) -> Result<()> {
+fn run_cpu<R: Real>(mut launch: CpuLaunch<'_, R>, all: fn(&Batch<'_, R>, &mut [SequenceOut<'_, R>])) -> Result<()> {
     let batch = Batch::of(&mut launch)?;
     let (states, pair, summary) = (launch.real_mut()?, launch.real_mut()?, launch.real_mut()?);
     if batch.p.begin != 0 || batch.p.end != batch.p.t {
         return Err(Error::Internal("hmm_forward_backward: the CPU column runs the whole time in one launch".into()));
     }
-    sequences(&batch.p, states, pair, summary).into_par_iter().enumerate().for_each(|(b, mut out)| each(&batch, b, &mut out));
+    all(&batch, &mut sequences(&batch.p, states, pair, summary));
     Ok(())
 }
 
 /// The truth, in f64.
 fn hmm_forward_backward_log_cpu(launch: CpuLaunch<'_, f64>) -> Result<()> {
-    run_cpu(launch, log_space::<f64>)
+    run_cpu(launch, |batch, outs| outs.par_iter_mut().enumerate().for_each(|(b, out)| log_space(batch, b, out)))
 }
 
-/// The plain f32 column.
+/// The lane-wise f32 column; [`scaled`] is the plain one.
 pub(crate) fn hmm_forward_backward_cpu(launch: CpuLaunch<'_, f32>) -> Result<()> {
-    run_cpu(launch, scaled::<f32>)
+    run_cpu(launch, crate::hmm_lanes::forward_backward)
 }
 
 fn hmm_emission_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {

@@ -19,6 +19,7 @@ pub mod device;
 pub mod error;
 pub mod fixed;
 pub mod hmm;
+mod hmm_lanes;
 mod hmm_pack;
 pub mod indicators;
 pub mod multiple_testing;
