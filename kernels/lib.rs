@@ -86,14 +86,14 @@ pub static OPS: [Op; 7] = [
     Op {
         name: "hmm_forward_backward",
         about: "likelihood, filtered, predicted and smoothed probabilities of hidden Markov models",
-        kernels: &[&hmm::HMM_EMISSION, &hmm::HMM_FORWARD_BACKWARD],
+        kernels: &[&hmm::HMM_EMISSION, &hmm::HMM_FORWARD_BACKWARD_4, &hmm::HMM_FORWARD_BACKWARD_8, &hmm::HMM_FORWARD_BACKWARD],
         differentiable: true,
         verify: hmm::verify,
     },
 ];
 
 /// Every kernel: those of the ops, then the ceiling that `forback bench` measures.
-pub static KERNELS: [&Kernel; 26] = [
+pub static KERNELS: [&Kernel; 28] = [
     &philox::PHILOX,
     &performance::PERFORMANCE,
     &walk_forward_sharpe::SEGMENT_MOMENTS,
@@ -118,6 +118,8 @@ pub static KERNELS: [&Kernel; 26] = [
     &portfolio::PORTFOLIO_SCORE,
     &portfolio::SIGNAL_SCORE,
     &hmm::HMM_EMISSION,
+    &hmm::HMM_FORWARD_BACKWARD_4,
+    &hmm::HMM_FORWARD_BACKWARD_8,
     &hmm::HMM_FORWARD_BACKWARD,
     &ceilings::CEILING_MULTIPLY_ADD,
 ];
