@@ -738,7 +738,7 @@ fn maximise_state<R: Real>(p: &BaumWelchParams, state: usize, guards: &[R], sums
 }
 
 /// Solves A·x = b for a lower-packed symmetric A, by Cholesky in place; x replaces b. Collinear columns get 0. Returns bᵀ·x.
-fn solve<R: Real>(a: &mut [R], b: &mut [R], n: usize) -> R {
+pub(crate) fn solve<R: Real>(a: &mut [R], b: &mut [R], n: usize) -> R {
     let at = |i: usize, j: usize| i * (i + 1) / 2 + j;
     let mut explained = R::ZERO;
     for j in 0..n {
@@ -1038,7 +1038,9 @@ impl Settings {
         if self.emission == Emission::LogProbabilities && data.width != self.k {
             return wrong("states", self.k.to_string(), format!("obs holds log-probabilities of {} states", data.width));
         }
-        for (name, value) in [("init_prior", self.init_prior), ("transition_prior", self.transition_prior), ("sticky", self.sticky), ("mean_weight", self.mean_weight)] {
+        for (name, value) in
+            [("init_prior", self.init_prior), ("transition_prior", self.transition_prior), ("sticky", self.sticky), ("mean_weight", self.mean_weight)]
+        {
             if !(value.is_finite() && value >= 0.0) {
                 return wrong(name, value.to_string(), "a pseudo-count is 0 or positive".into());
             }
@@ -1123,12 +1125,22 @@ impl BaumWelch {
         };
         let w = Widths::of(&params);
         let expects = |arg: &str, got: usize, len: usize, shape: String| {
-            if got == len { Ok(()) } else { Err(Error::Shape { op: OP, arg: arg.into(), expected: format!("{shape}, {len} values"), got: format!("{got} values") }) }
+            if got == len {
+                Ok(())
+            } else {
+                Err(Error::Shape { op: OP, arg: arg.into(), expected: format!("{shape}, {len} values"), got: format!("{got} values") })
+            }
         };
         expects("start", start.len(), models * w.parameters, format!("[{models},{}]", w.parameters))?;
         expects("guards", guards.len(), groups * 2 * w.d.max(1), format!("[{groups},2,{}]", w.d.max(1)))?;
         let (jobs, m) = (u64::from(params.jobs), models as u64);
-        let sections = if on_host { 0 } else if k as u64 <= SMALL { 1 } else { 3 };
+        let sections = if on_host {
+            0
+        } else if k as u64 <= SMALL {
+            1
+        } else {
+            3
+        };
         let statistics = device.zeros("statistics", jobs * w.statistics as u64)?;
         Ok(BaumWelch {
             parameters: device.upload("parameters", start)?,

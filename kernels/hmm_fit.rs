@@ -242,7 +242,7 @@ impl Parameters {
             EmissionParameters::GaussianFull { mean, covariance } => pack_gaussian_full(shape, &log_init, mean, covariance),
             EmissionParameters::StudentT { location, scale, freedom } => pack_student_t(shape, &log_init, location, scale, freedom),
             EmissionParameters::Poisson { rate } => pack_poisson(shape, &log_init, rate),
-            EmissionParameters::Categorical { probability } => pack_categorical(shape, &log_init, probability),
+            EmissionParameters::Categorical { probability } => pack_categorical(shape, &log_init, probability, probability.len() / self.k),
             EmissionParameters::Regression { coefficients, variance } => pack_regression(shape, &log_init, coefficients, variance),
         }?;
         Ok((model, log(&self.trans).into_iter().map(|x| x as f32).collect()))
@@ -461,4 +461,494 @@ pub struct FitProgress {
 /// variance is zero: no state has a density), and for a series that no start makes possible.
 pub fn fit(device: &Device, data: &Observations<'_>, options: &FitOptions) -> Result<Vec<Fit>> {
     fit_with_progress(device, data, options, &mut |_| {})
+}
+
+/// As [`fit`], telling after every few iterations how far it is.
+/// # Errors
+/// As [`fit`].
+pub fn fit_with_progress(device: &Device, data: &Observations<'_>, options: &FitOptions, progress: &mut dyn FnMut(FitProgress)) -> Result<Vec<Fit>> {
+    check_options(options)?;
+    data.check(options.emission)?;
+    let per_model = if options.pooled { data.n } else { 1 };
+    let groups = data.n / per_model;
+    let facts = (0..groups).into_par_iter().map(|g| Facts::of(data, options, g, per_model)).collect::<Result<Vec<Facts>>>()?;
+    let mut fits = Vec::with_capacity(groups);
+    for run in device.plan(OP, groups as u64, elements(device, data, options, per_model), 1, 1)? {
+        let (from, to) = (run.start as usize, run.end as usize);
+        let part = data.part(from * per_model, to * per_model);
+        fits.extend(fit_groups(device, &part, options, &facts[from..to], from, progress)?);
+    }
+    Ok(fits)
+}
+
+/// Longest buffer per group of sequences, over all K.
+fn elements(device: &Device, data: &Observations<'_>, options: &FitOptions, per_model: usize) -> u64 {
+    let k = options.states.iter().copied().max().unwrap_or(1) as u64;
+    let on_host = matches!(device.info().kind, DeviceKind::Cpu | DeviceKind::Reference);
+    let (jobs, steps) = ((per_model * options.restarts) as u64, (per_model * data.t) as u64);
+    let states = if on_host { 0 } else { (if k <= 4 { 1 } else { 3 }) * steps * options.restarts as u64 * k };
+    let each = natural(options.emission, k, data.width as u64) + k * k;
+    states.max(steps * data.width as u64).max(jobs * (2 * each + k * k + 4 * k + 3))
+}
+
+fn wrong<T>(name: &str, value: String, help: &str) -> Result<T> {
+    Err(Error::Parameter { op: OP, name: name.into(), value, help: help.into() })
+}
+
+fn check_options(options: &FitOptions) -> Result<()> {
+    if options.states.is_empty() || options.states.contains(&0) {
+        return wrong("states", format!("{:?}", options.states), "give one or more numbers of states, each at least 1");
+    }
+    if options.restarts == 0 || options.iterations == 0 {
+        return wrong("restarts, iterations", format!("{}, {}", options.restarts, options.iterations), "give at least one of each");
+    }
+    let shares = [("tolerance", options.tolerance), ("minimum_variance", options.minimum_variance), ("mean_weight", options.mean_weight)];
+    let counts = [("init_prior", options.init_prior), ("transition_prior", options.transition_prior), ("sticky", options.sticky)];
+    for (name, value) in shares.into_iter().chain(counts) {
+        if !(value.is_finite() && value >= 0.0) {
+            return wrong(name, value.to_string(), "give 0 or a positive number");
+        }
+    }
+    if !(options.freedom.is_finite() && options.freedom > 0.0) {
+        return wrong("freedom", options.freedom.to_string(), "degrees of freedom are positive");
+    }
+    Ok(())
+}
+
+// ---- what a group of sequences is like ------------------------------------------------------------------------------------------
+
+/// Moments of the observations of one model.
+struct Facts {
+    observations: usize,
+    mean: Vec<f64>,
+    variance: Vec<f64>,
+    /// Σ log x! of counts.
+    log_factorials: f64,
+}
+
+impl Facts {
+    fn of(data: &Observations<'_>, options: &FitOptions, group: usize, per_model: usize) -> Result<Facts> {
+        let steps =
+            || (group * per_model..(group + 1) * per_model).flat_map(|n| (0..data.length(n)).filter(move |&t| data.seen(n, t)).map(move |t| data.x(n, t)));
+        let observations = steps().count();
+        let most = options.states.iter().copied().max().unwrap_or(1);
+        if observations < most {
+            let help = format!("series {group} has {observations} observed steps; give fewer states or a longer series");
+            return wrong("states", most.to_string(), &help);
+        }
+        let mut mean = vec![0.0; data.width];
+        let mut variance = vec![0.0; data.width];
+        let mut log_factorials = 0.0;
+        for x in steps() {
+            mean.iter_mut().zip(x).for_each(|(m, &x)| *m += f64::from(x) / observations as f64);
+            if options.emission == Emission::Poisson {
+                log_factorials += x.iter().map(|&x| crate::hmm::log_factorial(f64::from(x))).sum::<f64>();
+            }
+        }
+        for x in steps() {
+            variance.iter_mut().zip(&mean).zip(x).for_each(|((v, m), &x)| *v += (f64::from(x) - m).powi(2) / observations as f64);
+        }
+        // Of a regression only the left side needs to vary.
+        let varies = match options.emission {
+            Emission::GaussianDiagonal | Emission::GaussianFull | Emission::StudentT => data.width,
+            Emission::Regression => 1,
+            _ => 0,
+        };
+        if let Some(i) = (0..varies).find(|&i| variance[i] <= 1e-13 * mean[i] * mean[i]) {
+            let help = format!("column {i} of series {group} is constant: no state has a variance; leave the series or the column out");
+            return wrong("obs", mean[i].to_string(), &help);
+        }
+        Ok(Facts { observations, mean, variance, log_factorials })
+    }
+}
+
+// ---- starts -----------------------------------------------------------------------------------------------------------------------
+
+/// Uniform numbers of one start.
+struct Stream {
+    counter: [u32; 4],
+    key: [u32; 2],
+}
+
+impl Stream {
+    fn next(&mut self) -> f64 {
+        let bits = philox4x32(self.counter, self.key)[0];
+        self.counter[0] += 1;
+        uniform(bits)
+    }
+}
+
+/// A start of one model: natural parameters.
+fn start(
+    data: &Observations<'_>,
+    options: &FitOptions,
+    facts: &Facts,
+    sequences: std::ops::Range<usize>,
+    group: usize,
+    k: usize,
+    restart: usize,
+) -> Parameters {
+    let mut stream = Stream { counter: [0, restart as u32, group as u32, k as u32], key: [options.seed as u32, (options.seed >> 32) as u32] };
+    let stride = facts.observations.div_ceil(SAMPLE).max(1);
+    let steps = sequences.flat_map(|n| (0..data.length(n)).filter(move |&t| data.seen(n, t)).map(move |t| (n, t)));
+    let sample: Vec<(usize, usize)> = steps.step_by(stride).collect();
+    let features: Vec<Vec<f64>> = standardised(sample.iter().map(|&(n, t)| features(data, options, facts, n, t, restart.is_multiple_of(2))).collect());
+    let labels = clusters(&features, k, &mut stream);
+    let stay = if k == 1 { 1.0 } else { 0.9 };
+    let trans = (0..k * k).map(|e| if e / k == e % k { stay } else { (1.0 - stay) / (k - 1) as f64 }).collect();
+    let emission = emission_of_labels(data, options, facts, k, &sample, &labels);
+    Parameters { k, d: if options.emission == Emission::LogProbabilities { 0 } else { data.width }, init: vec![1.0 / k as f64; k], trans, emission }
+}
+
+/// What a start clusters of one step: local means and log-deviations, or the observation itself.
+fn features(data: &Observations<'_>, options: &FitOptions, facts: &Facts, n: usize, t: usize, local: bool) -> Vec<f64> {
+    let around = || (t.saturating_sub(LOCAL)..(t + LOCAL + 1).min(data.length(n))).filter(|&s| data.seen(n, s));
+    let mean = |value: &dyn Fn(usize) -> f64| around().map(value).sum::<f64>() / around().count() as f64;
+    match options.emission {
+        Emission::Categorical { symbols } => (0..symbols).map(|s| mean(&|at| f64::from(u8::from(data.x(n, at)[0] == s as f32)))).collect(),
+        Emission::LogProbabilities => data.x(n, t).iter().map(|&x| f64::from(x).exp()).collect(),
+        Emission::Poisson if local => (0..data.width).map(|i| mean(&|at| f64::from(data.x(n, at)[i]))).collect(),
+        _ if local => {
+            let columns = if options.emission == Emission::Regression { 1 } else { data.width };
+            (0..columns)
+                .flat_map(|i| {
+                    let level = mean(&|at| f64::from(data.x(n, at)[i]));
+                    let spread = mean(&|at| (f64::from(data.x(n, at)[i]) - level).powi(2)) + 1e-4 * facts.variance[i];
+                    [level, 0.5 * spread.ln()]
+                })
+                .collect()
+        }
+        Emission::Regression => vec![f64::from(data.x(n, t)[0])],
+        _ => data.x(n, t).iter().map(|&x| f64::from(x)).collect(),
+    }
+}
+
+/// Columns to mean 0 and deviation 1; constant ones to 0.
+fn standardised(mut rows: Vec<Vec<f64>>) -> Vec<Vec<f64>> {
+    let (count, width) = (rows.len() as f64, rows.first().map_or(0, Vec::len));
+    for i in 0..width {
+        let mean = rows.iter().map(|r| r[i]).sum::<f64>() / count;
+        let deviation = (rows.iter().map(|r| (r[i] - mean).powi(2)).sum::<f64>() / count).sqrt();
+        let scale = if deviation > 1e-12 * mean.abs().max(1e-300) { 1.0 / deviation } else { 0.0 };
+        rows.iter_mut().for_each(|r| r[i] = (r[i] - mean) * scale);
+    }
+    rows
+}
+
+/// k-means++ and Lloyd's iterations: the cluster of each row.
+fn clusters(rows: &[Vec<f64>], k: usize, stream: &mut Stream) -> Vec<usize> {
+    let distance = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| (x - y).powi(2)).sum::<f64>();
+    let pick = |u: f64| ((u * rows.len() as f64) as usize).min(rows.len() - 1);
+    let mut centres = vec![rows[pick(stream.next())].clone()];
+    let mut nearest: Vec<f64> = rows.iter().map(|r| distance(r, &centres[0])).collect();
+    while centres.len() < k {
+        let mut left = stream.next() * nearest.iter().sum::<f64>();
+        let drawn = nearest.iter().position(|&x| {
+            left -= x;
+            left < 0.0
+        });
+        let centre = rows[drawn.unwrap_or_else(|| pick(stream.next()))].clone();
+        nearest.iter_mut().zip(rows).for_each(|(x, r)| *x = x.min(distance(r, &centre)));
+        centres.push(centre);
+    }
+    let mut labels = vec![0; rows.len()];
+    for _ in 0..20 {
+        let label = |r: &Vec<f64>| (0..k).min_by(|&a, &b| distance(r, &centres[a]).total_cmp(&distance(r, &centres[b]))).unwrap_or(0);
+        let next: Vec<usize> = rows.iter().map(label).collect();
+        let same = next == labels;
+        labels = next;
+        if same {
+            break;
+        }
+        for (state, centre) in centres.iter_mut().enumerate() {
+            let members: Vec<&Vec<f64>> = rows.iter().zip(&labels).filter(|(_, l)| **l == state).map(|(r, _)| r).collect();
+            if !members.is_empty() {
+                (0..centre.len()).for_each(|i| centre[i] = members.iter().map(|m| m[i]).sum::<f64>() / members.len() as f64);
+            }
+        }
+    }
+    labels
+}
+
+/// Emission parameters of clustered steps.
+fn emission_of_labels(
+    data: &Observations<'_>,
+    options: &FitOptions,
+    facts: &Facts,
+    k: usize,
+    sample: &[(usize, usize)],
+    labels: &[usize],
+) -> EmissionParameters {
+    let d = data.width;
+    let members = |s: usize| sample.iter().zip(labels).filter(move |(_, l)| **l == s).map(|(&(n, t), _)| data.x(n, t));
+    let count = |s: usize| members(s).count() as f64;
+    let mean = |s: usize, i: usize| {
+        let n = count(s);
+        if n > 0.0 { members(s).map(|x| f64::from(x[i])).sum::<f64>() / n } else { facts.mean[i] }
+    };
+    // A cluster's spread, at least a fiftieth of all the variance: narrow starts trap EM.
+    let product = |s: usize, i: usize, j: usize| {
+        let (n, mi, mj) = (count(s), mean(s, i), mean(s, j));
+        let floor = if i == j { 0.02 * facts.variance[i] } else { 0.0 };
+        if n < 2.0 {
+            return if i == j { facts.variance[i] } else { 0.0 };
+        }
+        members(s).map(|x| (f64::from(x[i]) - mi) * (f64::from(x[j]) - mj)).sum::<f64>() / n + floor
+    };
+    let cells = |f: &dyn Fn(usize, usize) -> f64| -> Vec<f64> { (0..k * d).map(|e| f(e / d, e % d)).collect() };
+    match options.emission {
+        Emission::LogProbabilities => EmissionParameters::LogProbabilities,
+        Emission::GaussianDiagonal => EmissionParameters::GaussianDiagonal { mean: cells(&mean), variance: cells(&|s, i| product(s, i, i)) },
+        Emission::GaussianFull => {
+            let covariance = (0..k * d * d).map(|e| product(e / (d * d), e / d % d, e % d)).collect();
+            EmissionParameters::GaussianFull { mean: cells(&mean), covariance }
+        }
+        Emission::StudentT => {
+            let shrink = if options.freedom > 2.0 { (options.freedom - 2.0) / options.freedom } else { 0.5 };
+            let scale = cells(&|s, i| (shrink * product(s, i, i)).sqrt());
+            EmissionParameters::StudentT { location: cells(&mean), scale, freedom: vec![options.freedom; k * d] }
+        }
+        Emission::Poisson => EmissionParameters::Poisson { rate: cells(&|s, i| mean(s, i).max(0.01 * facts.mean[i]).max(1e-3)) },
+        Emission::Categorical { symbols } => {
+            let share = |s: usize, symbol: u32| (members(s).filter(|x| x[0] == symbol as f32).count() as f64 + 1.0) / (count(s) + f64::from(symbols));
+            EmissionParameters::Categorical { probability: (0..k).flat_map(|s| (0..symbols).map(move |i| (s, i))).map(|(s, i)| share(s, i)).collect() }
+        }
+        Emission::Regression => {
+            let all: Vec<&[f32]> = sample.iter().map(|&(n, t)| data.x(n, t)).collect();
+            let (pooled, _) = least_squares(&all, d - 1);
+            let (mut coefficients, mut variance) = (Vec::with_capacity(k * (d - 1)), Vec::with_capacity(k));
+            for s in 0..k {
+                let own: Vec<&[f32]> = members(s).collect();
+                let beta = if own.len() >= 5 * d { least_squares(&own, d - 1).0 } else { pooled.clone() };
+                let rows = if own.len() >= 2 { &own } else { &all };
+                let error = |x: &[f32]| f64::from(x[0]) - beta.iter().zip(&x[1..]).map(|(b, &x)| b * f64::from(x)).sum::<f64>();
+                variance.push(rows.iter().map(|x| error(x).powi(2)).sum::<f64>() / rows.len() as f64 + 0.02 * facts.variance[0]);
+                coefficients.extend(beta);
+            }
+            EmissionParameters::Regression { coefficients, variance }
+        }
+    }
+}
+
+/// Coefficients of the first number on the others, and what they explain.
+fn least_squares(rows: &[&[f32]], r: usize) -> (Vec<f64>, f64) {
+    let (mut products, mut right) = (vec![0.0; r * (r + 1) / 2], vec![0.0; r]);
+    for x in rows {
+        for i in 0..r {
+            for j in 0..=i {
+                products[i * (i + 1) / 2 + j] += f64::from(x[1 + i]) * f64::from(x[1 + j]);
+            }
+            right[i] += f64::from(x[1 + i]) * f64::from(x[0]);
+        }
+    }
+    let explained = crate::hmm_baum_welch::solve(&mut products, &mut right, r);
+    (right, explained)
+}
+
+// ---- the fit ------------------------------------------------------------------------------------------------------------------------
+
+/// The models of one K.
+struct Engine {
+    k: usize,
+    fit: BaumWelch,
+    stopped: usize,
+}
+
+/// What came out of one K.
+struct Outcome {
+    k: usize,
+    models: usize,
+    iterations: usize,
+    parameters: Vec<f64>,
+    path: Vec<f64>,
+    status: Vec<u32>,
+    totals: Vec<f64>,
+}
+
+fn fit_groups(
+    device: &Device,
+    data: &Observations<'_>,
+    options: &FitOptions,
+    facts: &[Facts],
+    first: usize,
+    progress: &mut dyn FnMut(FitProgress),
+) -> Result<Vec<Fit>> {
+    let (groups, models) = (facts.len(), facts.len() * options.restarts);
+    let mut engines = options.states.iter().map(|&k| engine(device, data, options, facts, first, k)).collect::<Result<Vec<Engine>>>()?;
+    let mut done = 0;
+    while done < options.iterations && engines.iter().any(|e| e.stopped < models) {
+        let more = LOOK.min(options.iterations - done);
+        let mut pass = device.pass(OP);
+        let mut looks = Vec::new();
+        for (i, engine) in engines.iter_mut().enumerate().filter(|(_, e)| e.stopped < models) {
+            engine.fit.record(&mut pass, more)?;
+            let row = u64::from(engine.fit.iterations) * models as u64;
+            looks.push((i, pass.read(engine.fit.status.view(row..row + models as u64))?));
+        }
+        let mut values = pass.submit()?;
+        for (i, read) in looks {
+            engines[i].stopped = values.u32(read)?.iter().filter(|&&s| s != 0).count();
+        }
+        done += more;
+        let stopped = engines.iter().map(|e| e.stopped).sum();
+        progress(FitProgress { stopped, models: models * engines.len(), iterations: done });
+    }
+    let outcomes = outcomes(device, engines, models)?;
+    (0..groups).map(|g| best(options, data, facts, first, g, &outcomes)).collect()
+}
+
+/// Starts of all models of one K, uploaded.
+fn engine(device: &Device, data: &Observations<'_>, options: &FitOptions, facts: &[Facts], first: usize, k: usize) -> Result<Engine> {
+    let per_model = data.n / facts.len();
+    let given: Vec<&Parameters> = options.start.iter().filter(|p| p.k == k).collect();
+    if given.iter().any(|p| p.kind() != options.emission || (p.d != data.width && options.emission != Emission::LogProbabilities)) {
+        return wrong("start", format!("{k} states"), "a start has the emission and the numbers a step of the observations");
+    }
+    let starts: Vec<Vec<f32>> = (0..facts.len() * options.restarts)
+        .into_par_iter()
+        .map(|m| {
+            let (g, restart) = (m / options.restarts, m % options.restarts);
+            let own = if given.len() > 1 { given.get(first + g) } else { given.first() };
+            match own {
+                Some(own) if restart == 0 => own.natural(),
+                _ => start(data, options, &facts[g], g * per_model..(g + 1) * per_model, first + g, k, restart).natural(),
+            }
+        })
+        .collect();
+    let width = if options.emission == Emission::LogProbabilities { 1 } else { data.width };
+    let guards: Vec<f32> = facts
+        .iter()
+        .flat_map(|f| {
+            let floors = f.variance.iter().map(|v| ((options.minimum_variance * v) as f32).max(1e-30)).take(width);
+            floors.chain(f.mean.iter().map(|&m| m as f32).take(width)).collect::<Vec<f32>>()
+        })
+        .collect();
+    let settings = Settings {
+        emission: options.emission,
+        k,
+        per_model,
+        restarts: options.restarts,
+        tolerance: options.tolerance as f32,
+        init_prior: options.init_prior as f32,
+        transition_prior: options.transition_prior as f32,
+        sticky: options.sticky as f32,
+        mean_weight: options.mean_weight as f32,
+    };
+    let fit = BaumWelch::new(device, data, &settings, &starts.concat(), &guards, options.iterations)?;
+    Ok(Engine { k, fit, stopped: 0 })
+}
+
+/// The last expectations, and the downloads.
+fn outcomes(device: &Device, engines: Vec<Engine>, models: usize) -> Result<Vec<Outcome>> {
+    let mut pass = device.pass(OP);
+    let mut reads = Vec::new();
+    for engine in engines {
+        let Engine { k, mut fit, .. } = engine;
+        fit.finish(&mut pass)?;
+        let all = [pass.read(&fit.parameters)?, pass.read(&fit.path)?, pass.read(&fit.totals)?, pass.read(&fit.status)?];
+        reads.push((k, fit.iterations as usize, all));
+    }
+    let mut done = pass.submit()?;
+    let mut outcomes = Vec::new();
+    for (k, iterations, [parameters, path, totals, status]) in reads {
+        let (parameters, path, totals, status) = (done.f64(parameters)?, done.f64(path)?, done.f64(totals)?, done.u32(status)?);
+        outcomes.push(Outcome { k, models, iterations, parameters, path, status, totals });
+    }
+    Ok(outcomes)
+}
+
+impl Outcome {
+    /// Path and end of model m.
+    fn run(&self, m: usize) -> (Vec<f64>, Restart) {
+        let stop = (1..=self.iterations + 1).find(|row| self.status[row * self.models + m] != 0);
+        let iterations = stop.map_or(self.iterations, |row| row - 1);
+        let at = |row: usize| 2 * (row * self.models + m);
+        let path: Vec<f64> = (0..=iterations).map(|row| self.path[at(row)] + self.path[at(row) + 1]).collect();
+        let status = Status::of(stop.map_or(0, |row| self.status[row * self.models + m]));
+        let log_likelihood = if status == Status::Impossible { f64::NEG_INFINITY } else { path[iterations] };
+        (path, Restart { log_likelihood, status, iterations })
+    }
+}
+
+/// The best restart of the best K of group g.
+fn best(options: &FitOptions, data: &Observations<'_>, facts: &[Facts], first: usize, g: usize, outcomes: &[Outcome]) -> Result<Fit> {
+    let (facts, d) = (&facts[g], if options.emission == Emission::LogProbabilities { 0 } else { data.width });
+    let mut candidates = Vec::new();
+    let mut kept: Option<Fit> = None;
+    for outcome in outcomes {
+        let k = outcome.k;
+        let runs: Vec<(Vec<f64>, Restart)> = (0..options.restarts).map(|r| outcome.run(g * options.restarts + r)).collect();
+        let likeliest = (0..options.restarts).max_by(|&a, &b| runs[a].1.log_likelihood.total_cmp(&runs[b].1.log_likelihood).then(b.cmp(&a))).unwrap_or(0);
+        let end = runs[likeliest].1;
+        if !end.log_likelihood.is_finite() {
+            let help = format!("series {}: every start with {k} states gives some observation probability zero; give another start", first + g);
+            return wrong("start", end.log_likelihood.to_string(), &help);
+        }
+        let m = g * options.restarts + likeliest;
+        let (width, each) = (outcome.parameters.len() / outcome.models, outcome.totals.len() / outcome.models);
+        let parameters = Parameters::of(options.emission, k, d, &outcome.parameters[m * width..(m + 1) * width]);
+        let totals = &outcome.totals[m * each..(m + 1) * each];
+        let (free, n) = (parameters.free() as f64, facts.observations as f64);
+        let bic = -2.0 * end.log_likelihood + free * n.ln();
+        let icl = expected_log(&parameters, totals, facts).map(|joint| bic + 2.0 * (end.log_likelihood - joint).max(0.0));
+        let criteria = Criteria { aic: -2.0 * end.log_likelihood + 2.0 * free, bic, icl };
+        let converged = end.status == Status::Converged;
+        candidates.push(Candidate { k, log_likelihood: end.log_likelihood, free: parameters.free(), criteria, converged });
+        if kept.as_ref().is_none_or(|best| criteria.get(options.criterion) < best.criteria.get(options.criterion)) {
+            let sums = (each - 3 - k - k * k) / k;
+            kept = Some(Fit {
+                weights: (0..k).map(|s| totals[k + k * k + s * sums]).collect(),
+                parameters,
+                log_likelihood: end.log_likelihood,
+                path: runs[likeliest].0.clone(),
+                status: end.status,
+                converged,
+                iterations: end.iterations,
+                observations: facts.observations,
+                criteria,
+                restarts: runs.iter().map(|r| r.1).collect(),
+                candidates: Vec::new(),
+            });
+        }
+    }
+    kept.map(|fit| Fit { candidates, ..fit }).ok_or_else(|| Error::Internal("a fit without a number of states".into()))
+}
+
+/// E[log p(observations, path)] under the path's posterior, from the sums of the last expectation; none for log-probabilities.
+fn expected_log(parameters: &Parameters, totals: &[f64], facts: &Facts) -> Option<f64> {
+    let (k, d) = (parameters.k, parameters.d);
+    let entropy = |counts: &[f64], p: &[f64]| counts.iter().zip(p).filter(|(c, _)| **c > 0.0).map(|(c, p)| c * p.max(1e-300).ln()).sum::<f64>();
+    let chain = entropy(&totals[..k], &parameters.init) + entropy(&totals[k..k + k * k], &parameters.trans);
+    let states = &totals[k + k * k..totals.len() - 3];
+    let each = states.len() / k;
+    let log_tau = (2.0 * PI).ln();
+    let mut total = chain - facts.log_factorials;
+    for (s, sums) in states.chunks_exact(each).enumerate() {
+        let (weight, sums) = (sums[0], &sums[1..]);
+        total += match &parameters.emission {
+            EmissionParameters::LogProbabilities => return None,
+            EmissionParameters::GaussianDiagonal { variance, .. } => {
+                (0..d).map(|i| (variance[s * d + i], sums[d + i])).map(|(v, square)| -0.5 * (weight * (log_tau + v.ln()) + square / v)).sum::<f64>()
+            }
+            EmissionParameters::GaussianFull { covariance, .. } => {
+                let factor = cholesky(&covariance[s * d * d..(s + 1) * d * d], d).ok()?;
+                let (inverse, logs) = invert_lower(&factor, d);
+                let entry = |i: usize, j: usize| sums[d + i.max(j) * (i.max(j) + 1) / 2 + i.min(j)];
+                let row = |r: usize| &inverse[r * (r + 1) / 2..(r + 1) * (r + 2) / 2];
+                let trace: f64 =
+                    (0..d).map(|r| (0..=r).flat_map(|i| (0..=r).map(move |j| (i, j))).map(|(i, j)| row(r)[i] * row(r)[j] * entry(i, j)).sum::<f64>()).sum();
+                -0.5 * (weight * (d as f64 * log_tau + 2.0 * logs) + trace)
+            }
+            EmissionParameters::StudentT { scale, freedom, .. } => (0..d)
+                .map(|i| {
+                    let (scale, v) = (scale[s * d + i], freedom[s * d + i]);
+                    weight * (student_constant(v) - scale.ln()) - 0.5 * (v + 1.0) * sums[3 * d + i]
+                })
+                .sum::<f64>(),
+            EmissionParameters::Poisson { rate } => (0..d).map(|i| sums[i] * rate[s * d + i].ln() - weight * rate[s * d + i]).sum::<f64>(),
+            EmissionParameters::Categorical { probability } => entropy(sums, &probability[s * sums.len()..(s + 1) * sums.len()]),
+            EmissionParameters::Regression { variance, .. } => -0.5 * (weight * (log_tau + variance[s].ln()) + sums[sums.len() - 1] / variance[s]),
+        };
+    }
+    Some(total)
 }
