@@ -19,6 +19,7 @@ pub mod device;
 pub mod error;
 pub mod fixed;
 pub mod hmm;
+pub mod hmm_gradient;
 mod hmm_pack;
 pub mod indicators;
 pub mod multiple_testing;
@@ -85,14 +86,25 @@ pub static OPS: [Op; 7] = [
     Op {
         name: "hmm_forward_backward",
         about: "likelihood, filtered, predicted and smoothed probabilities of hidden Markov models",
-        kernels: &[&hmm::HMM_EMISSION, &hmm::HMM_FORWARD_BACKWARD],
+        kernels: &[
+            &hmm::HMM_EMISSION,
+            &hmm::HMM_FORWARD_BACKWARD,
+            &hmm_gradient::HMM_GRADIENT_CHAIN,
+            &hmm_gradient::HMM_GRADIENT_EMISSION,
+            &hmm_gradient::HMM_GRADIENT_TABLE,
+            &hmm_gradient::HMM_GRADIENT_STEPS,
+            &hmm_gradient::HMM_GRADIENT_SOFTMAX,
+            &hmm_gradient::HMM_GRADIENT_REDUCE,
+            &hmm_gradient::HMM_TANGENT,
+            &hmm_gradient::HMM_TANGENT_POSTERIOR,
+        ],
         differentiable: true,
         verify: hmm::verify,
     },
 ];
 
 /// Every kernel: those of the ops, then the ceiling that `forback bench` measures.
-pub static KERNELS: [&Kernel; 26] = [
+pub static KERNELS: [&Kernel; 34] = [
     &philox::PHILOX,
     &performance::PERFORMANCE,
     &walk_forward_sharpe::SEGMENT_MOMENTS,
@@ -118,5 +130,13 @@ pub static KERNELS: [&Kernel; 26] = [
     &portfolio::SIGNAL_SCORE,
     &hmm::HMM_EMISSION,
     &hmm::HMM_FORWARD_BACKWARD,
+    &hmm_gradient::HMM_GRADIENT_CHAIN,
+    &hmm_gradient::HMM_GRADIENT_EMISSION,
+    &hmm_gradient::HMM_GRADIENT_TABLE,
+    &hmm_gradient::HMM_GRADIENT_STEPS,
+    &hmm_gradient::HMM_GRADIENT_SOFTMAX,
+    &hmm_gradient::HMM_GRADIENT_REDUCE,
+    &hmm_gradient::HMM_TANGENT,
+    &hmm_gradient::HMM_TANGENT_POSTERIOR,
     &ceilings::CEILING_MULTIPLY_ADD,
 ];
