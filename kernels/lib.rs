@@ -88,6 +88,8 @@ pub static OPS: [Op; 7] = [
         about: "likelihood, filtered, predicted and smoothed probabilities of hidden Markov models",
         kernels: &[
             &hmm::HMM_EMISSION,
+            &hmm::HMM_FORWARD_BACKWARD_4,
+            &hmm::HMM_FORWARD_BACKWARD_8,
             &hmm::HMM_FORWARD_BACKWARD,
             &hmm_gradient::HMM_GRADIENT_CHAIN,
             &hmm_gradient::HMM_GRADIENT_EMISSION,
@@ -104,7 +106,7 @@ pub static OPS: [Op; 7] = [
 ];
 
 /// Every kernel: those of the ops, then the ceiling that `forback bench` measures.
-pub static KERNELS: [&Kernel; 34] = [
+pub static KERNELS: [&Kernel; 36] = [
     &philox::PHILOX,
     &performance::PERFORMANCE,
     &walk_forward_sharpe::SEGMENT_MOMENTS,
@@ -129,6 +131,8 @@ pub static KERNELS: [&Kernel; 34] = [
     &portfolio::PORTFOLIO_SCORE,
     &portfolio::SIGNAL_SCORE,
     &hmm::HMM_EMISSION,
+    &hmm::HMM_FORWARD_BACKWARD_4,
+    &hmm::HMM_FORWARD_BACKWARD_8,
     &hmm::HMM_FORWARD_BACKWARD,
     &hmm_gradient::HMM_GRADIENT_CHAIN,
     &hmm_gradient::HMM_GRADIENT_EMISSION,
