@@ -474,90 +474,113 @@ __device__ __forceinline__ void forward(const Hmm& h, uint32_t b, uint32_t lengt
     }
 }
 
+// One step back: γ and the pair posterior of the step before from those of the step after.
+template <int K>
+__device__ __forceinline__ void smooth(const Hmm& h, const float (&a)[K][K], const float (&alpha)[K], float (&gamma)[K], float (&block)[K][K],
+                                       float* posterior) {
+    float pred[K], r[K];
+    predict(a, alpha, pred);
+#pragma unroll
+    for (int j = 0; j < K; j++) {
+        r[j] = pred[j] > 0.0f ? gamma[j] / pred[j] : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < K; i++) {
+        float onto = a[i][0] * r[0];
+#pragma unroll
+        for (int j = 1; j < K; j++) {
+            onto += a[i][j] * r[j];
+        }
+        gamma[i] = alpha[i] * onto;
+    }
+    const float sum = sum_of(gamma);
+    const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+    if (h.has(POSTERIOR)) {
+        store(posterior, gamma, inverse);
+    }
+    if (h.has(PAIR_SUM | PAIR_STEPS)) {
+#pragma unroll
+        for (int i = 0; i < K; i++) {
+            const float scaled = alpha[i] * inverse;
+#pragma unroll
+            for (int j = 0; j < K; j++) {
+                block[i][j] += scaled * a[i][j] * r[j];
+            }
+        }
+    }
+}
+
 template <int K>
 __device__ __forceinline__ void backward(const Hmm& h, uint32_t b, uint32_t length) {
-    if (h.p.begin >= length) {
-        return;
-    }
     const uint32_t each = h.p.t * K;
     float* posterior = h.states + section(h, POSTERIOR) + b * each;
     const float* parked = h.states + h.p.park * h.p.b * each + b * each;
     float* record = h.summary + b * h.p.record;
-    const bool pairs = h.has(PAIR_SUM | PAIR_STEPS);
-    float gamma[K], a[K][K], block[K][K] = {};
-    uint32_t last = h.p.end;
-    if (h.p.end >= length) {
-        last = length - 1;
-        load(parked + last * K, gamma);
-        if (h.has(POSTERIOR)) {
-            store(posterior + last * K, gamma, 1.0f);
-        }
-    } else {
+    float gamma[K] = {}, a[K][K], block[K][K] = {};
+    if (h.p.end < length) {
         load(record + 4, gamma);
     }
+    // α(end − 1 − q) waits in ahead[q % AHEAD]; steps past the length have none.
     float ahead[AHEAD][K];
+    const uint32_t steps = h.p.end - h.p.begin;
 #pragma unroll
     for (int q = 0; q < AHEAD; q++) {
-        if (last > h.p.begin + q) {
-            load(parked + (last - 1 - q) * K, ahead[q]);
+        if (q < steps && h.p.end - 1 - q < length) {
+            load(parked + (h.p.end - 1 - q) * K, ahead[q]);
         }
     }
-    for (uint32_t after = last; after > h.p.begin; after -= min((uint32_t)AHEAD, after - h.p.begin)) {
+    // The sum over time starts afresh in the launch that holds the last step.
+    bool adds = h.p.end < h.p.t;
+    for (uint32_t first = 0; first < steps; first += AHEAD) {
 #pragma unroll
         for (int q = 0; q < AHEAD; q++) {
-            if (after <= h.p.begin + q) {
+            if (first + q >= steps) {
                 break;
             }
-            const uint32_t t = after - 1 - q;
-            float alpha[K], pred[K], r[K];
-#pragma unroll
-            for (int j = 0; j < K; j++) {
-                alpha[j] = ahead[q][j];
-            }
-            if (t >= h.p.begin + AHEAD) {
-                load(parked + (t - AHEAD) * K, ahead[q]);
-            }
-            if (h.has(TRANS_STEP) || t + 1 == last) {
-                transitions_of(h, b, t, a);
-            }
-            predict(a, alpha, pred);
-#pragma unroll
-            for (int j = 0; j < K; j++) {
-                r[j] = pred[j] > 0.0f ? gamma[j] / pred[j] : 0.0f;
-            }
-#pragma unroll
-            for (int i = 0; i < K; i++) {
-                float onto = a[i][0] * r[0];
-#pragma unroll
-                for (int j = 1; j < K; j++) {
-                    onto += a[i][j] * r[j];
-                }
-                gamma[i] = alpha[i] * onto;
-            }
-            const float sum = sum_of(gamma);
-            const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
-            if (h.has(POSTERIOR)) {
-                store(posterior + t * K, gamma, inverse);
-            }
-            if (!pairs) {
-                continue;
-            }
-            const bool flush = h.has(PAIR_STEPS) || t % PAIR_BLOCK == 0 || t == h.p.begin;
-            float* to = h.pair + (h.has(PAIR_STEPS) ? b * (h.p.t - 1) + t : b) * K * K;
-#pragma unroll
-            for (int i = 0; i < K; i++) {
+            const uint32_t after = h.p.end - first - q, t = after - 1;
+            if (after <= length) {
+                float alpha[K];
 #pragma unroll
                 for (int j = 0; j < K; j++) {
-                    block[i][j] += alpha[i] * inverse * a[i][j] * r[j];
-                    if (flush) {
-                        to[i * K + j] = h.has(PAIR_STEPS) ? block[i][j] : to[i * K + j] + block[i][j];
+                    alpha[j] = ahead[q][j];
+                }
+                if (t >= h.p.begin + AHEAD) {
+                    load(parked + (t - AHEAD) * K, ahead[q]);
+                }
+                if (after == length) {
+#pragma unroll
+                    for (int j = 0; j < K; j++) {
+                        gamma[j] = alpha[j];
+                    }
+                    if (h.has(POSTERIOR)) {
+                        store(posterior + t * K, gamma, 1.0f);
+                    }
+                } else {
+                    if (h.has(TRANS_STEP) || after == min(h.p.end, length - 1)) {
+                        transitions_of(h, b, t, a);
+                    }
+                    smooth(h, a, alpha, gamma, block, posterior + t * K);
+                }
+            } else if (t >= h.p.begin + AHEAD && t - AHEAD < length) {
+                load(parked + (t - AHEAD) * K, ahead[q]);
+            }
+            const bool flush = h.has(PAIR_STEPS) ? after < h.p.t : h.has(PAIR_SUM) && (t % PAIR_BLOCK == 0 || t == h.p.begin);
+            if (flush) {
+                float* to = h.pair + (h.has(PAIR_STEPS) ? b * (h.p.t - 1) + t : b) * K * K;
+                const bool overwrites = h.has(PAIR_STEPS) || !adds;
+#pragma unroll
+                for (int i = 0; i < K; i++) {
+#pragma unroll
+                    for (int j = 0; j < K; j++) {
+                        to[i * K + j] = overwrites ? block[i][j] : to[i * K + j] + block[i][j];
                         block[i][j] = 0.0f;
                     }
                 }
+                adds = true;
             }
         }
     }
-    if (h.p.begin > 0) {
+    if (h.p.begin > 0 && h.p.begin < length) {
         store(record + 4, gamma, 1.0f);
     }
 }
@@ -609,22 +632,15 @@ extern "C" __global__ void __launch_bounds__(WG)
 
 // ---- several threads per sequence ---------------------------------------------------------------------------------
 
-// Most states, and most states whose transitions are kept in shared memory.
-#define MAX_STATES 512
-#define KEPT 32
+// Shared memory: four arrays over the states of all sequences of the block (log b or γ, α, predicted or ratio, row sums of a softmax), then,
+// where they fit, the transitions and the pair posteriors of a block of steps.
+#define POOL 4096
 
-struct Shared {
-    float log_b[MAX_STATES];  // γ of the step after in the backward pass
-    float alpha[MAX_STATES];
-    float ratio[MAX_STATES];  // what is predicted in the forward pass
-    float row[MAX_STATES];
-    float transitions[2048];
-};
-
-// One thread of a sequence: its states are lane, lane + lanes, …; the sequence's part of the shared arrays starts at `base`.
+// One thread of a sequence: its states are lane, lane + lanes, …; the arrays are the sequence's part.
 struct Lane {
-    uint32_t b, length, lane, lanes, base;
-    bool valid;
+    uint32_t b, length, lane, lanes;
+    float *log_b, *alpha, *ratio, *row, *transitions, *pairs;
+    bool keeps_transitions, keeps_pairs, valid;
 };
 
 // The threads of a sequence wait for each other.
@@ -637,7 +653,7 @@ __device__ __forceinline__ void lanes_sync(const Lane& l) {
 }
 
 // Fills what transitions of a slot need: the matrix, or for many states under a softmax the logarithm of each row's sum. Barrier after.
-__device__ __forceinline__ void fill_transitions(const Hmm& h, Shared& sh, const Lane& l, uint32_t slot) {
+__device__ __forceinline__ void fill_transitions(const Hmm& h, const Lane& l, uint32_t slot) {
     const float* table = table_of(h, l.b, slot);
     const uint32_t k = h.p.k;
     for (uint32_t i = l.lane; i < k; i += l.lanes) {
@@ -651,40 +667,40 @@ __device__ __forceinline__ void fill_transitions(const Hmm& h, Shared& sh, const
                 total += probability_of(transition(h, table, l.b, slot, i, j) - most);
             }
             total = most + logf(total);
-            sh.row[l.base + i] = total;
+            l.row[i] = total;
         }
-        if (k <= KEPT) {
+        if (l.keeps_transitions) {
             for (uint32_t j = 0; j < k; j++) {
-                sh.transitions[(l.base + i) * k + j] = probability_of(transition(h, table, l.b, slot, i, j) - total);
+                l.transitions[i * k + j] = probability_of(transition(h, table, l.b, slot, i, j) - total);
             }
         }
     }
 }
 
-__device__ __forceinline__ float probability(const Hmm& h, const Shared& sh, const Lane& l, uint32_t slot, const float* table, uint32_t i, uint32_t j) {
-    if (h.p.k <= KEPT) {
-        return sh.transitions[(l.base + i) * h.p.k + j];
+__device__ __forceinline__ float probability(const Hmm& h, const Lane& l, uint32_t slot, const float* table, uint32_t i, uint32_t j) {
+    if (l.keeps_transitions) {
+        return l.transitions[i * h.p.k + j];
     }
-    return probability_of(transition(h, table, l.b, slot, i, j) - (h.has(SOFTMAX) ? sh.row[l.base + i] : 0.0f));
+    return probability_of(transition(h, table, l.b, slot, i, j) - (h.has(SOFTMAX) ? l.row[i] : 0.0f));
 }
 
 // Σ_i α(i)·A(i,j)
-__device__ __forceinline__ float predict_state(const Hmm& h, const Shared& sh, const Lane& l, uint32_t slot, uint32_t j) {
+__device__ __forceinline__ float predict_state(const Hmm& h, const Lane& l, uint32_t slot, uint32_t j) {
     const float* table = table_of(h, l.b, slot);
     float pred = 0.0f;
     for (uint32_t i = 0; i < h.p.k; i++) {
-        pred += sh.alpha[l.base + i] * probability(h, sh, l, slot, table, i, j);
+        pred += l.alpha[i] * probability(h, l, slot, table, i, j);
     }
     return pred;
 }
 
 // α(j) of a step that is done again, from what was predicted and observed.
-__device__ __forceinline__ float joint_state(const Shared& sh, const Lane& l, uint32_t j) {
-    const float pred = sh.ratio[l.base + j], x = sh.log_b[l.base + j];
+__device__ __forceinline__ float joint_state(const Lane& l, uint32_t j) {
+    const float pred = l.ratio[j], x = l.log_b[j];
     return pred > 1e-37f && x > IMPOSSIBLE ? x + logf(pred) : LOG_ZERO;
 }
 
-__device__ __forceinline__ void forward_lanes(const Hmm& h, Shared& sh, const Lane& l) {
+__device__ __forceinline__ void forward_lanes(const Hmm& h, const Lane& l) {
     const uint32_t k = h.p.k, each = h.p.t * k;
     float* filtered = h.states + section(h, FILTERED) + l.b * each;
     float* predicted = h.states + section(h, PREDICTED) + l.b * each;
@@ -703,11 +719,11 @@ __device__ __forceinline__ void forward_lanes(const Hmm& h, Shared& sh, const La
         }
         sum = failed >= 0.0f ? 1.0f : sum;
         for (uint32_t j = l.lane; j < k; j += l.lanes) {
-            sh.alpha[l.base + j] = record[4 + j];
+            l.alpha[j] = record[4 + j];
         }
     }
     if (l.valid && !h.has(TRANS_STEP)) {
-        fill_transitions(h, sh, l, 0);
+        fill_transitions(h, l, 0);
     }
     // A step that is done again has its shift here until α is written anew.
     float again = LOG_ZERO;
@@ -716,12 +732,12 @@ __device__ __forceinline__ void forward_lanes(const Hmm& h, Shared& sh, const La
         if (runs) {
             for (uint32_t j = l.lane; j < k; j += l.lanes) {
                 if (again > IMPOSSIBLE) {
-                    sh.alpha[l.base + j] = probability_of(joint_state(sh, l, j) - again);
+                    l.alpha[j] = probability_of(joint_state(l, j) - again);
                 }
-                sh.log_b[l.base + j] = log_b(h, l.b, t, j);
+                l.log_b[j] = log_b(h, l.b, t, j);
             }
             if (t > 0 && h.has(TRANS_STEP)) {
-                fill_transitions(h, sh, l, t - 1);
+                fill_transitions(h, l, t - 1);
             }
         }
         lanes_sync(l);  // α, log b and transitions are complete
@@ -729,37 +745,37 @@ __device__ __forceinline__ void forward_lanes(const Hmm& h, Shared& sh, const La
         const int32_t exponent = exponent_of(sum);
         if (runs) {
             for (uint32_t j = 0; j < k; j++) {
-                shift = fmaxf(shift, sh.log_b[l.base + j]);
+                shift = fmaxf(shift, l.log_b[j]);
             }
             for (uint32_t j = l.lane; j < k; j += l.lanes) {
-                const float pred = t == 0 ? probability_of(h.model[model_at(h, l.b) + j]) : predict_state(h, sh, l, t - 1, j);
+                const float pred = t == 0 ? probability_of(h.model[model_at(h, l.b) + j]) : predict_state(h, l, t - 1, j);
                 if (h.has(PREDICTED)) {
                     predicted[t * k + j] = pred / sum;
                 }
-                sh.ratio[l.base + j] = pred * power_of_two(-exponent);
+                l.ratio[j] = pred * power_of_two(-exponent);
             }
             total.exponents += exponent;
         }
         lanes_sync(l);  // all have read α
         if (runs) {
             for (uint32_t j = l.lane; j < k; j += l.lanes) {
-                sh.alpha[l.base + j] = shift <= IMPOSSIBLE ? 0.0f : sh.ratio[l.base + j] * probability_of(sh.log_b[l.base + j] - shift);
+                l.alpha[j] = shift <= IMPOSSIBLE ? 0.0f : l.ratio[j] * probability_of(l.log_b[j] - shift);
             }
         }
         lanes_sync(l);  // α is complete
         if (runs) {
             sum = 0.0f;
             for (uint32_t j = 0; j < k; j++) {
-                sum += sh.alpha[l.base + j];
+                sum += l.alpha[j];
             }
             again = LOG_ZERO;
             if (sum < RETRY) {
                 for (uint32_t j = 0; j < k; j++) {
-                    again = fmaxf(again, joint_state(sh, l, j));
+                    again = fmaxf(again, joint_state(l, j));
                 }
                 sum = 0.0f;
                 for (uint32_t j = 0; j < k; j++) {
-                    sum += probability_of(joint_state(sh, l, j) - again);
+                    sum += probability_of(joint_state(l, j) - again);
                 }
                 shift = again;
                 if (again <= IMPOSSIBLE) {
@@ -773,7 +789,7 @@ __device__ __forceinline__ void forward_lanes(const Hmm& h, Shared& sh, const La
                 total.fold();
             }
             for (uint32_t j = l.lane; keeps && j < k; j += l.lanes) {
-                const float alpha = again > IMPOSSIBLE ? probability_of(joint_state(sh, l, j) - again) : sh.alpha[l.base + j];
+                const float alpha = again > IMPOSSIBLE ? probability_of(joint_state(l, j) - again) : l.alpha[j];
                 // an impossible step leaves no α
                 kept[t * k + j] = failed >= 0.0f ? 0.0f : alpha / sum;
             }
@@ -785,7 +801,7 @@ __device__ __forceinline__ void forward_lanes(const Hmm& h, Shared& sh, const La
     }
     if (h.p.end < l.length) {
         for (uint32_t j = l.lane; j < k; j += l.lanes) {
-            record[4 + j] = again > IMPOSSIBLE ? probability_of(joint_state(sh, l, j) - again) : sh.alpha[l.base + j];
+            record[4 + j] = again > IMPOSSIBLE ? probability_of(joint_state(l, j) - again) : l.alpha[j];
         }
     }
     if (l.lane == 0) {
@@ -811,12 +827,12 @@ __device__ __forceinline__ void forward_lanes(const Hmm& h, Shared& sh, const La
     }
 }
 
-__device__ __forceinline__ void backward_lanes(const Hmm& h, Shared& sh, const Lane& l) {
+__device__ __forceinline__ void backward_lanes(const Hmm& h, const Lane& l) {
     const uint32_t k = h.p.k, each = h.p.t * k, end = min(h.p.end, l.length);
     float* posterior = h.states + section(h, POSTERIOR) + l.b * each;
     const float* parked = h.states + h.p.park * h.p.b * each + l.b * each;
     float* record = h.summary + l.b * h.p.record;
-    float* gamma = sh.log_b + l.base;
+    float* gamma = l.log_b;
     if (l.valid && h.p.begin < l.length) {
         for (uint32_t j = l.lane; j < k; j += l.lanes) {
             gamma[j] = h.p.end < l.length ? record[4 + j] : parked[(end - 1) * k + j];
@@ -825,9 +841,11 @@ __device__ __forceinline__ void backward_lanes(const Hmm& h, Shared& sh, const L
             }
         }
         if (!h.has(TRANS_STEP)) {
-            fill_transitions(h, sh, l, 0);
+            fill_transitions(h, l, 0);
         }
     }
+    // The sum over time starts afresh in the launch that holds the last step, its blocks after each flush.
+    bool adds = h.p.end < h.p.t, fresh = true;
     for (uint32_t after = h.p.end; after > h.p.begin; after--) {
         const uint32_t t = after - 1;
         const bool runs = l.valid && after < l.length;
@@ -836,10 +854,10 @@ __device__ __forceinline__ void backward_lanes(const Hmm& h, Shared& sh, const L
         }
         if (runs) {
             for (uint32_t j = l.lane; j < k; j += l.lanes) {
-                sh.alpha[l.base + j] = parked[t * k + j];
+                l.alpha[j] = parked[t * k + j];
             }
             if (h.has(TRANS_STEP)) {
-                fill_transitions(h, sh, l, t);
+                fill_transitions(h, l, t);
             }
         }
         lanes_sync(l);  // α, γ and transitions are complete
@@ -851,32 +869,48 @@ __device__ __forceinline__ void backward_lanes(const Hmm& h, Shared& sh, const L
             }
             inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
             for (uint32_t j = l.lane; j < k; j += l.lanes) {
-                const float pred = predict_state(h, sh, l, t, j);
-                sh.ratio[l.base + j] = pred > 0.0f ? gamma[j] / pred : 0.0f;
+                const float pred = predict_state(h, l, t, j);
+                l.ratio[j] = pred > 0.0f ? gamma[j] / pred : 0.0f;
             }
         }
         lanes_sync(l);  // the ratios are complete, all have read γ
-        if (runs) {
+        const bool flush = h.has(PAIR_SUM) && (!l.keeps_pairs || t % PAIR_BLOCK == 0 || t == h.p.begin);
+        if (l.valid) {
             const float* table = table_of(h, l.b, t);
             float* pairs = h.pair + (h.has(PAIR_STEPS) ? l.b * (h.p.t - 1) + t : l.b) * k * k;
             for (uint32_t i = l.lane; i < k; i += l.lanes) {
-                const float alpha = sh.alpha[l.base + i] * inverse;
+                const float alpha = l.alpha[i] * inverse;
                 float onto = 0.0f;
                 for (uint32_t j = 0; j < k; j++) {
-                    const float p = probability(h, sh, l, t, table, i, j) * sh.ratio[l.base + j];
-                    onto += p;
-                    if (h.has(PAIR_STEPS)) {
-                        pairs[i * k + j] = alpha * p;
-                    } else if (h.has(PAIR_SUM)) {
-                        pairs[i * k + j] += alpha * p;
+                    float p = 0.0f;
+                    if (runs) {
+                        p = probability(h, l, t, table, i, j) * l.ratio[j];
+                        onto += p;
+                    }
+                    if (h.has(PAIR_STEPS) && after < h.p.t) {
+                        pairs[i * k + j] = runs ? alpha * p : 0.0f;
+                    }
+                    if (h.has(PAIR_SUM)) {
+                        float total = runs ? alpha * p : 0.0f;
+                        if (l.keeps_pairs) {
+                            total += fresh ? 0.0f : l.pairs[i * k + j];
+                            l.pairs[i * k + j] = total;
+                        }
+                        if (flush) {
+                            pairs[i * k + j] = (adds ? pairs[i * k + j] : 0.0f) + total;
+                        }
                     }
                 }
-                gamma[i] = alpha * onto;
-                if (h.has(POSTERIOR)) {
-                    posterior[t * k + i] = alpha * onto;
+                if (runs) {
+                    gamma[i] = alpha * onto;
+                    if (h.has(POSTERIOR)) {
+                        posterior[t * k + i] = alpha * onto;
+                    }
                 }
             }
         }
+        fresh = flush;
+        adds = adds || flush;
     }
     if (l.valid && h.p.begin > 0 && h.p.begin < l.length) {
         for (uint32_t j = l.lane; j < k; j += l.lanes) {
@@ -889,22 +923,33 @@ extern "C" __global__ void __launch_bounds__(WG)
     hmm_forward_backward(const float* __restrict__ model, const float* __restrict__ obs, const uint32_t* __restrict__ words,
                          const float* __restrict__ log_trans, const float* __restrict__ inputs, float* __restrict__ states, float* __restrict__ pair,
                          float* __restrict__ summary, HmmParams params) {
-    __shared__ Shared sh;
+    __shared__ float sh[POOL];
     const Hmm h = {model, obs, words, log_trans, inputs, states, pair, summary, params};
     uint32_t lanes = 1;
     while (lanes < WG && lanes < params.k) {
         lanes *= 2;
     }
-    const uint32_t slot = threadIdx.x / lanes;
-    Lane l = {group_index() * (WG / lanes) + slot, 0, threadIdx.x % lanes, lanes, slot * params.k, true};
+    const uint32_t slot = threadIdx.x / lanes, k = params.k, all = WG / lanes * k;
+    Lane l;
+    l.b = group_index() * (WG / lanes) + slot;
     l.valid = l.b < params.b;
     l.length = l.valid ? length_of(h, l.b) : 0;
+    l.lane = threadIdx.x % lanes;
+    l.lanes = lanes;
+    l.log_b = sh + slot * k;
+    l.alpha = l.log_b + all;
+    l.ratio = l.alpha + all;
+    l.row = l.ratio + all;
+    l.transitions = sh + 4 * all + slot * k * k;
+    l.pairs = l.transitions + all * k;
+    l.keeps_transitions = all * (4 + k) <= POOL;
+    l.keeps_pairs = all * (4 + 2 * k) <= POOL;
     if (h.has(FORWARD)) {
-        forward_lanes(h, sh, l);
+        forward_lanes(h, l);
     }
     lanes_sync(l);
     if (h.has(BACKWARD)) {
-        backward_lanes(h, sh, l);
+        backward_lanes(h, l);
     }
 }
 
