@@ -20,6 +20,7 @@ pub mod error;
 pub mod fixed;
 pub mod hmm;
 mod hmm_pack;
+pub mod hmm_viterbi;
 pub mod indicators;
 pub mod multiple_testing;
 pub mod performance;
@@ -51,7 +52,7 @@ pub struct Op {
 }
 
 /// Every op, in the order that data flows.
-pub static OPS: [Op; 7] = [
+pub static OPS: [Op; 8] = [
     Op { name: "philox", about: "counter-based random numbers", kernels: &[&philox::PHILOX], differentiable: false, verify: philox::verify },
     Op { name: "performance", about: "statistics of return series", kernels: &[&performance::PERFORMANCE], differentiable: false, verify: performance::verify },
     Op {
@@ -89,10 +90,17 @@ pub static OPS: [Op; 7] = [
         differentiable: true,
         verify: hmm::verify,
     },
+    Op {
+        name: "hmm_viterbi",
+        about: "most probable state paths of hidden Markov models",
+        kernels: &[&hmm::HMM_EMISSION, &hmm_viterbi::HMM_VITERBI, &hmm_viterbi::HMM_VITERBI_LANES, &hmm_viterbi::HMM_VITERBI_PATH],
+        differentiable: false,
+        verify: hmm_viterbi::verify,
+    },
 ];
 
 /// Every kernel: those of the ops, then the ceiling that `forback bench` measures.
-pub static KERNELS: [&Kernel; 26] = [
+pub static KERNELS: [&Kernel; 29] = [
     &philox::PHILOX,
     &performance::PERFORMANCE,
     &walk_forward_sharpe::SEGMENT_MOMENTS,
@@ -118,5 +126,8 @@ pub static KERNELS: [&Kernel; 26] = [
     &portfolio::SIGNAL_SCORE,
     &hmm::HMM_EMISSION,
     &hmm::HMM_FORWARD_BACKWARD,
+    &hmm_viterbi::HMM_VITERBI,
+    &hmm_viterbi::HMM_VITERBI_LANES,
+    &hmm_viterbi::HMM_VITERBI_PATH,
     &ceilings::CEILING_MULTIPLY_ADD,
 ];

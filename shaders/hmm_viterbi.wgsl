@@ -68,11 +68,16 @@ fn logit(at: u32, from_input: u32) -> f32 {
     return max(x, IMPOSSIBLE);
 }
 
+// x, in a way that no optimiser sees through: some would take (a + b) − a for b.
+fn exactly(x: f32) -> f32 {
+    return bitcast<f32>(bitcast<u32>(x) ^ (params.k >> 31u));
+}
+
 // hi + lo ← hi + lo + x.
 fn add_to(sum: vec2<f32>, x: f32) -> vec2<f32> {
-    let s = sum.x + x;
-    let part = s - sum.x;
-    return vec2<f32>(s, sum.y + ((sum.x - (s - part)) + (x - part)));
+    let s = exactly(sum.x + x);
+    let part = exactly(s - sum.x);
+    return vec2<f32>(s, sum.y + ((sum.x - exactly(s - part)) + (x - part)));
 }
 
 // ---- a thread per sequence ----------------------------------------------------------------------------------------------
@@ -317,8 +322,8 @@ fn hmm_viterbi_lanes(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgro
         }
 
         // each lane's states
-        var active = here && t < stop && failed == NONE;
-        if active {
+        var live = here && t < stop && failed == NONE;
+        if live {
             let seen = observed(b, t);
             var top = LOWEST;
             var top_state = 0u;
@@ -348,7 +353,7 @@ fn hmm_viterbi_lanes(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgro
                 }
                 if top <= DEAD {
                     failed = t - 1u;
-                    active = false;
+                    live = false;
                     break;
                 }
                 sh_delta[(1u - parity) * STATES + slot + j] = max((best - top) + o, IMPOSSIBLE);
@@ -358,18 +363,18 @@ fn hmm_viterbi_lanes(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgro
                     pointers[b * params.pointer_words + (t - params.pointers_from) * params.k + j] = from_state;
                 }
             }
-            if active && t > 0u {
+            if live && t > 0u {
                 last = top_state;
                 sum = add_to(sum, top);
             }
         }
         workgroupBarrier();
-        if active {
+        if live {
             parity = 1u - parity;
         }
 
         // pointers: eight or four to a word
-        if active && params.k <= PACKED {
+        if live && params.k <= PACKED {
             let per_word = select(4u, 8u, params.k <= 16u);
             let bits = 32u / per_word;
             let count = (params.k + per_word - 1u) / per_word;
