@@ -233,7 +233,7 @@ pub mod flag {
     pub const PARK: u32 = 8192;
 }
 
-/// The inputs of a run of sequences, ready to bind: model, log_trans, inputs, obs, words, in this order in every HMM kernel.
+/// The inputs of a run of sequences, ready to bind: model, obs, words, log_trans, inputs, in this order in every HMM kernel.
 pub struct Bound {
     /// Shape and flags; `begin`, `end`, `park` and `record` are 0.
     pub params: HmmParams,
@@ -387,7 +387,7 @@ impl Hmm {
             park: 0,
             record: 0,
         };
-        Ok(Bound { params, views: [model, log_trans, inputs, obs, words] })
+        Ok(Bound { params, views: [model, obs, words, log_trans, inputs] })
     }
 }
 
@@ -408,7 +408,7 @@ impl<'a, R: Real> Batch<'a, R> {
     /// Takes params and the first five arguments.
     pub(crate) fn of(launch: &mut CpuLaunch<'a, R>) -> Result<Batch<'a, R>> {
         let p = launch.params()?;
-        Ok(Batch { p, model: launch.real()?, log_trans: launch.real()?, inputs: launch.real()?, obs: launch.real()?, words: launch.word()? })
+        Ok(Batch { p, model: launch.real()?, obs: launch.real()?, words: launch.word()?, log_trans: launch.real()?, inputs: launch.real()? })
     }
 
     pub(crate) fn has(&self, bits: u32) -> bool {
@@ -491,7 +491,7 @@ pub(crate) fn log_sum_exp<R: Real>(x: &[R]) -> R {
 pub(crate) fn log_factorial<R: Real>(x: R) -> R {
     let (mut z, mut product) = (x + R::ONE, R::ONE);
     while z < R::of(8.0) {
-        product = product * z;
+        product *= z;
         z += R::ONE;
     }
     let w = R::ONE / z;
@@ -756,7 +756,7 @@ pub(crate) fn scaled<R: Real>(batch: &Batch<'_, R>, b: usize, out: &mut Sequence
         if let Some(x) = &mut out.predicted {
             (0..k).for_each(|j| x[t * k + j] = pred[j] / sum);
         }
-        pred.iter_mut().for_each(|x| *x = *x * scale);
+        pred.iter_mut().for_each(|x| *x *= scale);
         exponents += exponent;
         batch.log_obs(b, t, &mut log_b);
         let (shift, now) = observe(&pred, &log_b, &mut alpha);
@@ -1009,7 +1009,7 @@ pub fn hmm_emission(pass: &mut Pass, hmm: &Hmm) -> Result<Buffer> {
     let log_obs = device.zeros("log_obs", hmm.b * each)?;
     device.check_rounds(OP, hmm.rounds(), "rounds")?;
     for run in device.plan(OP, hmm.b, hmm.elements().max(each), each.div_ceil(u64::from(WIDE)), each * 20)? {
-        let Bound { mut params, views: [model, _, _, obs, words] } = hmm.bind(pass, &run)?;
+        let Bound { mut params, views: [model, obs, words, ..] } = hmm.bind(pass, &run)?;
         params.end = params.t;
         let out = pass.output(&log_obs, run.start * each..run.end * each)?;
         pass.launch(&HMM_EMISSION, &params, &[model, obs, words, out.view.clone()])?;
@@ -1116,7 +1116,7 @@ pub fn hmm_forward_backward(pass: &mut Pass, hmm: &Hmm, wanted: Wanted) -> Resul
     let states = if through { Some(device.zeros("states of a run", together * longest * each)?) } else { None };
     for run in &plan.runs {
         let n = run.end - run.start;
-        let Bound { mut params, views: [model, log_trans, inputs, obs, words] } = hmm.bind(pass, run)?;
+        let Bound { mut params, views: [model, obs, words, log_trans, inputs] } = hmm.bind(pass, run)?;
         params.flags |= wanted.flags();
         params.record = plan.record as u32;
         params.park = park(&plan);
@@ -1131,7 +1131,7 @@ pub fn hmm_forward_backward(pass: &mut Pass, hmm: &Hmm, wanted: Wanted) -> Resul
         };
         let of_pair = if plan.pairs > 0 { run.start * plan.pairs..run.end * plan.pairs } else { 0..1 };
         let (pairs, sums) = (pass.output(&pair, of_pair)?, pass.output(&summary, run.start * plan.record..run.end * plan.record)?);
-        let args = [model, log_trans, inputs, obs, words, out.view.clone(), pairs.view.clone(), sums.view.clone()];
+        let args = [model, obs, words, log_trans, inputs, out.view.clone(), pairs.view.clone(), sums.view.clone()];
         launches(pass, &plan, params, wanted.backward(), &args)?;
         pass.finish(out)?;
         pass.finish(pairs)?;
