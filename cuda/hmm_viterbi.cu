@@ -35,10 +35,10 @@ struct HmmViterbiParams {
 // The arguments that every step reads.
 struct Given {
     const float* __restrict__ model;
-    const float* __restrict__ log_trans;
-    const float* __restrict__ inputs;
     const float* __restrict__ obs;
     const uint32_t* __restrict__ words;
+    const float* __restrict__ log_trans;
+    const float* __restrict__ inputs;
     HmmViterbiParams params;
 
     __device__ __forceinline__ uint32_t length_of(uint32_t b) const {
@@ -234,13 +234,13 @@ __device__ void walk(const Given& x, uint32_t b, float* carry, uint32_t* ends, u
 }
 
 extern "C" __global__ void __launch_bounds__(WG)
-    hmm_viterbi(const float* __restrict__ model, const float* __restrict__ log_trans, const float* __restrict__ inputs, const float* __restrict__ obs,
-                const uint32_t* __restrict__ words, float* carry, uint32_t* ends, uint32_t* pointers, HmmViterbiParams params) {
+    hmm_viterbi(const float* __restrict__ model, const float* __restrict__ obs, const uint32_t* __restrict__ words, const float* __restrict__ log_trans,
+                const float* __restrict__ inputs, float* carry, uint32_t* ends, uint32_t* pointers, HmmViterbiParams params) {
     const uint32_t b = group_index() * WG + threadIdx.x;
     if (b >= params.b) {
         return;
     }
-    const Given x = {model, log_trans, inputs, obs, words, params};
+    const Given x = {model, obs, words, log_trans, inputs, params};
     switch (params.k) {
         case 1: walk<1>(x, b, carry, ends, pointers); break;
         case 2: walk<2>(x, b, carry, ends, pointers); break;
@@ -433,13 +433,13 @@ __device__ void walk_lanes(const Given& x, const Group& g, bool here, float* car
 }
 
 extern "C" __global__ void __launch_bounds__(WG)
-    hmm_viterbi_lanes(const float* __restrict__ model, const float* __restrict__ log_trans, const float* __restrict__ inputs, const float* __restrict__ obs,
-                      const uint32_t* __restrict__ words, float* carry, uint32_t* ends, uint32_t* pointers, HmmViterbiParams params) {
+    hmm_viterbi_lanes(const float* __restrict__ model, const float* __restrict__ obs, const uint32_t* __restrict__ words, const float* __restrict__ log_trans,
+                      const float* __restrict__ inputs, float* carry, uint32_t* ends, uint32_t* pointers, HmmViterbiParams params) {
     __shared__ float sh_delta[2 * STATES], sh_norm[STATES];
     __shared__ uint32_t sh_from[2 * PACKED];
     const uint32_t lanes = params.lanes, lane = threadIdx.x % lanes, b = group_index() * (WG / lanes) + threadIdx.x / lanes;
     const bool here = b < params.b && lane < params.k;
-    const Given x = {model, log_trans, inputs, obs, words, params};
+    const Given x = {model, obs, words, log_trans, inputs, params};
     const Group g = {sh_delta, sh_norm, sh_from, b, lane, (threadIdx.x / lanes) * min(params.k, lanes), lanes};
     const bool constant = params.softmax == 0 && params.trans_step == 0;
     if (constant && params.k <= 8) {

@@ -315,7 +315,7 @@ fn batch<'a, R: Real>(p: &HmmViterbiParams, launch: &mut CpuLaunch<'a, R>) -> Re
         | bit(p.words_row > 1, flag::MASKED);
     let stride = if p.model_row > 0 { p.model_row } else { p.k };
     let p = HmmParams { b: p.b, t: p.t, k: p.k, u: p.u, stride, flags, ..bytemuck::Zeroable::zeroed() };
-    Ok(Batch { p, model: launch.real()?, log_trans: launch.real()?, inputs: launch.real()?, obs: launch.real()?, words: launch.word()? })
+    Ok(Batch { p, model: launch.real()?, obs: launch.real()?, words: launch.word()?, log_trans: launch.real()?, inputs: launch.real()? })
 }
 
 fn hmm_viterbi_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
@@ -464,7 +464,7 @@ pub fn hmm_viterbi_within(pass: &mut Pass, hmm: &Hmm, bytes: u64) -> Result<Vite
     for run in runs {
         let rows = run.end - run.start;
         let (shape, mut views) = shape_of(pass, hmm, &run, lanes, blocks.pointers)?;
-        views[3] = pass.input(&log_obs.buffer, log_obs.range.start + run.start * t * k..log_obs.range.start + run.end * t * k)?;
+        views[1] = pass.input(&log_obs.buffer, log_obs.range.start + run.start * t * k..log_obs.range.start + run.end * t * k)?;
         let (carry, ends) = (carry.view(0..rows * carried), ends.view(0..2 * rows * blocks.slots));
         let (pointers, state) = (pointers.view(0..rows * blocks.pointers), state.view(0..rows));
         let at = |block: u64, carry_in: u64, carry_out: u64| HmmViterbiParams {
@@ -475,8 +475,8 @@ pub fn hmm_viterbi_within(pass: &mut Pass, hmm: &Hmm, bytes: u64) -> Result<Vite
             pointers_from: if blocks.kept { 0 } else { (block * blocks.steps) as u32 },
             ..shape
         };
-        let [model, log_trans, inputs, obs, words] = views;
-        let forward = [model, log_trans, inputs, obs, words.clone(), carry.clone(), ends.clone(), pointers.clone()];
+        let [model, obs, words, log_trans, inputs] = views;
+        let forward = [model, obs, words.clone(), log_trans, inputs, carry.clone(), ends.clone(), pointers.clone()];
         for block in 0..blocks.count {
             pass.launch(kernel, &at(block, block, block + 1), &forward)?;
         }

@@ -19,7 +19,9 @@ pub mod device;
 pub mod error;
 pub mod fixed;
 pub mod hmm;
+pub mod hmm_forecast;
 mod hmm_pack;
+pub mod hmm_sample;
 pub mod hmm_viterbi;
 pub mod indicators;
 pub mod multiple_testing;
@@ -52,7 +54,7 @@ pub struct Op {
 }
 
 /// Every op, in the order that data flows.
-pub static OPS: [Op; 8] = [
+pub static OPS: [Op; 10] = [
     Op { name: "philox", about: "counter-based random numbers", kernels: &[&philox::PHILOX], differentiable: false, verify: philox::verify },
     Op { name: "performance", about: "statistics of return series", kernels: &[&performance::PERFORMANCE], differentiable: false, verify: performance::verify },
     Op {
@@ -97,10 +99,30 @@ pub static OPS: [Op; 8] = [
         differentiable: false,
         verify: hmm_viterbi::verify,
     },
+    Op {
+        name: "hmm_sample",
+        about: "random paths of hidden Markov models, from the model or from the posterior",
+        kernels: &[
+            &hmm_sample::HMM_WEIGHTS,
+            &hmm_sample::HMM_SAMPLE,
+            &hmm_sample::HMM_SAMPLE_OBSERVATIONS,
+            &hmm::HMM_FORWARD_BACKWARD,
+            &hmm_sample::HMM_SAMPLE_POSTERIOR,
+        ],
+        differentiable: false,
+        verify: hmm_sample::verify,
+    },
+    Op {
+        name: "hmm_forecast",
+        about: "states of hidden Markov models some steps ahead, survival and duration of regimes",
+        kernels: &[&hmm_forecast::HMM_FORECAST, &hmm_forecast::HMM_SOJOURN, &hmm_forecast::HMM_SOJOURN_AVERAGE],
+        differentiable: false,
+        verify: hmm_forecast::verify,
+    },
 ];
 
 /// Every kernel: those of the ops, then the ceiling that `forback bench` measures.
-pub static KERNELS: [&Kernel; 29] = [
+pub static KERNELS: [&Kernel; 36] = [
     &philox::PHILOX,
     &performance::PERFORMANCE,
     &walk_forward_sharpe::SEGMENT_MOMENTS,
@@ -129,5 +151,12 @@ pub static KERNELS: [&Kernel; 29] = [
     &hmm_viterbi::HMM_VITERBI,
     &hmm_viterbi::HMM_VITERBI_LANES,
     &hmm_viterbi::HMM_VITERBI_PATH,
+    &hmm_sample::HMM_WEIGHTS,
+    &hmm_sample::HMM_SAMPLE,
+    &hmm_sample::HMM_SAMPLE_OBSERVATIONS,
+    &hmm_sample::HMM_SAMPLE_POSTERIOR,
+    &hmm_forecast::HMM_FORECAST,
+    &hmm_forecast::HMM_SOJOURN,
+    &hmm_forecast::HMM_SOJOURN_AVERAGE,
     &ceilings::CEILING_MULTIPLY_ADD,
 ];

@@ -35,10 +35,10 @@ const NONE: u32 = 0xffffffffu;
 const PACKED: u32 = 256u;
 
 @group(0) @binding(1) var<storage, read> model: array<f32>;
-@group(0) @binding(2) var<storage, read> log_trans: array<f32>;
-@group(0) @binding(3) var<storage, read> inputs: array<f32>;
-@group(0) @binding(4) var<storage, read> obs: array<f32>;
-@group(0) @binding(5) var<storage, read> words: array<u32>;
+@group(0) @binding(2) var<storage, read> obs: array<f32>;
+@group(0) @binding(3) var<storage, read> words: array<u32>;
+@group(0) @binding(4) var<storage, read> log_trans: array<f32>;
+@group(0) @binding(5) var<storage, read> inputs: array<f32>;
 @group(0) @binding(6) var<storage, read_write> carry: array<f32>;
 @group(0) @binding(7) var<storage, read_write> ends: array<u32>;
 @group(0) @binding(8) var<storage, read_write> pointers: array<u32>;

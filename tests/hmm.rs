@@ -5,5 +5,9 @@
 
 mod common;
 
+#[path = "hmm/forecast.rs"]
+mod forecast;
+#[path = "hmm/sample.rs"]
+mod sample;
 #[path = "hmm/viterbi.rs"]
 mod viterbi;
