@@ -88,7 +88,7 @@ pub static OPS: [Op; 10] = [
     Op {
         name: "hmm_forward_backward",
         about: "likelihood, filtered, predicted and smoothed probabilities of hidden Markov models",
-        kernels: &[&hmm::HMM_EMISSION, &hmm::HMM_FORWARD_BACKWARD],
+        kernels: &[&hmm::HMM_EMISSION, &hmm::HMM_FORWARD_BACKWARD_4, &hmm::HMM_FORWARD_BACKWARD_8, &hmm::HMM_FORWARD_BACKWARD],
         differentiable: true,
         verify: hmm::verify,
     },
@@ -122,7 +122,7 @@ pub static OPS: [Op; 10] = [
 ];
 
 /// Every kernel: those of the ops, then the ceiling that `forback bench` measures.
-pub static KERNELS: [&Kernel; 36] = [
+pub static KERNELS: [&Kernel; 38] = [
     &philox::PHILOX,
     &performance::PERFORMANCE,
     &walk_forward_sharpe::SEGMENT_MOMENTS,
@@ -147,6 +147,8 @@ pub static KERNELS: [&Kernel; 36] = [
     &portfolio::PORTFOLIO_SCORE,
     &portfolio::SIGNAL_SCORE,
     &hmm::HMM_EMISSION,
+    &hmm::HMM_FORWARD_BACKWARD_4,
+    &hmm::HMM_FORWARD_BACKWARD_8,
     &hmm::HMM_FORWARD_BACKWARD,
     &hmm_viterbi::HMM_VITERBI,
     &hmm_viterbi::HMM_VITERBI_LANES,
