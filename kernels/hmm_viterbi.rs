@@ -94,7 +94,7 @@ fn pairs(words: &[u32]) -> u64 {
 pub static HMM_VITERBI: Kernel = Kernel {
     name: "hmm_viterbi",
     about: "best log-probability of every state and where it came from, up to 4 states",
-    args: &[reads("model"), reads("log_trans"), reads("inputs"), reads("obs"), reads_u32("words"), writes("carry"), writes_u32("ends"), writes_u32("pointers")],
+    args: &[reads("model"), reads("obs"), reads_u32("words"), reads("log_trans"), reads("inputs"), writes("carry"), writes_u32("ends"), writes_u32("pointers")],
     params: layout::<HmmViterbiParams>(),
     workgroup: WG,
     constants: &[STATES],

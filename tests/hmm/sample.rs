@@ -63,9 +63,9 @@ fn weights_are_probabilities_in_whole_numbers() {
 /// Integers alone decide: the same states everywhere, however the batch is cut, also where T passes a software adapter's loops.
 #[test]
 fn every_device_draws_the_same_states() {
-    let want = draw(&open("reference").unwrap(), &states_only(&open("reference").unwrap(), 150, 37), 42).0;
+    let (reference, cpu) = (open("reference").unwrap(), open("cpu").unwrap());
+    let want = draw(&reference, &states_only(&reference, 150, 37), 42).0;
     for device in open_all(&DEVICES) {
-        // `chain` must live on the device that runs it
         assert_eq!(draw(&device, &states_only(&device, 150, 37), 42).0, want, "{}", device.info());
         assert_ne!(draw(&device, &states_only(&device, 150, 37), 43).0, want, "{}: another seed", device.info());
         let fewer = draw(&device, &states_only(&device, 70, 37), 42).0;
@@ -75,7 +75,7 @@ fn every_device_draws_the_same_states() {
             assert_eq!(draw(&small, &states_only(&small, 150, 37), 42).0, want, "{}: in parts", device.info());
         }
     }
-    let long = draw(&open("cpu").unwrap(), &states_only(&open("cpu").unwrap(), 1, 20_000), 1).0;
+    let long = draw(&cpu, &states_only(&cpu, 1, 20_000), 1).0;
     if let Some(device) = open("wgpu") {
         assert_eq!(draw(&device, &states_only(&device, 1, 20_000), 1).0, long);
     }
