@@ -28,6 +28,7 @@ struct HmmScanParams {
     uint32_t posterior;
     uint32_t park;
     uint32_t root;
+    uint32_t record;
 };
 
 #define LOG_ZERO (-1e30f)
@@ -467,10 +468,10 @@ extern "C" __global__ void __launch_bounds__(WG) hmm_scan_sum(const float* __res
         failed = failed < 0.0f ? record[2] : failed;
     }
     const float high = __fadd_rn(hi, lo);
-    summary[4 * b] = failed >= 0.0f ? LOG_ZERO : high;
-    summary[4 * b + 1] = failed >= 0.0f ? 0.0f : __fadd_rn(__fsub_rn(hi, high), lo);
-    summary[4 * b + 2] = failed;
-    summary[4 * b + 3] = 0.0f;
+    summary[b * params.record] = failed >= 0.0f ? LOG_ZERO : high;
+    summary[b * params.record + 1] = failed >= 0.0f ? 0.0f : __fadd_rn(__fsub_rn(hi, high), lo);
+    summary[b * params.record + 2] = failed;
+    summary[b * params.record + 3] = 0.0f;
 }
 
 // ---- add back: backward ---------------------------------------------------------------------------------------------------
@@ -480,7 +481,7 @@ __device__ void backward_chunk(const uint32_t* __restrict__ words, const float* 
                                const float* __restrict__ summary, float* states, uint32_t at, const HmmScanParams& params) {
     const uint32_t k = params.k, c = at % params.chunks, b = at / params.chunks, section = params.b * params.t * k;
     const uint32_t stop = min(length_of(words, b, params), (c + 1) * params.chunk);
-    const bool possible = summary[4 * b + 2] < 0.0f;
+    const bool possible = summary[b * params.record + 2] < 0.0f;
     Vector<K> gamma;
     gamma.unit(K);
     Matrix<K> a;

@@ -17,7 +17,7 @@
 //! Numerics every step divides by the sum of the step before, so that rows sum to one within a rounding at any horizon; 1 − a comes from
 //!          log a by expm1, so that long durations keep their digits. A state that cannot be left (a = 1) lasts the cap; its variance is
 //!          undefined.
-//! Source   spec of regime persistence: geometric sojourns; Guédon 2003 for the survival form.
+//! Source   Rabiner 1989, Proc. IEEE 77, section IV.D (durations); Kemeny & Snell 1960 for powers and sojourns.
 //! Files    shaders/hmm_forecast.wgsl · cuda/hmm_forecast.cu · reference: the `_cpu` functions
 
 use crate::conformance::{Case, Outputs, UNDEFINED};

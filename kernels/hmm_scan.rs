@@ -18,7 +18,8 @@
 //! Floor    the work is (K + 3) / 3 of the sequential one: 2·K³ flops per step up, 2·K² forward, 4·K² backward.
 //! Crossover [`wins`]: where a thread (or some lanes) per sequence would leave most of the device idle. Measured on two cores: see there.
 //! Numerics as in kernels/hmm.rs: probabilities, powers of two; a step whose sum falls below 2⁻⁶⁰ is redone in logarithms with a whole power of
-//!          two taken out, so that the rows of one element keep their ratios. Equal to the sequential result within 1e-5.
+//!          two taken out, so that the rows of one element keep their ratios. Equal to the sequential result within 1e-5. As there, what is
+//!          below 2⁻¹²⁶ of its row is zero.
 //!          The WGSL column indexes its vectors by variables, which drivers may keep in memory; the CUDA column is unrolled.
 //! Source   Hassan, Särkkä, García-Fernández 2021, IEEE Trans. Signal Process. 69, arXiv:2102.05743; Blelloch 1990 (up and down).
 //! Files    shaders/hmm_scan.wgsl · cuda/hmm_scan.cu · reference: the `_cpu` functions, against `log_space`
@@ -71,6 +72,8 @@ params! {
         park: u32,
         /// 1: the upper level is the whole sequence.
         root: u32,
+        /// Reals of `summary` per sequence.
+        record: u32,
     }
 }
 
@@ -150,15 +153,7 @@ pub static HMM_SCAN_DOWN: Kernel = Kernel {
 pub static HMM_SCAN_FORWARD: Kernel = Kernel {
     name: "hmm_scan_forward",
     about: "filtered and predicted probabilities and log-likelihood of every chunk",
-    args: &[
-        reads("model"),
-        reads("obs"),
-        reads_u32("words"),
-        reads("log_trans"),
-        reads("vectors"),
-        writes("states"),
-        writes("records"),
-    ],
+    args: &[reads("model"), reads("obs"), reads_u32("words"), reads("log_trans"), reads("vectors"), writes("states"), writes("records")],
     groups: |words| chunk_count(words).div_ceil(u64::from(WG)),
     cpu: Some(Cpu { f32: hmm_scan_forward_cpu::<f32>, f64: hmm_scan_forward_cpu::<f64> }),
     cost: Cost { unit: "sequence-step", units: steps, bytes: 32.0, flops: 80.0 },
@@ -490,7 +485,7 @@ fn hmm_scan_forward_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
 fn hmm_scan_sum_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
     let p: HmmScanParams = launch.params()?;
     let (records, summary) = (launch.real()?, launch.real_mut()?);
-    let rows = records.chunks_exact(4 * p.chunks as usize).zip(summary.chunks_exact_mut(SUMMARY as usize));
+    let rows = records.chunks_exact(4 * p.chunks as usize).zip(summary.chunks_exact_mut(p.record as usize));
     for (records, summary) in rows.take(p.b as usize) {
         let (mut total, mut failed) = (Compensated::new(), R::of(-1.0));
         for record in records.chunks_exact(4) {
@@ -500,7 +495,7 @@ fn hmm_scan_sum_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
         }
         let (high, low) = total.parts();
         let value = if failed < R::ZERO { [high, low] } else { [R::of(LOG_ZERO), R::ZERO] };
-        summary.copy_from_slice(&[value[0], value[1], failed, R::ZERO]);
+        summary[..4].copy_from_slice(&[value[0], value[1], failed, R::ZERO]);
     }
     Ok(())
 }
@@ -512,7 +507,7 @@ fn hmm_scan_backward_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
     cut(&p, launch.real_mut()?).into_par_iter().enumerate().for_each(|(at, mut sections)| {
         let (b, c) = (at / chunks, at % chunks);
         let stop = length_of(&p, words, b).min((c + 1) * chunk);
-        let possible = summary[4 * b + 2] < R::ZERO;
+        let possible = summary[b * p.record as usize + 2] < R::ZERO;
         let mut own = Own::new(k);
         let mut gamma = vec![R::ZERO; k];
         load(&p, log_trans, b, 1, &mut own.a);
@@ -554,7 +549,7 @@ const IDLE_GPU: u64 = 512;
 /// Whether the scan is taken: the sequential kernel would leave the device idle, and the scan's (K + 3) / 3 times as much work does not
 /// eat up what it gains.
 ///
-/// `cpu`, `reference`: as many chunks as threads run at once, a sequence runs on one thread: wins for B·(K + 3)/3 below the number of threads, with
+/// `reference`: never, it is the truth. `cpu`: as many chunks as threads run at once, a sequence runs on one thread: wins for B·(K + 3)/3 below the number of threads, with
 /// half of it as margin. Two threads never win. A software adapter: its cores and lanes likewise, but its launches cost more than they
 /// give at any size that was tried (see the bench of this kernel). A GPU has room for tens of thousands of threads: up to 512 sequences.
 pub fn wins(device: &Device, hmm: &Hmm, wanted: Wanted) -> bool {
@@ -563,7 +558,8 @@ pub fn wins(device: &Device, hmm: &Hmm, wanted: Wanted) -> bool {
     }
     let threads = rayon::current_num_threads() as u64;
     match device.info().kind {
-        DeviceKind::Cpu | DeviceKind::Reference => 2 * hmm.b * (hmm.k + 3) <= 3 * threads,
+        DeviceKind::Reference => false,
+        DeviceKind::Cpu => 2 * hmm.b * (hmm.k + 3) <= 3 * threads,
         _ if device.info().software => 2 * hmm.b * (hmm.k + 3) <= 3 * SOFTWARE_LANES * threads,
         _ => hmm.b * (hmm.k + 3) / 3 <= IDLE_GPU,
     }
@@ -586,7 +582,10 @@ fn able(device: &Device, hmm: &Hmm, wanted: Wanted) -> bool {
     let sections = u64::from(wanted.filtered) + u64::from(wanted.predicted) + u64::from(wanted.posterior);
     let elements: u64 = levels(hmm.t).iter().sum::<u64>() * hmm.k * (hmm.k + 1);
     let largest = hmm.b * (sections * hmm.t * hmm.k).max(elements).max(hmm.elements());
+    // A software adapter goes through the loops of branches that it does not take, too.
+    let loops = (CHUNK * (2 * hmm.k * hmm.k + 10 * hmm.k + 16)).max(RADIX * (2 * hmm.k * hmm.k + 12 * hmm.k + 8)).max(2 * levels(hmm.t)[0]);
     matches!(hmm.transitions, Transitions::Table { .. })
+        && loops <= device.limits().loop_rounds
         && (1..=SCAN_STATES).contains(&hmm.k)
         && wanted.pair == Pair::None
         && largest <= (device.limits().binding_bytes / 4).min(u64::from(u32::MAX))
@@ -596,6 +595,11 @@ fn able(device: &Device, hmm: &Hmm, wanted: Wanted) -> bool {
 /// # Errors
 /// Those of [`Hmm::check`]; `Parameter` for what the scan does not do: pair posteriors, softmax transitions, more than 16 states.
 pub fn hmm_scan(pass: &mut Pass, hmm: &Hmm, wanted: Wanted) -> Result<ForwardBackward> {
+    hmm_scan_with(pass, hmm, wanted, SUMMARY)
+}
+
+/// As [`hmm_scan`], with room for `record` reals per sequence in the summary.
+pub(crate) fn hmm_scan_with(pass: &mut Pass, hmm: &Hmm, wanted: Wanted, record: u64) -> Result<ForwardBackward> {
     hmm.check(OP)?;
     let device = pass.device().clone();
     if !able(&device, hmm, wanted) {
@@ -608,8 +612,6 @@ pub fn hmm_scan(pass: &mut Pass, hmm: &Hmm, wanted: Wanted) -> Result<ForwardBac
     let bound = hmm.bind(pass, &(0..b))?;
     let [model, _, words, log_trans, _] = bound.views;
     let levels = levels(t);
-    // A software adapter goes through the loops of branches that it does not take, too.
-    device.check_rounds(OP, (CHUNK * (2 * k * k + 10 * k + 16)).max(RADIX * (2 * k * k + 12 * k + 8)).max(2 * levels[0]), "rounds")?;
 
     let per_step = matches!(hmm.transitions, Transitions::Table { per_step: true, .. });
     let per_sequence = matches!(hmm.transitions, Transitions::Table { per_sequence: true, .. });
@@ -634,13 +636,14 @@ pub fn hmm_scan(pass: &mut Pass, hmm: &Hmm, wanted: Wanted) -> Result<ForwardBac
         predicted,
         posterior,
         park: if filtered != NONE { filtered } else { posterior },
+        record: record as u32,
         ..bytemuck::Zeroable::zeroed()
     };
     let buffer = |label: &str, each: u64, count: u64| device.zeros(label, (b * each * count).max(1));
     let all: u64 = levels.iter().sum();
     let (elements, vectors) = (buffer("scan elements", k * (k + 1), all)?, buffer("scan vectors", 2 * k, all)?);
     let states = buffer("states", t * k, u64::from(section))?;
-    let (records, summary) = (buffer("scan records", 4, levels[0])?, device.zeros("hmm summary", SUMMARY * b)?);
+    let (records, summary) = (buffer("scan records", 4, levels[0])?, device.zeros("hmm summary", record * b)?);
     let view = |x: &Buffer| View::from(x);
 
     pass.launch(&HMM_SCAN_CHUNKS, &shape, &[model.clone(), obs.clone(), words.clone(), log_trans.clone(), view(&elements)])?;
@@ -675,5 +678,5 @@ pub fn hmm_scan(pass: &mut Pass, hmm: &Hmm, wanted: Wanted) -> Result<ForwardBac
         pass.launch(&HMM_SCAN_BACKWARD, &shape, &[words, log_trans, lowest, view(&summary), view(&states)])?;
     }
     let result = |section: u32| (section != NONE).then(|| states.view(u64::from(section) * b * t * k..(u64::from(section) + 1) * b * t * k));
-    Ok(ForwardBackward { filtered: result(filtered), predicted: result(predicted), posterior: result(posterior), pair: None, summary, record: SUMMARY })
+    Ok(ForwardBackward { filtered: result(filtered), predicted: result(predicted), posterior: result(posterior), pair: None, summary, record })
 }

@@ -19,9 +19,14 @@ pub mod device;
 pub mod error;
 pub mod fixed;
 pub mod hmm;
+pub mod hmm_baum_welch;
+pub mod hmm_fit;
 pub mod hmm_forecast;
+pub mod hmm_gradient;
+mod hmm_lanes;
 mod hmm_pack;
 pub mod hmm_sample;
+pub mod hmm_scan;
 pub mod hmm_viterbi;
 pub mod indicators;
 pub mod multiple_testing;
@@ -54,7 +59,7 @@ pub struct Op {
 }
 
 /// Every op, in the order that data flows.
-pub static OPS: [Op; 10] = [
+pub static OPS: [Op; 11] = [
     Op { name: "philox", about: "counter-based random numbers", kernels: &[&philox::PHILOX], differentiable: false, verify: philox::verify },
     Op { name: "performance", about: "statistics of return series", kernels: &[&performance::PERFORMANCE], differentiable: false, verify: performance::verify },
     Op {
@@ -88,7 +93,26 @@ pub static OPS: [Op; 10] = [
     Op {
         name: "hmm_forward_backward",
         about: "likelihood, filtered, predicted and smoothed probabilities of hidden Markov models",
-        kernels: &[&hmm::HMM_EMISSION, &hmm::HMM_FORWARD_BACKWARD_4, &hmm::HMM_FORWARD_BACKWARD_8, &hmm::HMM_FORWARD_BACKWARD],
+        kernels: &[
+            &hmm::HMM_EMISSION,
+            &hmm::HMM_FORWARD_BACKWARD_4,
+            &hmm::HMM_FORWARD_BACKWARD_8,
+            &hmm::HMM_FORWARD_BACKWARD,
+            &hmm_scan::HMM_SCAN_CHUNKS,
+            &hmm_scan::HMM_SCAN_MERGE,
+            &hmm_scan::HMM_SCAN_DOWN,
+            &hmm_scan::HMM_SCAN_FORWARD,
+            &hmm_scan::HMM_SCAN_SUM,
+            &hmm_scan::HMM_SCAN_BACKWARD,
+            &hmm_gradient::HMM_GRADIENT_CHAIN,
+            &hmm_gradient::HMM_GRADIENT_EMISSION,
+            &hmm_gradient::HMM_GRADIENT_TABLE,
+            &hmm_gradient::HMM_GRADIENT_STEPS,
+            &hmm_gradient::HMM_GRADIENT_SOFTMAX,
+            &hmm_gradient::HMM_GRADIENT_REDUCE,
+            &hmm_gradient::HMM_TANGENT,
+            &hmm_gradient::HMM_TANGENT_POSTERIOR,
+        ],
         differentiable: true,
         verify: hmm::verify,
     },
@@ -119,10 +143,23 @@ pub static OPS: [Op; 10] = [
         differentiable: false,
         verify: hmm_forecast::verify,
     },
+    Op {
+        name: "hmm_baum_welch",
+        about: "hidden Markov models fitted by expectation-maximisation, thousands at once",
+        kernels: &[
+            &hmm_baum_welch::HMM_MAXIMISATION,
+            &hmm_baum_welch::HMM_EXPECTATION,
+            &hmm_baum_welch::HMM_EXPECTATION_LANES,
+            &hmm_baum_welch::HMM_SUMS,
+            &hmm_baum_welch::HMM_REDUCE,
+        ],
+        differentiable: false,
+        verify: hmm_baum_welch::verify,
+    },
 ];
 
 /// Every kernel: those of the ops, then the ceiling that `forback bench` measures.
-pub static KERNELS: [&Kernel; 38] = [
+pub static KERNELS: [&Kernel; 57] = [
     &philox::PHILOX,
     &performance::PERFORMANCE,
     &walk_forward_sharpe::SEGMENT_MOMENTS,
@@ -150,6 +187,12 @@ pub static KERNELS: [&Kernel; 38] = [
     &hmm::HMM_FORWARD_BACKWARD_4,
     &hmm::HMM_FORWARD_BACKWARD_8,
     &hmm::HMM_FORWARD_BACKWARD,
+    &hmm_scan::HMM_SCAN_CHUNKS,
+    &hmm_scan::HMM_SCAN_MERGE,
+    &hmm_scan::HMM_SCAN_DOWN,
+    &hmm_scan::HMM_SCAN_FORWARD,
+    &hmm_scan::HMM_SCAN_SUM,
+    &hmm_scan::HMM_SCAN_BACKWARD,
     &hmm_viterbi::HMM_VITERBI,
     &hmm_viterbi::HMM_VITERBI_LANES,
     &hmm_viterbi::HMM_VITERBI_PATH,
@@ -160,5 +203,18 @@ pub static KERNELS: [&Kernel; 38] = [
     &hmm_forecast::HMM_FORECAST,
     &hmm_forecast::HMM_SOJOURN,
     &hmm_forecast::HMM_SOJOURN_AVERAGE,
+    &hmm_baum_welch::HMM_MAXIMISATION,
+    &hmm_baum_welch::HMM_EXPECTATION,
+    &hmm_baum_welch::HMM_EXPECTATION_LANES,
+    &hmm_baum_welch::HMM_SUMS,
+    &hmm_baum_welch::HMM_REDUCE,
+    &hmm_gradient::HMM_GRADIENT_CHAIN,
+    &hmm_gradient::HMM_GRADIENT_EMISSION,
+    &hmm_gradient::HMM_GRADIENT_TABLE,
+    &hmm_gradient::HMM_GRADIENT_STEPS,
+    &hmm_gradient::HMM_GRADIENT_SOFTMAX,
+    &hmm_gradient::HMM_GRADIENT_REDUCE,
+    &hmm_gradient::HMM_TANGENT,
+    &hmm_gradient::HMM_TANGENT_POSTERIOR,
     &ceilings::CEILING_MULTIPLY_ADD,
 ];

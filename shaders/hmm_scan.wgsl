@@ -27,6 +27,7 @@ struct HmmScanParams {
     posterior: u32,
     park: u32,
     root: u32,
+    record: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: HmmScanParams;
@@ -453,10 +454,10 @@ fn hmm_scan_sum(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) 
         }
     }
     let high = exactly(total.x + total.y);
-    summary[4u * b] = select(high, LOG_ZERO, failed >= 0.0);
-    summary[4u * b + 1u] = select((total.x - high) + total.y, 0.0, failed >= 0.0);
-    summary[4u * b + 2u] = failed;
-    summary[4u * b + 3u] = 0.0;
+    summary[b * params.record] = select(high, LOG_ZERO, failed >= 0.0);
+    summary[b * params.record + 1u] = select((total.x - high) + total.y, 0.0, failed >= 0.0);
+    summary[b * params.record + 2u] = failed;
+    summary[b * params.record + 3u] = 0.0;
 }
 
 // ---- add back: backward ---------------------------------------------------------------------------------------------------
@@ -491,7 +492,7 @@ fn hmm_scan_backward(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgro
         length = min(words_in[b * params.words_row], params.t);
     }
     let stop = min(length, (c + 1u) * params.chunk);
-    let possible = summary_in[4u * b + 2u] < 0.0;
+    let possible = summary_in[b * params.record + 2u] < 0.0;
     let section = params.b * params.t * k;
     if params.trans_step == 0u {
         load_trans_in(b, 1u);

@@ -1,13 +1,17 @@
-//! Hidden Markov models on every device: against enumeration of all paths, closed forms and the f64 reference; ties, ragged lengths,
-//! missing and impossible steps; the same bits however a batch or its time is cut.
+//! Hidden Markov models: every op against enumeration, closed forms, finite differences and published fits, on every device.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test that cannot go on fails")]
 
 mod common;
-
 #[path = "hmm/forecast.rs"]
 mod forecast;
+#[path = "hmm/gradient.rs"]
+mod gradient;
+#[path = "hmm/oracle.rs"]
+mod oracle;
 #[path = "hmm/sample.rs"]
 mod sample;
+#[path = "hmm/scan.rs"]
+mod scan;
 #[path = "hmm/viterbi.rs"]
 mod viterbi;

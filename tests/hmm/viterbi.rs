@@ -329,3 +329,30 @@ fn an_impossible_step_is_named() {
         }
     }
 }
+
+/// Sequences a second at B = 4,096, T = 1,000: `cargo test --release --test hmm viterbi_speed -- --ignored --nocapture`.
+#[test]
+#[ignore = "measures, asserts nothing"]
+fn viterbi_speed() {
+    for spec in ["cpu", "wgpu", "cuda"] {
+        let Some(device) = open(spec) else { continue };
+        for k in [3, 4, 8, 16] {
+            let mut batch = Batch::random(&mut Rng::new(1), [64, 1000, k], Kind::Shared, false);
+            let b = if k <= 4 { 4096 } else { 512 };
+            batch.b = b;
+            batch.log_obs = batch.log_obs.iter().copied().cycle().take(b * 1000 * k).collect();
+            batch.lengths = vec![1000; b];
+            batch.observed = None;
+            let hmm = batch.hmm(&device);
+            let once = |_| {
+                let mut pass = device.pass("timed");
+                hmm_viterbi(&mut pass, &hmm).unwrap();
+                let start = std::time::Instant::now();
+                pass.submit().unwrap();
+                start.elapsed().as_secs_f64()
+            };
+            let best = (0..4).map(once).fold(f64::INFINITY, f64::min);
+            println!("{spec} K {k}: {:.1} ms, {:.0} sequences/s", best * 1e3, b as f64 / best);
+        }
+    }
+}
