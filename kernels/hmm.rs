@@ -32,6 +32,7 @@ pub use crate::hmm_pack::*;
 
 use crate::conformance::{Case, Outputs};
 use crate::device::{Buffer, Device, DeviceKind, Done, Pass, Read, View};
+use crate::hmm_scan;
 use crate::kernel::{Cost, Cpu, CpuLaunch, Kernel, layout, params_of, reads, reads_u32, writes};
 use crate::real::Real;
 use crate::{Error, Result};
@@ -1158,6 +1159,9 @@ pub fn hmm_forward_backward(pass: &mut Pass, hmm: &Hmm, wanted: Wanted) -> Resul
     let device = pass.device().clone();
     let (b, each) = (hmm.b, hmm.t * hmm.k);
     let plan = Plan::of(&device, hmm, wanted)?;
+    if plan.runs.len() == 1 && hmm_scan::wins(&device, hmm, wanted) {
+        return hmm_scan::hmm_scan_with(pass, hmm, wanted, plan.record);
+    }
     let summary = device.zeros("hmm summary", b * plan.record)?;
     let pair = device.zeros("pair posterior", (b * plan.pairs).max(1))?;
     let results: Vec<View> = if plan.runs.len() == 1 && !plan.scratch {

@@ -22,9 +22,13 @@ pub mod fixed;
 pub mod hmm;
 pub mod hmm_baum_welch;
 pub mod hmm_fit;
+pub mod hmm_forecast;
 pub mod hmm_gradient;
 mod hmm_lanes;
 mod hmm_pack;
+pub mod hmm_sample;
+pub mod hmm_scan;
+pub mod hmm_viterbi;
 pub mod indicators;
 pub mod multiple_testing;
 pub mod performance;
@@ -56,7 +60,7 @@ pub struct Op {
 }
 
 /// Every op, in the order that data flows.
-pub static OPS: [Op; 8] = [
+pub static OPS: [Op; 11] = [
     Op { name: "philox", about: "counter-based random numbers", kernels: &[&philox::PHILOX], differentiable: false, verify: philox::verify },
     Op { name: "performance", about: "statistics of return series", kernels: &[&performance::PERFORMANCE], differentiable: false, verify: performance::verify },
     Op {
@@ -95,6 +99,12 @@ pub static OPS: [Op; 8] = [
             &hmm::HMM_FORWARD_BACKWARD_4,
             &hmm::HMM_FORWARD_BACKWARD_8,
             &hmm::HMM_FORWARD_BACKWARD,
+            &hmm_scan::HMM_SCAN_CHUNKS,
+            &hmm_scan::HMM_SCAN_MERGE,
+            &hmm_scan::HMM_SCAN_DOWN,
+            &hmm_scan::HMM_SCAN_FORWARD,
+            &hmm_scan::HMM_SCAN_SUM,
+            &hmm_scan::HMM_SCAN_BACKWARD,
             &hmm_gradient::HMM_GRADIENT_CHAIN,
             &hmm_gradient::HMM_GRADIENT_EMISSION,
             &hmm_gradient::HMM_GRADIENT_TABLE,
@@ -106,6 +116,33 @@ pub static OPS: [Op; 8] = [
         ],
         differentiable: true,
         verify: hmm::verify,
+    },
+    Op {
+        name: "hmm_viterbi",
+        about: "most probable state paths of hidden Markov models",
+        kernels: &[&hmm::HMM_EMISSION, &hmm_viterbi::HMM_VITERBI, &hmm_viterbi::HMM_VITERBI_LANES, &hmm_viterbi::HMM_VITERBI_PATH],
+        differentiable: false,
+        verify: hmm_viterbi::verify,
+    },
+    Op {
+        name: "hmm_sample",
+        about: "random paths of hidden Markov models, from the model or from the posterior",
+        kernels: &[
+            &hmm_sample::HMM_WEIGHTS,
+            &hmm_sample::HMM_SAMPLE,
+            &hmm_sample::HMM_SAMPLE_OBSERVATIONS,
+            &hmm::HMM_FORWARD_BACKWARD,
+            &hmm_sample::HMM_SAMPLE_POSTERIOR,
+        ],
+        differentiable: false,
+        verify: hmm_sample::verify,
+    },
+    Op {
+        name: "hmm_forecast",
+        about: "states of hidden Markov models some steps ahead, survival and duration of regimes",
+        kernels: &[&hmm_forecast::HMM_FORECAST, &hmm_forecast::HMM_SOJOURN, &hmm_forecast::HMM_SOJOURN_AVERAGE],
+        differentiable: false,
+        verify: hmm_forecast::verify,
     },
     Op {
         name: "hmm_baum_welch",
@@ -123,7 +160,7 @@ pub static OPS: [Op; 8] = [
 ];
 
 /// Every kernel: those of the ops, then the ceiling that `forback bench` measures.
-pub static KERNELS: [&Kernel; 47] = [
+pub static KERNELS: [&Kernel; 63] = [
     &philox::PHILOX,
     &performance::PERFORMANCE,
     &walk_forward_sharpe::SEGMENT_MOMENTS,
@@ -157,6 +194,22 @@ pub static KERNELS: [&Kernel; 47] = [
     &hmm::HMM_FORWARD_BACKWARD_4,
     &hmm::HMM_FORWARD_BACKWARD_8,
     &hmm::HMM_FORWARD_BACKWARD,
+    &hmm_scan::HMM_SCAN_CHUNKS,
+    &hmm_scan::HMM_SCAN_MERGE,
+    &hmm_scan::HMM_SCAN_DOWN,
+    &hmm_scan::HMM_SCAN_FORWARD,
+    &hmm_scan::HMM_SCAN_SUM,
+    &hmm_scan::HMM_SCAN_BACKWARD,
+    &hmm_viterbi::HMM_VITERBI,
+    &hmm_viterbi::HMM_VITERBI_LANES,
+    &hmm_viterbi::HMM_VITERBI_PATH,
+    &hmm_sample::HMM_WEIGHTS,
+    &hmm_sample::HMM_SAMPLE,
+    &hmm_sample::HMM_SAMPLE_OBSERVATIONS,
+    &hmm_sample::HMM_SAMPLE_POSTERIOR,
+    &hmm_forecast::HMM_FORECAST,
+    &hmm_forecast::HMM_SOJOURN,
+    &hmm_forecast::HMM_SOJOURN_AVERAGE,
     &hmm_baum_welch::HMM_MAXIMISATION,
     &hmm_baum_welch::HMM_EXPECTATION,
     &hmm_baum_welch::HMM_EXPECTATION_LANES,

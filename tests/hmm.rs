@@ -5,7 +5,15 @@
 mod common;
 #[path = "hmm/forward_backward.rs"]
 mod forward_backward;
+#[path = "hmm/forecast.rs"]
+mod forecast;
 #[path = "hmm/gradient.rs"]
 mod gradient;
 #[path = "hmm/oracle.rs"]
 mod oracle;
+#[path = "hmm/sample.rs"]
+mod sample;
+#[path = "hmm/scan.rs"]
+mod scan;
+#[path = "hmm/viterbi.rs"]
+mod viterbi;
