@@ -161,7 +161,7 @@ pub struct Hmm {
 }
 
 /// Largest K: the states of a sequence lie in workgroup memory.
-pub const MAX_STATES: u64 = 1024;
+pub const MAX_STATES: u64 = 512;
 /// log 0.
 pub const LOG_ZERO: f64 = -1e30;
 /// Logarithms at or below stand for zero.
@@ -287,7 +287,7 @@ impl Hmm {
             }
             Err(Error::Parameter { op, name: name.into(), value: value.to_string(), help: help.into() })
         };
-        limit("states", self.k, MAX_STATES, "give 1 to 1024 states")?;
+        limit("states", self.k, MAX_STATES, "give 1 to 512 states")?;
         limit("steps", self.t, u64::from(u32::MAX) / 2, "give at least one step")?;
         limit("sequences", self.b, u64::from(u32::MAX) / 2, "give at least one sequence")?;
         let fits = match self.emission {
@@ -851,24 +851,24 @@ fn fold<R: Real>(total: &mut Compensated<R>, exponents: &mut i32) {
     total.add(e * R::of(LN2_LOW));
 }
 
-fn run_cpu<R: Real>(mut launch: CpuLaunch<'_, R>, each: fn(&Batch<'_, R>, usize, &mut SequenceOut<'_, R>)) -> Result<()> {
+fn run_cpu<R: Real>(mut launch: CpuLaunch<'_, R>, all: fn(&Batch<'_, R>, &mut [SequenceOut<'_, R>])) -> Result<()> {
     let batch = Batch::of(&mut launch)?;
     let (states, pair, summary) = (launch.real_mut()?, launch.real_mut()?, launch.real_mut()?);
     if batch.p.begin != 0 || batch.p.end != batch.p.t {
         return Err(Error::Internal("hmm_forward_backward: the CPU column runs the whole time in one launch".into()));
     }
-    sequences(&batch.p, states, pair, summary).into_par_iter().enumerate().for_each(|(b, mut out)| each(&batch, b, &mut out));
+    all(&batch, &mut sequences(&batch.p, states, pair, summary));
     Ok(())
 }
 
 /// The truth, in f64.
 fn hmm_forward_backward_log_cpu(launch: CpuLaunch<'_, f64>) -> Result<()> {
-    run_cpu(launch, log_space::<f64>)
+    run_cpu(launch, |batch, outs| outs.par_iter_mut().enumerate().for_each(|(b, out)| log_space(batch, b, out)))
 }
 
-/// The plain f32 column.
+/// The lane-wise f32 column; [`scaled`] is the plain one.
 pub(crate) fn hmm_forward_backward_cpu(launch: CpuLaunch<'_, f32>) -> Result<()> {
-    run_cpu(launch, scaled::<f32>)
+    run_cpu(launch, crate::hmm_lanes::forward_backward)
 }
 
 fn hmm_emission_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
@@ -891,6 +891,8 @@ fn steps(words: &[u32]) -> u64 {
     u64::from(p.b) * u64::from(p.t)
 }
 
+/// Threads of a workgroup of the thread-per-sequence kernels: small, so that few thousand sequences reach every multiprocessor.
+const THREADS: u32 = 32;
 /// Threads of a workgroup of the other kernels.
 const WIDE: u32 = 64;
 
@@ -903,8 +905,8 @@ pub static HMM_EMISSION: Kernel = Kernel {
     workgroup: WIDE,
     constants: &[],
     groups: |words| (steps(words) * u64::from(params(words).k)).div_ceil(u64::from(WIDE)),
-    wgsl: None,
-    cuda: None,
+    wgsl: wgsl!("hmm"),
+    cuda: cuda!("hmm"),
     cpu: Some(Cpu { f32: hmm_emission_cpu::<f32>, f64: hmm_emission_cpu::<f64> }),
     cost: Cost { unit: "sequence-step", units: steps, bytes: 20.0, flops: 20.0 },
 };
@@ -913,15 +915,33 @@ pub static HMM_EMISSION: Kernel = Kernel {
 pub static HMM_FORWARD_BACKWARD: Kernel = Kernel {
     name: "hmm_forward_backward",
     about: "log-likelihood, filtered, predicted and smoothed probabilities, pair posteriors",
-    args: &[reads("model"), reads("log_trans"), reads("inputs"), reads("obs"), reads_u32("words"), writes("states"), writes("pair"), writes("summary")],
+    args: &[reads("model"), reads("obs"), reads_u32("words"), reads("log_trans"), reads("inputs"), writes("states"), writes("pair"), writes("summary")],
     params: layout::<HmmParams>(),
     workgroup: WIDE,
     constants: &[],
     groups: |words| u64::from(params(words).b).div_ceil(sequences_per_group(u64::from(params(words).k))),
-    wgsl: None,
-    cuda: None,
+    wgsl: wgsl!("hmm"),
+    cuda: cuda!("hmm"),
     cpu: Some(Cpu { f32: hmm_forward_backward_cpu, f64: hmm_forward_backward_log_cpu }),
     cost: Cost { unit: "sequence-step", units: steps, bytes: 64.0, flops: 90.0 },
+};
+
+/// Forward-backward for K ≤ 4.
+pub static HMM_FORWARD_BACKWARD_4: Kernel = Kernel {
+    name: "hmm_forward_backward_4",
+    about: "the same for up to 4 states, a thread per sequence",
+    workgroup: THREADS,
+    groups: |words| u64::from(params(words).b).div_ceil(u64::from(THREADS)),
+    ..HMM_FORWARD_BACKWARD
+};
+
+/// Forward-backward for K ≤ 8.
+pub static HMM_FORWARD_BACKWARD_8: Kernel = Kernel {
+    name: "hmm_forward_backward_8",
+    about: "the same for up to 8 states, a thread per sequence",
+    workgroup: THREADS,
+    groups: |words| u64::from(params(words).b).div_ceil(u64::from(THREADS)),
+    ..HMM_FORWARD_BACKWARD
 };
 
 /// Sequences that a workgroup of the wide kernel takes: each has the next power of two ≥ K of its threads.
@@ -1082,7 +1102,14 @@ impl Plan {
                 .flat_map(|r| (0..(r.end - r.start).div_ceil(most)).map(move |i| r.start + i * most..(r.start + (i + 1) * most).min(r.end)))
                 .collect();
         }
-        Ok(Plan { kernel: &HMM_FORWARD_BACKWARD, runs, block, record, wanted: sections, scratch, pairs })
+        let kernel = if on_host || k > 8 {
+            &HMM_FORWARD_BACKWARD
+        } else if k > 4 {
+            &HMM_FORWARD_BACKWARD_8
+        } else {
+            &HMM_FORWARD_BACKWARD_4
+        };
+        Ok(Plan { kernel, runs, block, record, wanted: sections, scratch, pairs })
     }
 }
 
@@ -1109,6 +1136,38 @@ pub fn hmm_forward_backward(pass: &mut Pass, hmm: &Hmm, wanted: Wanted) -> Resul
     } else {
         plan.wanted.iter().map(|_| Ok(View::from(&device.zeros("states", b * each)?))).collect::<Result<_>>()?
     };
+    let section = |bit: u32| plan.wanted.iter().position(|&w| w == bit).map(|s| results[s].clone());
+    let out = ForwardBackward {
+        filtered: section(flag::FILTERED),
+        predicted: section(flag::PREDICTED),
+        posterior: section(flag::POSTERIOR),
+        pair: (wanted.pair != Pair::None).then(|| pair.view(0..b * plan.pairs)),
+        summary,
+        record: plan.record,
+    };
+    hmm_forward_backward_into(pass, hmm, wanted, &out)?;
+    Ok(out)
+}
+
+/// As [`hmm_forward_backward`], into the buffers that an earlier call for this shape and the same wishes gave.
+/// # Errors
+/// Those of [`hmm_forward_backward`].
+pub fn hmm_forward_backward_into(pass: &mut Pass, hmm: &Hmm, wanted: Wanted, into: &ForwardBackward) -> Result<()> {
+    hmm.check("hmm_forward_backward")?;
+    let device = pass.device().clone();
+    let (b, each) = (hmm.b, hmm.t * hmm.k);
+    let plan = Plan::of(&device, hmm, wanted)?;
+    let results: Vec<&View> = [&into.filtered, &into.predicted, &into.posterior].into_iter().flatten().collect();
+    let summary = &into.summary;
+    let pair = match &into.pair {
+        Some(view) => view.buffer.clone(),
+        None => device.zeros("no pairs", 1)?,
+    };
+    let lengths = [summary.len() == b * plan.record, results.len() == plan.wanted.len(), results.iter().all(|x| x.len() == b * each)];
+    if lengths.contains(&false) || into.pair.as_ref().is_some_and(|x| x.len() != b * plan.pairs) {
+        let (expected, got) = (format!("results of [{b}, {}, {}]", hmm.t, hmm.k), "those of another shape or other wishes".into());
+        return Err(Error::Shape { op: "hmm_forward_backward", arg: "into".into(), expected, got });
+    }
     // A run's sections lie together; where results are apart, or α needs a place, they pass through a scratch that the runs share.
     let together = plan.wanted.len() as u64 + u64::from(plan.scratch);
     let longest = plan.runs.iter().map(|r| r.end - r.start).max().unwrap_or(0);
@@ -1130,7 +1189,7 @@ pub fn hmm_forward_backward(pass: &mut Pass, hmm: &Hmm, wanted: Wanted) -> Resul
             }
         };
         let of_pair = if plan.pairs > 0 { run.start * plan.pairs..run.end * plan.pairs } else { 0..1 };
-        let (pairs, sums) = (pass.output(&pair, of_pair)?, pass.output(&summary, run.start * plan.record..run.end * plan.record)?);
+        let (pairs, sums) = (pass.output(&pair, of_pair)?, pass.output(summary, run.start * plan.record..run.end * plan.record)?);
         let args = [model, obs, words, log_trans, inputs, out.view.clone(), pairs.view.clone(), sums.view.clone()];
         launches(pass, &plan, params, wanted.backward(), &args)?;
         pass.finish(out)?;
@@ -1143,15 +1202,7 @@ pub fn hmm_forward_backward(pass: &mut Pass, hmm: &Hmm, wanted: Wanted) -> Resul
             }
         }
     }
-    let section = |bit: u32| plan.wanted.iter().position(|&w| w == bit).map(|s| results[s].clone());
-    Ok(ForwardBackward {
-        filtered: section(flag::FILTERED),
-        predicted: section(flag::PREDICTED),
-        posterior: section(flag::POSTERIOR),
-        pair: (wanted.pair != Pair::None).then(|| pair.view(0..b * plan.pairs)),
-        summary,
-        record: plan.record,
-    })
+    Ok(())
 }
 
 /// Section in which α waits for the backward pass.

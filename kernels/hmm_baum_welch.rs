@@ -963,7 +963,7 @@ impl<'a> Observations<'a> {
                 return wrong(x, "mark the step as missing in `observed`, or fill the gap");
             }
             match emission {
-                Emission::LogProbabilities => {}
+                Emission::LogProbabilities if x < f32::INFINITY => {}
                 _ if x.is_infinite() => return wrong(x, "observations are finite"),
                 Emission::Poisson if x < 0.0 || x.fract() != 0.0 => return wrong(x, "a Poisson emission observes counts 0, 1, 2 …"),
                 Emission::Categorical { symbols } if x < 0.0 || x.fract() != 0.0 || x >= symbols as f32 => {
@@ -986,12 +986,12 @@ impl<'a> Observations<'a> {
             .collect()
     }
 
-    /// The observations, zero where there is none.
+    /// The observations, zero where there is none, and log 0 as devices write it.
     fn filled(&self) -> std::borrow::Cow<'a, [f32]> {
-        if (0..self.n).all(|n| (0..self.t).all(|t| self.seen(n, t))) {
+        if (0..self.n).all(|n| (0..self.t).all(|t| self.seen(n, t))) && self.obs.iter().all(|x| x.is_finite()) {
             return self.obs.into();
         }
-        let fill = |i: usize, &x: &f32| if self.seen(i / self.width / self.t, i / self.width % self.t) { x } else { 0.0 };
+        let fill = |i: usize, &x: &f32| if self.seen(i / self.width / self.t, i / self.width % self.t) { x.max(LOG_ZERO as f32) } else { 0.0 };
         self.obs.iter().enumerate().map(|(i, x)| fill(i, x)).collect::<Vec<f32>>().into()
     }
 }
@@ -1078,11 +1078,12 @@ pub struct BaumWelch {
     pub iterations: u32,
     most: u32,
     params: BaumWelchParams,
+    /// Statistics of each (model, sequence) of its last expectation; the last is the first impossible step or −1.
+    pub statistics: Buffer,
     obs: Buffer,
     words: Buffer,
     guards: Buffer,
     states: Buffer,
-    statistics: Buffer,
     packed: bool,
 }
 

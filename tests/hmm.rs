@@ -6,3 +6,7 @@ mod common;
 
 #[path = "hmm/baum_welch.rs"]
 mod baum_welch;
+#[path = "hmm/gradient.rs"]
+mod gradient;
+#[path = "hmm/oracle.rs"]
+mod oracle;
