@@ -7,6 +7,9 @@ mod common;
 mod forward_backward;
 #[path = "hmm/forecast.rs"]
 mod forecast;
+
+#[path = "hmm/baum_welch.rs"]
+mod baum_welch;
 #[path = "hmm/gradient.rs"]
 mod gradient;
 #[path = "hmm/oracle.rs"]
