@@ -478,6 +478,12 @@ impl View {
         self.range.end - self.range.start
     }
 
+    /// Elements of the view, counted from its first; cut where the view ends.
+    pub fn part(&self, range: Range<u64>) -> View {
+        let at = |i: u64| self.range.start + i.min(self.len());
+        View { buffer: self.buffer.clone(), range: at(range.start)..at(range.end) }
+    }
+
     #[cfg_attr(not(feature = "wgpu"), allow(dead_code, reason = "every backend reads it"))]
     pub(crate) fn storage<T: 'static>(&self) -> Result<&T> {
         self.buffer.0.storage.downcast_ref().ok_or_else(|| Error::Internal("a buffer of another device".into()))

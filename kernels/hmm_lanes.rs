@@ -17,6 +17,7 @@
 use crate::hmm::{Batch, IMPOSSIBLE, LEAST, SequenceOut, flag, scaled};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
+use std::cell::RefCell;
 use std::ops::Range;
 
 /// Widest vector.
@@ -41,10 +42,14 @@ type Lane<T> = [T; WIDEST];
 /// Runs every sequence of a batch.
 pub(crate) fn forward_backward(batch: &Batch<'_, f32>, outs: &mut [SequenceOut<'_, f32>]) {
     let plan = Plan::of(batch);
-    // Few jobs: each makes its own memory.
-    let jobs = (outs.len() / plan.lanes / (4 * rayon::current_num_threads())).max(1);
-    let tiles = outs.par_chunks_mut(plan.lanes).enumerate().with_min_len(jobs);
-    tiles.for_each_init(|| vec![0f32; plan.memory(batch)], |memory, (i, outs)| plan.tile(batch, i * plan.lanes, outs, memory));
+    outs.par_chunks_mut(plan.lanes).enumerate().for_each(|(i, outs)| plan.in_memory(batch, |memory| plan.tile(batch, i * plan.lanes, outs, memory)));
+}
+
+/// Memory that a thread keeps from one call to the next: 1 M reals. Fresh pages cost more than the work on them.
+const KEPT: usize = 1 << 20;
+
+thread_local! {
+    static MEMORY: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
 // ---- sizes and memory -----------------------------------------------------------------------------------------------------
@@ -135,10 +140,24 @@ impl Plan {
         self.lanes * self.sizes(batch).iter().sum::<usize>() + WIDEST
     }
 
+    fn in_memory(&self, batch: &Batch<'_, f32>, work: impl FnOnce(&mut [f32])) {
+        let len = self.memory(batch);
+        MEMORY.with_borrow_mut(|kept| {
+            let mut memory = std::mem::take(kept);
+            if memory.len() < len {
+                memory.resize(len, 0.0);
+            }
+            work(&mut memory[..len]);
+            if memory.len() <= KEPT {
+                *kept = memory;
+            }
+        });
+    }
+
     fn tile(&self, batch: &Batch<'_, f32>, first: usize, outs: &mut [SequenceOut<'_, f32>], memory: &mut [f32]) {
         let n = outs.len();
         let lengths: Lane<u32> = std::array::from_fn(|l| batch.length(first + l.min(n - 1)) as u32);
-        let ragged = batch.has(flag::MASKED) || lengths.iter().any(|&length| length != batch.p.t);
+        let ragged = lengths.iter().any(|&length| length != batch.p.t);
         let tile = Tile { plan: self, batch, first, n, lengths, ragged };
         let mut memory = Memory::of(self, batch, memory);
         tile.load(&mut memory);
@@ -247,7 +266,7 @@ struct Tile<'a> {
     first: usize,
     n: usize,
     lengths: Lane<u32>,
-    /// Whether lanes differ in length or mask.
+    /// Whether any is shorter than T.
     ragged: bool,
 }
 
@@ -330,11 +349,12 @@ impl Tile<'_> {
         if batch.has(flag::MASKED) {
             let words: &[f32] = bytemuck::cast_slice(batch.words);
             self.gather(words, 1 + t, true, 1 + steps.start, n, m.mask);
+            self.run(Missing { k, words: &m.mask[..n * lanes], log_b: m.log_b });
         }
     }
 
-    fn ragged<'x>(&'x self, mask: &'x [f32]) -> Option<Ragged<'x>> {
-        self.ragged.then_some(Ragged { lengths: &self.lengths, mask: self.batch.has(flag::MASKED).then_some(mask) })
+    fn ragged(&self) -> Option<&Lane<u32>> {
+        self.ragged.then_some(&self.lengths)
     }
 
     fn blocks(&self, segment: usize) -> impl DoubleEndedIterator<Item = Range<usize>> + use<> {
@@ -375,7 +395,7 @@ impl Tile<'_> {
                 alpha: m.alpha,
                 state,
                 results: wanted.then_some((&mut *filtered, &mut *predicted)),
-                ragged: self.ragged(m.mask),
+                lengths: self.ragged(),
             };
             forward(self.plan.arch, op);
             if let (true, Some(outs)) = (wanted, &mut outs) {
@@ -412,7 +432,7 @@ impl Tile<'_> {
                     pair_sum: self.plan.pair_sum,
                     pair_steps: self.plan.pair_steps,
                     least: &mut least,
-                    ragged: self.ragged(&[]),
+                    lengths: self.ragged(),
                 };
                 backward(self.plan.arch, op);
                 self.scatter(m.results, k, &steps, outs.iter_mut().filter_map(|out| out.posterior.as_deref_mut()));
@@ -470,7 +490,10 @@ impl WithSimd for Gather<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let (lanes, count) = (S::F32_LANES, self.count);
-        let rows: [&[f32]; WIDEST] = std::array::from_fn(|l| &self.x[l.min(self.n - 1) * self.row + self.from..][..count]);
+        let mut rows: Lane<&[f32]> = [&[]; WIDEST];
+        for (l, row) in rows.iter_mut().enumerate() {
+            *row = &self.x[l.min(self.n - 1) * self.row + self.from..][..count];
+        }
         if count < lanes {
             for (f, out) in self.out.chunks_exact_mut(lanes).enumerate().take(count) {
                 out.iter_mut().zip(rows).for_each(|(out, row)| *out = row[f]);
@@ -481,10 +504,10 @@ impl WithSimd for Gather<'_> {
         while done < count {
             let at = done.min(count - lanes);
             let mut x = [simd.splat_f32s(0.0); WIDEST];
-            for (x, row) in x.iter_mut().zip(rows).take(lanes) {
-                *x = S::as_simd_f32s(&row[at..at + lanes]).0[0];
+            for l in 0..lanes {
+                x[l] = S::as_simd_f32s(&rows[l][at..at + lanes]).0[0];
             }
-            transpose::<S>(&mut x);
+            let x = transpose(simd, x);
             S::as_mut_simd_f32s(&mut self.out[at * lanes..(at + lanes) * lanes]).0.copy_from_slice(&x[..lanes]);
             done = at + lanes;
         }
@@ -514,38 +537,43 @@ impl WithSimd for Scatter<'_, '_> {
             let at = done.min(count - lanes);
             let mut x = [simd.splat_f32s(0.0); WIDEST];
             x[..lanes].copy_from_slice(S::as_simd_f32s(&self.x[at * lanes..(at + lanes) * lanes]).0);
-            transpose::<S>(&mut x);
-            for (row, &x) in self.rows.iter_mut().zip(&x) {
-                S::as_mut_simd_f32s(&mut row[at..at + lanes]).0[0] = x;
+            let x = transpose(simd, x);
+            for (l, row) in self.rows.iter_mut().enumerate() {
+                S::as_mut_simd_f32s(&mut row[at..at + lanes]).0[0] = x[l];
             }
             done = at + lanes;
         }
     }
 }
 
+// No closures around vector instructions, here and below: a closure is a function without the caller's target features.
+
 /// Transposes the first lanes × lanes values.
 #[inline(always)]
-fn transpose<S: Simd>(x: &mut [S::f32s; WIDEST]) {
+fn transpose<S: Simd>(_: S, x: [S::f32s; WIDEST]) -> [S::f32s; WIDEST] {
     #[cfg(target_arch = "x86_64")]
     if S::F32_LANES == 16
         && let Some(simd) = pulp::x86::V4::try_new()
     {
-        *x = bytemuck::cast(x86::transpose_16(simd, bytemuck::cast(*x)));
-        return;
+        return bytemuck::cast(x86::transpose_16(simd, bytemuck::cast(x)));
     } else if S::F32_LANES == 8
         && let Some(simd) = pulp::x86::V3::try_new()
     {
-        let eight: [S::f32s; 8] = std::array::from_fn(|l| x[l]);
+        let (mut eight, mut out) = ([x[0]; 8], x);
+        eight.copy_from_slice(&x[..8]);
         let eight: [S::f32s; 8] = bytemuck::cast(x86::transpose_8(simd, bytemuck::cast(eight)));
-        x[..8].copy_from_slice(&eight);
-        return;
+        out[..8].copy_from_slice(&eight);
+        return out;
     }
     let lanes = S::F32_LANES;
-    let from = *x;
-    let from: &[f32] = bytemuck::cast_slice(&from);
-    for (f, out) in bytemuck::cast_slice_mut::<_, f32>(x).chunks_exact_mut(lanes).enumerate().take(lanes) {
-        out.iter_mut().enumerate().for_each(|(l, out)| *out = from[l * lanes + f]);
+    let mut out = x;
+    let (from, to): (&[f32], &mut [f32]) = (bytemuck::cast_slice(&x), bytemuck::cast_slice_mut(&mut out));
+    for (f, to) in to.chunks_exact_mut(lanes).enumerate().take(lanes) {
+        for (l, to) in to.iter_mut().enumerate() {
+            *to = from[l * lanes + f];
+        }
     }
+    out
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -553,23 +581,33 @@ mod x86 {
     use core::arch::x86_64::{__m256, __m256d, __m512, __m512d};
     use pulp::x86::{V3, V4};
 
+    #[inline(always)]
+    fn double(x: __m512) -> __m512d {
+        bytemuck::cast(x)
+    }
+
+    #[inline(always)]
+    fn single(x: __m512d) -> __m512 {
+        bytemuck::cast(x)
+    }
+
     /// Pairs of rows, pairs of pairs within 128 bits, then 128-bit parts twice.
     #[inline(always)]
     pub(super) fn transpose_16(simd: V4, x: [__m512; 16]) -> [__m512; 16] {
         let s = simd.avx512f;
-        let double = |x: __m512| -> __m512d { bytemuck::cast(x) };
-        let single = |x: __m512d| -> __m512 { bytemuck::cast(x) };
-        let pairs: [__m512; 16] = std::array::from_fn(|i| match i % 2 {
-            0 => s._mm512_unpacklo_ps(x[i], x[i + 1]),
-            _ => s._mm512_unpackhi_ps(x[i - 1], x[i]),
-        });
+        let (mut pairs, mut fours, mut out) = (x, x, x);
+        for i in 0..8 {
+            pairs[2 * i] = s._mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]);
+            pairs[2 * i + 1] = s._mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]);
+        }
         // fours[4·g + c]: column 4·q + c of rows 4·g .. 4·g + 4 in part q
-        let fours: [__m512; 16] = std::array::from_fn(|i| {
-            let (g, c) = (i / 4 * 4, i % 4);
-            let (a, b) = (double(pairs[g + c / 2]), double(pairs[g + c / 2 + 2]));
-            single(if c % 2 == 0 { s._mm512_unpacklo_pd(a, b) } else { s._mm512_unpackhi_pd(a, b) })
-        });
-        let mut out = x;
+        for g in 0..4 {
+            for c in 0..2 {
+                let (a, b) = (double(pairs[4 * g + c]), double(pairs[4 * g + c + 2]));
+                fours[4 * g + 2 * c] = single(s._mm512_unpacklo_pd(a, b));
+                fours[4 * g + 2 * c + 1] = single(s._mm512_unpackhi_pd(a, b));
+            }
+        }
         for c in 0..4 {
             let (a, b, d, e) = (fours[c], fours[4 + c], fours[8 + c], fours[12 + c]);
             let (even_ab, odd_ab) = (s._mm512_shuffle_f32x4::<0x88>(a, b), s._mm512_shuffle_f32x4::<0xdd>(a, b));
@@ -585,21 +623,23 @@ mod x86 {
     #[inline(always)]
     pub(super) fn transpose_8(simd: V3, x: [__m256; 8]) -> [__m256; 8] {
         let s = simd.avx;
-        let double = |x: __m256| -> __m256d { bytemuck::cast(x) };
-        let single = |x: __m256d| -> __m256 { bytemuck::cast(x) };
-        let pairs: [__m256; 8] = std::array::from_fn(|i| match i % 2 {
-            0 => s._mm256_unpacklo_ps(x[i], x[i + 1]),
-            _ => s._mm256_unpackhi_ps(x[i - 1], x[i]),
-        });
-        let fours: [__m256; 8] = std::array::from_fn(|i| {
-            let (g, c) = (i / 4 * 4, i % 4);
-            let (a, b) = (double(pairs[g + c / 2]), double(pairs[g + c / 2 + 2]));
-            single(if c % 2 == 0 { s._mm256_unpacklo_pd(a, b) } else { s._mm256_unpackhi_pd(a, b) })
-        });
-        std::array::from_fn(|i| match i / 4 {
-            0 => s._mm256_permute2f128_ps::<0x20>(fours[i], fours[4 + i]),
-            _ => s._mm256_permute2f128_ps::<0x31>(fours[i - 4], fours[i]),
-        })
+        let (mut pairs, mut fours, mut out) = (x, x, x);
+        for i in 0..4 {
+            pairs[2 * i] = s._mm256_unpacklo_ps(x[2 * i], x[2 * i + 1]);
+            pairs[2 * i + 1] = s._mm256_unpackhi_ps(x[2 * i], x[2 * i + 1]);
+        }
+        for g in 0..2 {
+            for c in 0..2 {
+                let (a, b): (__m256d, __m256d) = (bytemuck::cast(pairs[4 * g + c]), bytemuck::cast(pairs[4 * g + c + 2]));
+                fours[4 * g + 2 * c] = bytemuck::cast(s._mm256_unpacklo_pd(a, b));
+                fours[4 * g + 2 * c + 1] = bytemuck::cast(s._mm256_unpackhi_pd(a, b));
+            }
+        }
+        for c in 0..4 {
+            out[c] = s._mm256_permute2f128_ps::<0x20>(fours[c], fours[4 + c]);
+            out[4 + c] = s._mm256_permute2f128_ps::<0x31>(fours[c], fours[4 + c]);
+        }
+        out
     }
 }
 
@@ -613,18 +653,18 @@ fn exp<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     const LN2_LOW: f32 = -2.121_944_4e-4;
     // Adding and taking away 1.5·2^23 rounds to a whole number, which lies in the low bits of the sum.
     const ROUND: f32 = 12_582_912.0;
-    let of = |x: f32| simd.splat_f32s(x);
-    let shifted = simd.mul_add_f32s(x, of(std::f32::consts::LOG2_E), of(ROUND));
-    let n = simd.sub_f32s(shifted, of(ROUND));
-    let r = simd.mul_add_f32s(n, of(-LN2_LOW), simd.mul_add_f32s(n, of(-LN2_HIGH), x));
-    let mut p = of(P[4]);
+    let shifted = simd.mul_add_f32s(x, simd.splat_f32s(std::f32::consts::LOG2_E), simd.splat_f32s(ROUND));
+    let n = simd.sub_f32s(shifted, simd.splat_f32s(ROUND));
+    let r = simd.mul_add_f32s(n, simd.splat_f32s(-LN2_HIGH), x);
+    let r = simd.mul_add_f32s(n, simd.splat_f32s(-LN2_LOW), r);
+    let mut p = simd.splat_f32s(P[4]);
     for c in [P[3], P[2], P[1], P[0], 1.0, 1.0] {
-        p = simd.mul_add_f32s(p, r, of(c));
+        p = simd.mul_add_f32s(p, r, simd.splat_f32s(c));
     }
     let power = simd.wrapping_dyn_shl_u32s(simd.transmute_u32s_f32s(shifted), simd.splat_u32s(23));
     let y = simd.transmute_f32s_u32s(simd.add_u32s(power, simd.transmute_u32s_f32s(p)));
     // A NaN stays one.
-    simd.select_f32s(simd.less_than_f32s(x, of(-87.0)), of(0.0), y)
+    simd.select_f32s(simd.less_than_f32s(x, simd.splat_f32s(-87.0)), simd.splat_f32s(0.0), y)
 }
 
 /// exp of every value, in place.
@@ -664,7 +704,10 @@ impl WithSimd for Softmax<'_> {
                 let mut most = impossible;
                 for (j, logit) in row.iter_mut().enumerate() {
                     let w = &weights[(i * k + j) * (u + 1)..][..u + 1];
-                    let products = inputs.iter().zip(w).fold(simd.splat_f32s(0.0), |sum, (&x, &w)| simd.mul_add_f32s(x, w, sum));
+                    let mut products = simd.splat_f32s(0.0);
+                    for (&x, &w) in inputs.iter().zip(w) {
+                        products = simd.mul_add_f32s(x, w, products);
+                    }
                     *logit = simd.add_f32s(products, w[u]);
                     most = simd.max_f32s(*logit, most);
                 }
@@ -674,7 +717,31 @@ impl WithSimd for Softmax<'_> {
                     sum = simd.add_f32s(sum, *p);
                 }
                 let inverse = simd.div_f32s(simd.splat_f32s(1.0), sum);
-                row.iter_mut().for_each(|p| *p = simd.mul_f32s(*p, inverse));
+                for p in row.iter_mut() {
+                    *p = simd.mul_f32s(*p, inverse);
+                }
+            }
+        }
+    }
+}
+
+/// log b = 0 where nothing was observed; words [n] are bits of reals.
+struct Missing<'a> {
+    k: usize,
+    words: &'a [f32],
+    log_b: &'a mut [f32],
+}
+
+impl WithSimd for Missing<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let words = S::as_simd_f32s(self.words).0;
+        for (row, &words) in S::as_mut_simd_f32s(self.log_b).0.chunks_exact_mut(self.k).zip(words) {
+            let observed = simd.greater_than_u32s(simd.transmute_u32s_f32s(words), simd.splat_u32s(0));
+            for x in row {
+                *x = simd.select_f32s(observed, *x, simd.splat_f32s(0.0));
             }
         }
     }
@@ -730,14 +797,6 @@ enum Matrix<'a> {
     Steps(&'a [f32]),
 }
 
-/// Lanes that are shorter, or were not observed.
-#[derive(Clone, Copy)]
-struct Ragged<'a> {
-    lengths: &'a Lane<u32>,
-    /// Words [n,lane].
-    mask: Option<&'a [f32]>,
-}
-
 struct Forward<'a> {
     k: usize,
     /// 1 where the first step is that of the sequence, and has no matrix.
@@ -750,7 +809,8 @@ struct Forward<'a> {
     state: &'a mut State,
     /// Filtered and predicted [n,K].
     results: Option<(&'a mut [f32], &'a mut [f32])>,
-    ragged: Option<Ragged<'a>>,
+    /// Of the lanes, where some are shorter than T.
+    lengths: Option<&'a Lane<u32>>,
 }
 
 /// K as a constant, 0 where it is not known.
@@ -780,6 +840,51 @@ fn set_lane<S: Simd>(x: &mut Lane<f32>, v: S::f32s) {
     S::as_mut_simd_f32s(&mut x[..S::F32_LANES]).0[0] = v;
 }
 
+/// What the entries of a matrix are.
+trait Entries<S: Simd> {
+    type Entry: Copy;
+    fn of(simd: S, x: Self::Entry) -> S::f32s;
+}
+
+/// One for all lanes.
+struct Scalars;
+
+impl<S: Simd> Entries<S> for Scalars {
+    type Entry = f32;
+
+    #[inline(always)]
+    fn of(simd: S, x: f32) -> S::f32s {
+        simd.splat_f32s(x)
+    }
+}
+
+/// One for each lane.
+struct Vectors;
+
+impl<S: Simd> Entries<S> for Vectors {
+    type Entry = S::f32s;
+
+    #[inline(always)]
+    fn of(_: S, x: S::f32s) -> S::f32s {
+        x
+    }
+}
+
+/// `step < length` of each lane.
+#[inline(always)]
+fn within<S: Simd>(simd: S, step: usize, lengths: S::u32s) -> S::m32s {
+    simd.less_than_u32s(simd.splat_u32s(step as u32), lengths)
+}
+
+/// All of x where `active` is none.
+#[inline(always)]
+fn choose<S: Simd>(simd: S, active: Option<S::m32s>, x: S::f32s, other: S::f32s) -> S::f32s {
+    match active {
+        Some(active) => simd.select_f32s(active, x, other),
+        None => x,
+    }
+}
+
 impl<const K: usize> WithSimd for Of<Forward<'_>, K> {
     type Output = ();
 
@@ -787,47 +892,46 @@ impl<const K: usize> WithSimd for Of<Forward<'_>, K> {
     fn with_simd<S: Simd>(self, simd: S) {
         let k = if K > 0 { K } else { self.0.k };
         match self.0.matrix {
-            Matrix::Scalars(a) if K == 0 => self.steps::<S, f32>(simd, a, 0, |x| simd.splat_f32s(x)),
-            Matrix::Steps(a) => self.steps::<S, S::f32s>(simd, S::as_simd_f32s(a).0, k * k, |x| x),
-            Matrix::Scalars(a) | Matrix::Lanes(a) => self.steps::<S, S::f32s>(simd, S::as_simd_f32s(a).0, 0, |x| x),
+            Matrix::Scalars(a) if K == 0 => self.steps::<S, Scalars>(simd, a, 0),
+            Matrix::Steps(a) => self.steps::<S, Vectors>(simd, S::as_simd_f32s(a).0, k * k),
+            Matrix::Scalars(a) | Matrix::Lanes(a) => self.steps::<S, Vectors>(simd, S::as_simd_f32s(a).0, 0),
         }
     }
 }
 
 impl<const K: usize> Of<Forward<'_>, K> {
     #[inline(always)]
-    fn steps<S: Simd, E: Copy>(self, simd: S, a: &[E], stride: usize, of: impl Fn(E) -> S::f32s + Copy) {
-        let Forward { late, steps, log_b, store, alpha: last, state, mut results, ragged, k, .. } = self.0;
+    fn steps<S: Simd, M: Entries<S>>(self, simd: S, a: &[M::Entry], stride: usize) {
+        let Forward { late, steps, log_b, store, alpha: last, state, mut results, lengths, k, .. } = self.0;
         let k = if K > 0 { K } else { k };
         let (log_b, store, last) = (S::as_simd_f32s(log_b).0, S::as_mut_simd_f32s(store).0, S::as_mut_simd_f32s(last).0);
-        let zero = simd.splat_f32s(0.0);
-        let lengths = ragged.map(|r| S::as_simd_u32s(&r.lengths[..S::F32_LANES]).0[0]);
-        let mask = ragged.and_then(|r| r.mask).map(|mask| S::as_simd_u32s(bytemuck::cast_slice(mask)).0);
+        let (zero, zeros) = (simd.splat_f32s(0.0), simd.splat_u32s(0));
         let (mut s, mut sum, mut carry) = (lane::<S>(&state.s), lane::<S>(&state.sum), lane::<S>(&state.carry));
         let (mut least_s, mut least_m) = (lane::<S>(&state.least_s), lane::<S>(&state.least_m));
         let mut exponents = S::as_simd_u32s(&state.exponents[..S::F32_LANES]).0[0];
         for n in 0..steps.len() {
-            let active = lengths.map(|lengths| simd.less_than_u32s(simd.splat_u32s((steps.start + n) as u32), lengths));
+            let active = match lengths {
+                Some(lengths) => Some(within(simd, steps.start + n, S::as_simd_u32s(&lengths[..S::F32_LANES]).0[0])),
+                None => None,
+            };
             let (before, here) = store.split_at_mut(n * 2 * k);
             let (b, alpha) = here[..2 * k].split_at_mut(k);
             let previous = if n == 0 { &last[..k] } else { &before[(2 * n - 1) * k..2 * n * k] };
 
             // what was observed
             let log_b = &log_b[n * k..(n + 1) * k];
-            let observed = mask.map(|mask| simd.greater_than_u32s(mask[n], simd.splat_u32s(0)));
-            let of_state = |j: usize| observed.map_or(log_b[j], |observed| simd.select_f32s(observed, log_b[j], zero));
-            let mut m = of_state(0);
+            let mut m = log_b[0];
             for j in 1..k {
-                m = simd.max_f32s(m, of_state(j));
+                m = simd.max_f32s(m, log_b[j]);
             }
             let mut exponent = simd.and_u32s(simd.transmute_u32s_f32s(s), simd.splat_u32s(EXPONENT));
             let scale = simd.transmute_f32s_u32s(simd.sub_u32s(simd.splat_u32s(TWICE_ONE), exponent));
             for j in 0..k {
-                b[j] = simd.mul_f32s(exp(simd, simd.sub_f32s(of_state(j), m)), scale);
+                b[j] = simd.mul_f32s(exp(simd, simd.sub_f32s(log_b[j], m)), scale);
             }
             if let Some(active) = active {
                 m = simd.select_f32s(active, m, zero);
-                exponent = simd.select_u32s(active, exponent, simd.splat_u32s(0));
+                exponent = simd.select_u32s(active, exponent, zeros);
             }
             let y = simd.sub_f32s(m, carry);
             let next = simd.add_f32s(sum, y);
@@ -837,30 +941,28 @@ impl<const K: usize> Of<Forward<'_>, K> {
             exponents = simd.add_u32s(exponents, simd.wrapping_dyn_shr_u32s(exponent, simd.splat_u32s(23)));
 
             // α
-            let mut now = zero;
-            let mut done = |j: usize, predicted: S::f32s| {
-                let mut x = simd.mul_f32s(predicted, b[j]);
-                if let Some(active) = active {
-                    x = simd.select_f32s(active, x, previous[j]);
-                }
-                if let Some((_, out)) = &mut results {
-                    let p = simd.div_f32s(predicted, s);
-                    S::as_mut_simd_f32s(out).0[n * k + j] = active.map_or(p, |active| simd.select_f32s(active, p, zero));
-                }
-                alpha[j] = x;
-                now = simd.add_f32s(now, x);
-            };
             if late > n {
-                (0..k).for_each(|j| done(j, previous[j]));
+                alpha.copy_from_slice(previous);
             } else {
-                columns::<S, E, K>(simd, k, &a[(n - late) * stride..][..k * k], of, previous, done);
+                columns::<S, M, K>(simd, k, &a[(n - late) * stride..][..k * k], previous, alpha);
+            }
+            if let Some((_, out)) = &mut results {
+                let out = &mut S::as_mut_simd_f32s(out).0[n * k..(n + 1) * k];
+                for j in 0..k {
+                    out[j] = choose(simd, active, simd.div_f32s(alpha[j], s), zero);
+                }
+            }
+            let mut now = zero;
+            for j in 0..k {
+                alpha[j] = choose(simd, active, simd.mul_f32s(alpha[j], b[j]), previous[j]);
+                now = simd.add_f32s(now, alpha[j]);
             }
             s = now;
             least_s = simd.min_f32s(s, least_s);
             if let Some((out, _)) = &mut results {
+                let out = &mut S::as_mut_simd_f32s(out).0[n * k..(n + 1) * k];
                 for j in 0..k {
-                    let p = simd.div_f32s(alpha[j], s);
-                    S::as_mut_simd_f32s(out).0[n * k + j] = active.map_or(p, |active| simd.select_f32s(active, p, zero));
+                    out[j] = choose(simd, active, simd.div_f32s(alpha[j], s), zero);
                 }
             }
         }
@@ -875,69 +977,67 @@ impl<const K: usize> Of<Forward<'_>, K> {
     }
 }
 
-/// Σ_i x_i·a_ij for every j.
+/// out_j = Σ_i x_i·a_ij.
 #[inline(always)]
-fn columns<S: Simd, E: Copy, const K: usize>(
-    simd: S,
-    k: usize,
-    a: &[E],
-    of: impl Fn(E) -> S::f32s + Copy,
-    x: &[S::f32s],
-    mut done: impl FnMut(usize, S::f32s),
-) {
+fn columns<S: Simd, M: Entries<S>, const K: usize>(simd: S, k: usize, a: &[M::Entry], x: &[S::f32s], out: &mut [S::f32s]) {
     if K > 0 {
-        return some_columns::<S, E, K>(simd, K, a, of, x, 0).into_iter().enumerate().for_each(|(j, y)| done(j, y));
+        some_columns::<S, M, K>(simd, K, a, x, 0, out);
+        return;
     }
     let mut j = 0;
     while j + 8 <= k {
-        some_columns::<S, E, 8>(simd, k, a, of, x, j).into_iter().enumerate().for_each(|(n, y)| done(j + n, y));
+        some_columns::<S, M, 8>(simd, k, a, x, j, out);
         j += 8;
     }
     while j < k {
-        some_columns::<S, E, 1>(simd, k, a, of, x, j).into_iter().for_each(|y| done(j, y));
+        some_columns::<S, M, 1>(simd, k, a, x, j, out);
         j += 1;
     }
 }
 
 #[inline(always)]
-fn some_columns<S: Simd, E: Copy, const J: usize>(simd: S, k: usize, a: &[E], of: impl Fn(E) -> S::f32s, x: &[S::f32s], at: usize) -> [S::f32s; J] {
+fn some_columns<S: Simd, M: Entries<S>, const J: usize>(simd: S, k: usize, a: &[M::Entry], x: &[S::f32s], at: usize, out: &mut [S::f32s]) {
     let mut sums = [simd.splat_f32s(0.0); J];
     for i in 0..k {
         let row = &a[i * k + at..][..J];
         for j in 0..J {
-            sums[j] = simd.mul_add_f32s(x[i], of(row[j]), sums[j]);
+            sums[j] = simd.mul_add_f32s(x[i], M::of(simd, row[j]), sums[j]);
         }
     }
-    sums
+    out[at..at + J].copy_from_slice(&sums);
 }
 
-/// Σ_j a_ij·x_j for every i.
+/// out_i = Σ_j a_ij·x_j.
 #[inline(always)]
-fn rows<S: Simd, E: Copy, const K: usize>(simd: S, k: usize, a: &[E], of: impl Fn(E) -> S::f32s + Copy, x: &[S::f32s], mut done: impl FnMut(usize, S::f32s)) {
+fn rows<S: Simd, M: Entries<S>, const K: usize>(simd: S, k: usize, a: &[M::Entry], x: &[S::f32s], out: &mut [S::f32s]) {
     if K > 0 {
-        return some_rows::<S, E, K>(simd, K, a, of, x, 0).into_iter().enumerate().for_each(|(i, y)| done(i, y));
+        some_rows::<S, M, K>(simd, K, a, x, 0, out);
+        return;
     }
     let mut i = 0;
     while i + 8 <= k {
-        some_rows::<S, E, 8>(simd, k, a, of, x, i).into_iter().enumerate().for_each(|(n, y)| done(i + n, y));
+        some_rows::<S, M, 8>(simd, k, a, x, i, out);
         i += 8;
     }
     while i < k {
-        some_rows::<S, E, 1>(simd, k, a, of, x, i).into_iter().for_each(|y| done(i, y));
+        some_rows::<S, M, 1>(simd, k, a, x, i, out);
         i += 1;
     }
 }
 
 #[inline(always)]
-fn some_rows<S: Simd, E: Copy, const I: usize>(simd: S, k: usize, a: &[E], of: impl Fn(E) -> S::f32s, x: &[S::f32s], at: usize) -> [S::f32s; I] {
+fn some_rows<S: Simd, M: Entries<S>, const I: usize>(simd: S, k: usize, a: &[M::Entry], x: &[S::f32s], at: usize, out: &mut [S::f32s]) {
     let mut sums = [simd.splat_f32s(0.0); I];
-    let rows: [&[E]; I] = std::array::from_fn(|i| &a[(at + i) * k..][..k]);
+    let mut rows: [&[M::Entry]; I] = [&[]; I];
+    for i in 0..I {
+        rows[i] = &a[(at + i) * k..][..k];
+    }
     for j in 0..k {
         for i in 0..I {
-            sums[i] = simd.mul_add_f32s(of(rows[i][j]), x[j], sums[i]);
+            sums[i] = simd.mul_add_f32s(M::of(simd, rows[i][j]), x[j], sums[i]);
         }
     }
-    sums
+    out[at..at + I].copy_from_slice(&sums);
 }
 
 struct Backward<'a> {
@@ -954,7 +1054,8 @@ struct Backward<'a> {
     pair_steps: bool,
     /// Least Σ_i α_i·β_i of each lane.
     least: &'a mut Lane<f32>,
-    ragged: Option<Ragged<'a>>,
+    /// Of the lanes, where some are shorter than T.
+    lengths: Option<&'a Lane<u32>>,
 }
 
 fn backward(arch: Arch, op: Backward<'_>) {
@@ -978,76 +1079,78 @@ impl<const K: usize> WithSimd for Of<Backward<'_>, K> {
     fn with_simd<S: Simd>(self, simd: S) {
         let k = if K > 0 { K } else { self.0.k };
         match self.0.matrix {
-            Matrix::Scalars(a) if K == 0 => self.steps::<S, f32>(simd, a, 0, |x| simd.splat_f32s(x)),
-            Matrix::Steps(a) => self.steps::<S, S::f32s>(simd, S::as_simd_f32s(a).0, k * k, |x| x),
-            Matrix::Scalars(a) | Matrix::Lanes(a) => self.steps::<S, S::f32s>(simd, S::as_simd_f32s(a).0, 0, |x| x),
+            Matrix::Scalars(a) if K == 0 => self.steps::<S, Scalars>(simd, a, 0),
+            Matrix::Steps(a) => self.steps::<S, Vectors>(simd, S::as_simd_f32s(a).0, k * k),
+            Matrix::Scalars(a) | Matrix::Lanes(a) => self.steps::<S, Vectors>(simd, S::as_simd_f32s(a).0, 0),
         }
     }
 }
 
 impl<const K: usize> Of<Backward<'_>, K> {
     #[inline(always)]
-    fn steps<S: Simd, E: Copy>(self, simd: S, a: &[E], stride: usize, of: impl Fn(E) -> S::f32s + Copy) {
-        let Backward { k, t, steps, store, u, posterior, pair, pair_sum, pair_steps, least, ragged, .. } = self.0;
+    fn steps<S: Simd, M: Entries<S>>(self, simd: S, a: &[M::Entry], stride: usize) {
+        let Backward { k, t, steps, store, u, posterior, pair, pair_sum, pair_steps, least, lengths, .. } = self.0;
         let k = if K > 0 { K } else { k };
         let kk = k * k;
         let store = S::as_simd_f32s(store).0;
         let (posterior, pair) = (S::as_mut_simd_f32s(posterior).0, S::as_mut_simd_f32s(pair).0);
         let (u, beta) = S::as_mut_simd_f32s(u).0.split_at_mut(k);
+        let beta = &mut beta[..k];
         let (zero, one, cap) = (simd.splat_f32s(0.0), simd.splat_f32s(1.0), simd.splat_f32s(LARGEST));
-        let lengths = ragged.map(|r| S::as_simd_u32s(&r.lengths[..S::F32_LANES]).0[0]);
         let mut least_q = lane::<S>(least);
         if pair_sum {
             pair.fill(zero);
         }
         for n in (0..steps.len()).rev() {
             let step = steps.start + n;
-            let below = |step: usize| lengths.map(|lengths| simd.less_than_u32s(simd.splat_u32s(step as u32), lengths));
-            let (active, followed) = (below(step), below(step + 1));
+            let (mut active, mut followed) = (None, None);
+            if let Some(lengths) = lengths {
+                let lengths = S::as_simd_u32s(&lengths[..S::F32_LANES]).0[0];
+                (active, followed) = (Some(within(simd, step, lengths)), Some(within(simd, step + 1, lengths)));
+            }
             let (b, alpha) = store[2 * n * k..][..2 * k].split_at(k);
             let posterior = &mut posterior[n * k..(n + 1) * k];
 
             // β, α·β and their sum
-            let mut q = zero;
-            let mut done = |i: usize, x: S::f32s| {
-                let x = followed.map_or(x, |followed| simd.select_f32s(followed, x, one));
-                beta[i] = x;
-                posterior[i] = simd.mul_f32s(alpha[i], x);
-                q = simd.add_f32s(q, posterior[i]);
-            };
-            let a = if step + 1 < t { &a[n * stride..][..kk] } else { &[] };
-            if a.is_empty() {
-                (0..k).for_each(|i| done(i, one));
+            let inside = step + 1 < t;
+            if inside {
+                rows::<S, M, K>(simd, k, &a[n * stride..][..kk], u, beta);
             } else {
-                rows::<S, E, K>(simd, k, a, of, u, done);
+                beta.fill(one);
+            }
+            let mut q = zero;
+            for i in 0..k {
+                beta[i] = choose(simd, followed, beta[i], one);
+                posterior[i] = simd.mul_f32s(alpha[i], beta[i]);
+                q = simd.add_f32s(q, posterior[i]);
             }
             least_q = simd.min_f32s(q, least_q);
             let inverse = simd.div_f32s(one, q);
-            for p in posterior.iter_mut() {
-                *p = simd.mul_f32s(*p, inverse);
-                *p = active.map_or(*p, |active| simd.select_f32s(active, *p, zero));
+            for i in 0..k {
+                posterior[i] = choose(simd, active, simd.mul_f32s(posterior[i], inverse), zero);
             }
 
-            // pairs of this step and the next
-            if (pair_sum || pair_steps) && !a.is_empty() {
+            // pairs of this step and the next; A comes in at the end where it does not change
+            if (pair_sum || pair_steps) && inside {
+                let a = &a[n * stride..][..kk];
                 let pair = if pair_steps { &mut pair[n * kk..(n + 1) * kk] } else { &mut pair[..kk] };
                 for i in 0..k {
-                    let w = simd.mul_f32s(alpha[i], inverse);
-                    let w = followed.map_or(w, |followed| simd.select_f32s(followed, w, zero));
+                    let w = choose(simd, followed, simd.mul_f32s(alpha[i], inverse), zero);
                     for j in 0..k {
                         let at = i * k + j;
-                        pair[at] = match (pair_steps, stride > 0) {
-                            (true, _) => simd.mul_f32s(simd.mul_f32s(w, of(a[at])), u[j]),
-                            (false, true) => simd.mul_add_f32s(simd.mul_f32s(w, of(a[at])), u[j], pair[at]),
-                            // A comes in at the end.
-                            (false, false) => simd.mul_add_f32s(w, u[j], pair[at]),
-                        };
+                        if pair_steps {
+                            pair[at] = simd.mul_f32s(simd.mul_f32s(w, M::of(simd, a[at])), u[j]);
+                        } else if stride > 0 {
+                            pair[at] = simd.mul_add_f32s(simd.mul_f32s(w, M::of(simd, a[at])), u[j], pair[at]);
+                        } else {
+                            pair[at] = simd.mul_add_f32s(w, u[j], pair[at]);
+                        }
                     }
                 }
             }
             for j in 0..k {
                 let x = simd.min_f32s(simd.mul_f32s(b[j], beta[j]), cap);
-                u[j] = active.map_or(x, |active| simd.select_f32s(active, x, zero));
+                u[j] = choose(simd, active, x, zero);
             }
         }
         set_lane::<S>(least, least_q);

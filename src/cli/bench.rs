@@ -1,12 +1,15 @@
 //! `forback bench`: the standard workloads, one JSON object (or one row) each.
 //!
-//! Timed is the whole op from host arrays to host results: uploads of prices and sets (a few megabytes) and the download of the
-//! statistics are part of it. Ceilings are measured in the same run: a buffer copy for bytes, multiply-adds in registers for flops.
+//! Ceilings are measured in the same run: a buffer copy for bytes, multiply-adds in registers for flops.
 //!
-//! Workloads  S sets × N assets × T bars: a grid whose sets (first parameter fastest) are repeated from the front until there are S;
+//! Sweeps     timed is the whole op from host arrays to host results: uploads of prices and sets (a few megabytes) and the download of
+//!            the statistics are part of it.
+//!            S sets × N assets × T bars: a grid whose sets (first parameter fastest) are repeated from the front until there are S;
 //!            same_close, 10 bp, first counted return 0; Sharpe ratio, total return, max drawdown, turnover and trades of each.
 //!            sweep_walk_forward also chooses a set per window and asset (train 756, test 63, step 21) and replays it.
 //! Prices     geometric Brownian motion, drift 3e-4 and volatility 1 % a bar.
+
+mod hmm;
 
 use super::say;
 use crate::kernels::backtest_sweep::{Execution, Strategy, Sweep};
@@ -38,7 +41,29 @@ pub(super) struct Args {
 }
 
 /// One standard workload.
-struct Workload {
+trait Workload: Sync {
+    fn name(&self) -> &'static str;
+    fn shape(&self) -> Vec<usize>;
+    fn unit(&self) -> &'static str;
+    /// What its row says besides.
+    fn says(&self) -> Vec<(&'static str, Value)> {
+        Vec::new()
+    }
+    /// Makes the inputs.
+    fn prepare(&self, device: &Device, seed: u64) -> Result<Prepared>;
+}
+
+/// A workload with its inputs.
+struct Prepared {
+    cost: Cost,
+    /// Runs it once, with a profile if asked for.
+    run: Box<dyn FnMut(bool) -> Result<Run>>,
+    /// What preparing measured, for the row.
+    says: Vec<(&'static str, Value)>,
+}
+
+/// A grid of one strategy.
+struct Sweeps {
     name: &'static str,
     /// Sets, assets, bars.
     shape: [usize; 3],
@@ -48,16 +73,14 @@ struct Workload {
     windows: [u32; 3],
 }
 
-const UNIT: &str = "pair-bars";
-
-const fn million(name: &'static str, strategy: Strategy, grid: &'static str) -> Workload {
-    Workload { name, shape: [1_000_000, 1, 2520], strategy, grid, windows: [0; 3] }
+const fn million(name: &'static str, strategy: Strategy, grid: &'static str) -> Sweeps {
+    Sweeps { name, shape: [1_000_000, 1, 2520], strategy, grid, windows: [0; 3] }
 }
 
 /// Pair i = (fast 2 + i mod 100, slow 102 + (i / 100) mod 400).
 const PAIRS: &str = "fast=2:101,slow=102:501";
 
-static WORKLOADS: [Workload; 8] = [
+static SWEEPS: [Sweeps; 8] = [
     million("sweep_sma", Strategy::SmaCross, PAIRS),
     million("sweep_ema", Strategy::EmaCross, PAIRS),
     million("sweep_rsi", Strategy::RsiReversion, "period=2:30,low=5:45:2,high=55:95:2"),
@@ -65,8 +88,13 @@ static WORKLOADS: [Workload; 8] = [
     million("sweep_macd", Strategy::Macd, "fast=4:30,slow=31:79:2,signal=3:20"),
     million("sweep_donchian", Strategy::DonchianBreakout, "entry=10:250:2,exit=2:100"),
     million("sweep_momentum", Strategy::TsMomentum, "lookback=10:260:2,vol_window=10:120:10,target_vol=0.1|0.15|0.2,max_leverage=1|2|3"),
-    Workload { name: "sweep_walk_forward", shape: [10_000, 100, 2520], strategy: Strategy::SmaCross, grid: "fast=2:101,slow=102:201", windows: [756, 63, 21] },
+    Sweeps { name: "sweep_walk_forward", shape: [10_000, 100, 2520], strategy: Strategy::SmaCross, grid: "fast=2:101,slow=102:201", windows: [756, 63, 21] },
 ];
+
+/// All of them, in the order of their rows.
+fn workloads() -> impl Iterator<Item = &'static dyn Workload> {
+    SWEEPS.iter().map(|w| w as &dyn Workload).chain(hmm::WORKLOADS)
+}
 
 /// What a run did.
 struct Run {
@@ -107,7 +135,7 @@ impl Market {
     }
 }
 
-impl Workload {
+impl Sweeps {
     /// Set i is set i mod n of the grid.
     fn columns(&self) -> Result<Columns> {
         let sets = Grid::parse(self.strategy.name(), Some(self.grid))?.sets(self.shape[0] as u64)?;
@@ -169,6 +197,33 @@ impl Workload {
     }
 }
 
+impl Workload for Sweeps {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn shape(&self) -> Vec<usize> {
+        self.shape.to_vec()
+    }
+
+    fn unit(&self) -> &'static str {
+        "pair-bars"
+    }
+
+    fn says(&self) -> Vec<(&'static str, Value)> {
+        vec![("strategy", self.strategy.name().into()), ("grid", self.grid.into())]
+    }
+
+    fn prepare(&self, device: &Device, seed: u64) -> Result<Prepared> {
+        let market = Market::of(self.shape[2], self.shape[1], seed);
+        let columns = self.columns()?;
+        let (cost, device) = (self.cost(&columns), device.clone());
+        // The table of workloads lives as long as the program.
+        let sweep = SWEEPS.iter().find(|w| w.name == self.name).ok_or_else(|| Error::Internal(format!("{} is in no table", self.name)))?;
+        Ok(Prepared { cost, run: Box::new(move |profile| sweep.run(&device, &market, &columns, profile)), says: Vec::new() })
+    }
+}
+
 /// Rows of the table of indicators that the sets share.
 fn rows(strategy: Strategy, columns: &Columns) -> usize {
     let column = |name: &'static str| columns.iter().filter(move |c| c.0 == name).flat_map(|c| c.1.iter().map(|&x| x as u32));
@@ -183,8 +238,8 @@ fn rows(strategy: Strategy, columns: &Columns) -> usize {
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
-    let chosen: Vec<&Workload> =
-        if args.workloads.is_empty() { WORKLOADS.iter().collect() } else { args.workloads.iter().map(|name| named(name)).collect::<Result<_>>()? };
+    let chosen: Vec<&dyn Workload> =
+        if args.workloads.is_empty() { workloads().collect() } else { args.workloads.iter().map(|name| named(name)).collect::<Result<_>>()? };
     if let Some(threads) = args.threads {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
         pool.map_err(|e| Error::Parameter { op: "bench", name: "--threads".into(), value: threads.to_string(), help: e.to_string() })?;
@@ -196,28 +251,26 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         say(&format!("device {}; ceilings: copy {:.1} GB/s, {:.1} G instructions/s", device.info(), ceilings.0 / 1e9, ceilings.1 / 1e9));
     }
     for workload in chosen {
-        let market = Market::of(workload.shape[2], workload.shape[1], args.common.seed);
-        let columns = workload.columns()?;
-        let cost = workload.cost(&columns);
-        let first = workload.run(&device, &market, &columns, args.profile)?;
+        let mut prepared = workload.prepare(&device, args.common.seed)?;
+        let first = (prepared.run)(args.profile)?;
         let mut seconds = Vec::with_capacity(args.runs.max(1));
         for _ in 0..args.runs.max(1) {
             let start = Instant::now();
-            let again = workload.run(&device, &market, &columns, false)?;
+            let again = (prepared.run)(false)?;
             seconds.push(start.elapsed().as_secs_f64());
             if again.check.to_bits() != first.check.to_bits() {
-                return Err(Error::Internal(format!("{}: two runs gave different results", workload.name)));
+                return Err(Error::Internal(format!("{}: two runs gave different results", workload.name())));
             }
         }
         seconds.sort_by(f64::total_cmp);
-        report(args, &device, workload, &cost, &first, &seconds, threads, ceilings);
+        report(args, &device, workload, &prepared, &first, &seconds, threads, ceilings);
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn named(name: &str) -> Result<&'static Workload> {
-    let names = || WORKLOADS.iter().map(|w| w.name);
-    WORKLOADS.iter().find(|w| w.name == name).ok_or_else(|| Error::Unknown {
+fn named(name: &str) -> Result<&'static dyn Workload> {
+    let names = || workloads().map(|w| w.name());
+    workloads().find(|w| w.name() == name).ok_or_else(|| Error::Unknown {
         kind: "workload",
         given: name.into(),
         suggestion: crate::data::nearest(name, names()),
@@ -225,24 +278,33 @@ fn named(name: &str) -> Result<&'static Workload> {
     })
 }
 
-fn report(args: &Args, device: &Device, workload: &Workload, cost: &Cost, run: &Run, seconds: &[f64], threads: usize, ceilings: (f64, f64)) {
-    let median = seconds[seconds.len() / 2];
+fn report(args: &Args, device: &Device, workload: &dyn Workload, prepared: &Prepared, run: &Run, seconds: &[f64], threads: usize, ceilings: (f64, f64)) {
+    let (median, cost, unit) = (seconds[seconds.len() / 2], &prepared.cost, workload.unit());
     let rate = cost.work / median;
     if args.common.json {
         let profile: Vec<Value> =
             run.profile.iter().map(|l| json!({ "kernel": l.kernel, "seconds": if l.seconds.is_nan() { Value::Null } else { json!(l.seconds) }, "bytes": l.bytes, "flops": l.flops })).collect();
-        let mut line = json!({
-            "workload": workload.name, "strategy": workload.strategy.name(), "grid": workload.grid, "shape": workload.shape, "device": device.info().kind.name(), "adapter": device.info().adapter,
-            "driver": device.info().driver, "threads": threads, "median_s": median, "min_s": seconds[0], "runs": seconds.len(), "work": cost.work,
-            "unit": UNIT, "rate": rate, "bytes": cost.bytes, "flops": cost.flops, "bytes_share": cost.bytes / median / ceilings.0,
-            "flops_share": cost.flops / median / ceilings.1, "check": run.check,
+        let mut line = json!({ "workload": workload.name() });
+        for (name, value) in workload.says() {
+            line[name] = value;
+        }
+        let measured = json!({
+            "shape": workload.shape(), "device": device.info().kind.name(), "adapter": device.info().adapter, "driver": device.info().driver, "threads": threads,
+            "median_s": median, "min_s": seconds[0], "runs": seconds.len(), "work": cost.work, "unit": unit, "rate": rate, "bytes": cost.bytes,
+            "flops": cost.flops, "bytes_share": cost.bytes / median / ceilings.0, "flops_share": cost.flops / median / ceilings.1, "check": run.check,
         });
+        if let (Value::Object(line), Value::Object(measured)) = (&mut line, measured) {
+            line.extend(measured);
+        }
+        for (name, value) in &prepared.says {
+            line[name] = value.clone();
+        }
         if args.profile {
             line["profile"] = Value::Array(profile);
         }
         say(&line.to_string());
     } else {
-        say(&format!("{:<20} {:?}: {:.1} ms (min {:.1}), {:.3e} {}/s", workload.name, workload.shape, median * 1e3, seconds[0] * 1e3, rate, UNIT));
+        say(&format!("{:<20} {:?}: {:.1} ms (min {:.1}), {:.3e} {}/s", workload.name(), workload.shape(), median * 1e3, seconds[0] * 1e3, rate, unit));
         for l in &run.profile {
             say(&format!("  {:<24} {:>10.3} ms {:>10.2} G instructions/s", l.kernel, l.seconds * 1e3, l.flops / l.seconds / 1e9));
         }
