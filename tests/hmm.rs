@@ -3,7 +3,12 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test that cannot go on fails")]
 
 mod common;
+
+#[path = "hmm/forward_backward.rs"]
+mod forward_backward;
 #[path = "hmm/gradient.rs"]
 mod gradient;
 #[path = "hmm/oracle.rs"]
 mod oracle;
+#[path = "hmm/switching.rs"]
+mod switching;
