@@ -19,7 +19,10 @@ pub mod device;
 pub mod error;
 pub mod fixed;
 pub mod hmm;
+pub mod hmm_baum_welch;
+pub mod hmm_fit;
 pub mod hmm_gradient;
+mod hmm_lanes;
 mod hmm_pack;
 pub mod indicators;
 pub mod multiple_testing;
@@ -52,7 +55,7 @@ pub struct Op {
 }
 
 /// Every op, in the order that data flows.
-pub static OPS: [Op; 7] = [
+pub static OPS: [Op; 8] = [
     Op { name: "philox", about: "counter-based random numbers", kernels: &[&philox::PHILOX], differentiable: false, verify: philox::verify },
     Op { name: "performance", about: "statistics of return series", kernels: &[&performance::PERFORMANCE], differentiable: false, verify: performance::verify },
     Op {
@@ -103,10 +106,23 @@ pub static OPS: [Op; 7] = [
         differentiable: true,
         verify: hmm::verify,
     },
+    Op {
+        name: "hmm_baum_welch",
+        about: "hidden Markov models fitted by expectation-maximisation, thousands at once",
+        kernels: &[
+            &hmm_baum_welch::HMM_MAXIMISATION,
+            &hmm_baum_welch::HMM_EXPECTATION,
+            &hmm_baum_welch::HMM_EXPECTATION_LANES,
+            &hmm_baum_welch::HMM_SUMS,
+            &hmm_baum_welch::HMM_REDUCE,
+        ],
+        differentiable: false,
+        verify: hmm_baum_welch::verify,
+    },
 ];
 
 /// Every kernel: those of the ops, then the ceiling that `forback bench` measures.
-pub static KERNELS: [&Kernel; 36] = [
+pub static KERNELS: [&Kernel; 41] = [
     &philox::PHILOX,
     &performance::PERFORMANCE,
     &walk_forward_sharpe::SEGMENT_MOMENTS,
@@ -134,6 +150,11 @@ pub static KERNELS: [&Kernel; 36] = [
     &hmm::HMM_FORWARD_BACKWARD_4,
     &hmm::HMM_FORWARD_BACKWARD_8,
     &hmm::HMM_FORWARD_BACKWARD,
+    &hmm_baum_welch::HMM_MAXIMISATION,
+    &hmm_baum_welch::HMM_EXPECTATION,
+    &hmm_baum_welch::HMM_EXPECTATION_LANES,
+    &hmm_baum_welch::HMM_SUMS,
+    &hmm_baum_welch::HMM_REDUCE,
     &hmm_gradient::HMM_GRADIENT_CHAIN,
     &hmm_gradient::HMM_GRADIENT_EMISSION,
     &hmm_gradient::HMM_GRADIENT_TABLE,
