@@ -221,6 +221,23 @@ impl SwitchingFit {
     }
 }
 
+/// Standard errors of parameters at a maximum.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StandardErrors {
+    /// Of intercepts or means [K].
+    pub constant: Vec<f64>,
+    /// Of autoregressive coefficients [K][order].
+    pub autoregression: Vec<Vec<f64>>,
+    /// Of regressors' coefficients [K][E].
+    pub regressors: Vec<Vec<f64>>,
+    /// Of variances [K].
+    pub variance: Vec<f64>,
+    /// Of links [K][K−1][1 + drivers].
+    pub links: Vec<Vec<Vec<f64>>>,
+    /// Of the transition matrix [K][K] where it is constant.
+    pub transitions: Option<Vec<Vec<f64>>>,
+}
+
 /// A model and its data, checked.
 #[derive(Debug, Clone)]
 pub struct Switching<'a> {
@@ -359,6 +376,62 @@ impl<'a> Switching<'a> {
             converged: best.converged,
             reached: searches.iter().map(|s| -s.value * self.rows as f64).collect(),
         })
+    }
+
+    /// Standard errors from the inverse of the observed information, by central differences of the exact gradient in one batch.
+    /// # Errors
+    /// `Parameter` where the information cannot be inverted: not at a maximum, or a parameter at its bound.
+    pub fn standard_errors(&self, device: &Device, parameters: &SwitchingParameters) -> Result<StandardErrors> {
+        self.check(parameters)?;
+        let (x, n) = (self.pack(parameters), self.free());
+        let width = if device.info().kind == DeviceKind::Reference { 2e-3 } else { 2e-2 };
+        let by: Vec<f64> = x.iter().map(|v| width * v.abs().clamp(0.05, 2.0)).collect();
+        let moved = |i: usize, sign: f64| {
+            let mut x = x.clone();
+            x[i] += sign * by[i];
+            self.unpack(&x)
+        };
+        let trials: Vec<SwitchingParameters> = (0..n).flat_map(|i| [moved(i, 1.0), moved(i, -1.0)]).collect();
+        let points = self.run(device, &trials, false)?;
+        let slope = |i: usize, j: usize| (points[2 * i + 1].gradient[j] - points[2 * i].gradient[j]) / (2.0 * by[i]);
+        let information: Vec<Vec<f64>> = (0..n).map(|i| (0..n).map(|j| 0.5 * (slope(i, j) + slope(j, i))).collect()).collect();
+        let column = |j: usize| solve(&information, &(0..n).map(|i| f64::from(u8::from(i == j))).collect::<Vec<_>>());
+        let covariance: Option<Vec<Vec<f64>>> = (0..n).map(column).collect();
+        match covariance {
+            Some(covariance) if (0..n).all(|i| covariance[i][i] > 0.0) => Ok(self.errors_of(parameters, &covariance)),
+            _ => {
+                let help = "the information at these parameters has no positive inverse: give a maximum inside the bounds";
+                Err(parameter("parameters", "standard errors", help))
+            }
+        }
+    }
+
+    /// Standard errors in natural units from the covariance of the free parameters.
+    fn errors_of(&self, parameters: &SwitchingParameters, covariance: &[Vec<f64>]) -> StandardErrors {
+        let (k, z) = (self.config.regimes, self.data.drivers.len());
+        let deviation: Vec<f64> = (0..covariance.len()).map(|i| covariance[i][i].sqrt()).collect();
+        // As a point, so that `unpack` puts each where it belongs; variances come back as floor + exp.
+        let spread = self.unpack(&deviation);
+        let of_variance = |s: usize| (spread.variance[s] - self.floor).ln() * (parameters.variance[s] - self.floor);
+        let first = covariance.len() - k * (k - 1) * (1 + z) - if self.config.start == Start::Free { k - 1 } else { 0 };
+        let transitions = (z == 0).then(|| {
+            let matrix = parameters.transition_matrix(&[]);
+            let error = |i: usize, j: usize| {
+                let by = |l: usize| matrix[i][j] * (f64::from(u8::from(j == l)) - matrix[i][l]);
+                let at = |l: usize| first + i * (k - 1) + l;
+                let pairs = (0..k - 1).flat_map(|a| (0..k - 1).map(move |b| (a, b)));
+                pairs.map(|(a, b)| by(a) * by(b) * covariance[at(a)][at(b)]).sum::<f64>().max(0.0).sqrt()
+            };
+            (0..k).map(|i| (0..k).map(|j| error(i, j)).collect()).collect()
+        });
+        StandardErrors {
+            variance: (0..k).map(of_variance).collect(),
+            constant: spread.constant,
+            autoregression: spread.autoregression,
+            regressors: spread.regressors,
+            links: spread.links,
+            transitions,
+        }
     }
 
     fn ordered(&self, parameters: &SwitchingParameters) -> SwitchingParameters {

@@ -5,8 +5,8 @@ use crate::gradient::{SHARED, cases, close};
 use crate::oracle::{Small, Trans};
 use crate::switching::{Published, number, numbers};
 use forback::kernels::hmm::{
-    Emission, Hmm, Likelihood, PackShape, Pair, Transitions, Wanted, check_observations, hmm_forward_backward, log_probabilities, pack_categorical,
-    pack_gaussian_diagonal, pack_gaussian_full, pack_poisson, pack_regression, pack_student_t, pack_words,
+    Emission, Hmm, Likelihood, PackShape, Pair, Wanted, check_observations, hmm_forward_backward, log_probabilities, pack_categorical, pack_gaussian_diagonal,
+    pack_gaussian_full, pack_poisson, pack_regression, pack_student_t, pack_words,
 };
 use forback::{Device, OpenOptions};
 

@@ -429,3 +429,111 @@ fn published_fits_from_a_rough_start() {
         }
     }
 }
+
+#[test]
+fn published_standard_errors() {
+    let reference = open("reference").unwrap();
+    let near = |name: &str, got: &[f64], want: &[f64]| {
+        println!("{name}: {got:.5?}, published {want:.5?}");
+        assert_eq!(got.len(), want.len(), "{name}");
+        assert!(got.iter().zip(want).all(|(g, w)| (g - w).abs() < 0.01 * w), "{name}: {got:?}, published {want:?}");
+    };
+    let of = |case: &Case| case.model().standard_errors(&reference, &case.parameters).unwrap();
+    let first = |errors: &Option<Vec<Vec<f64>>>| errors.as_ref().unwrap().iter().map(|row| row[0]).collect::<Vec<_>>();
+    let Some(gnp) = Published::read("hmm_hamilton_gnp", "published.json") else { return };
+    let (want, got) = (&gnp.json["models"][0]["std_err"], of(&hamilton()[0]));
+    near("GNP transitions", &first(&got.transitions), &[number(&want["p00"]), number(&want["p10"])]);
+    near("GNP means", &got.constant, &numbers(&want["mu"]));
+    near("GNP autoregression", &got.autoregression[0], &numbers(&want["phi"]));
+    let Some(fed) = Published::read("hmm_fedfunds", "published.json") else { return };
+    let (want, got) = (&fed.json["models"][0]["std_err"], of(&fedfunds()[0]));
+    near("fed funds transitions", &first(&got.transitions), &[number(&want["p00"]), number(&want["p10"])]);
+    near("fed funds means", &got.constant, &numbers(&want["mu"]));
+    let Some(stocks) = Published::read("hmm_sp500_absreturns", "published.json") else { return };
+    let (want, got) = (&stocks.json["models"][0]["std_err"], of(&absolute_returns()[0]));
+    near("stock transitions", &first(&got.transitions), &[number(&want["p00"]), number(&want["p10"])]);
+    near("stock constants", &got.constant, &numbers(&want["const"]));
+    near("stock lags", &got.autoregression.iter().map(|r| r[0]).collect::<Vec<_>>(), &numbers(&want["lag"]));
+}
+
+#[test]
+fn switching_devices_agree() {
+    // The same optimum from the same rough starts, in f32.
+    for device in open_all(&DEVICES[1..]) {
+        for case in fedfunds().into_iter().take(1).chain(hamilton().into_iter().skip(3)) {
+            let fit = case.model().fit(&device, &SwitchingSearch { restarts: 4, ..SwitchingSearch::default() }).unwrap();
+            let best = BETTER.iter().find(|b| b.0 == case.name).map_or(case.log_likelihood, |b| b.1);
+            let got = fit.result.log_likelihood;
+            assert!((got - best).abs() < 2e-3, "{} on {}: {got}, expected {best}", case.name, device.info().kind.name());
+        }
+    }
+}
+
+#[test]
+fn regimes_come_in_order_and_probabilities_add_up() {
+    let device = open("cpu").unwrap();
+    let rng = &mut Rng::new(11);
+    let mut wild = false;
+    let y: Vec<f64> = (0..1500)
+        .map(|_| {
+            wild ^= rng.unit() < 0.02;
+            if wild { 3.0 * rng.normal() - 0.5 } else { rng.normal() + 0.2 }
+        })
+        .collect();
+    let data = SwitchingData { y: &y, regressors: &[], drivers: &[] };
+    let model = Switching::new(SwitchingConfig::new(2), data).unwrap();
+    let fit = model.fit(&device, &SwitchingSearch { restarts: 3, ..SwitchingSearch::default() }).unwrap();
+    let p = &fit.parameters;
+    assert!(fit.converged && (p.variance[0] - 1.0).abs() < 0.2 && (p.variance[1] - 9.0).abs() < 1.5, "{p:?}");
+    assert!(fit.result.durations.as_ref().is_some_and(|d| d.iter().all(|d| (20.0..130.0).contains(d))), "{:?}", fit.result.durations);
+    assert_eq!((fit.free, fit.result.smoothed.dim()), (6, (1500, 2)));
+    for table in [&fit.result.filtered, &fit.result.predicted, &fit.result.smoothed] {
+        assert!(table.rows().into_iter().all(|row| (row.sum() - 1.0).abs() < 1e-5 && row.iter().all(|p| *p >= 0.0)));
+    }
+    assert!(fit.bic() > fit.aic() && fit.reached.windows(2).all(|w| w[0] >= w[1]));
+    // Predicted is filtered one step before, moved by the matrix.
+    let matrix = p.transition_matrix(&[]);
+    for t in 1..1500 {
+        let want = (0..2).map(|i| fit.result.filtered[[t - 1, i]] * matrix[i][0]).sum::<f64>();
+        assert!((fit.result.predicted[[t, 0]] - want).abs() < 1e-6);
+    }
+}
+
+#[test]
+fn switching_refuses_what_it_cannot_explain() {
+    let y: Vec<f64> = (0..30).map(|t| (f64::from(t) * 1.7).sin()).collect();
+    let plain = |y: &[f64], config: SwitchingConfig| Switching::new(config, SwitchingData { y, regressors: &[], drivers: &[] }).map(|_| ()).unwrap_err();
+    let says = |error: forback::Error, words: &[&str]| {
+        let text = error.to_string();
+        assert!(words.iter().all(|w| text.contains(w)), "'{text}' does not say {words:?}");
+    };
+    says(plain(&y, SwitchingConfig::new(0)), &["regimes = 0"]);
+    says(plain(&y[..5], SwitchingConfig::new(2)), &["rows = 5", "6 parameters"]);
+    says(plain(&[2.5; 40], SwitchingConfig::new(2)), &["series = 2.5", "every row is the same"]);
+    let mut holed = y.clone();
+    holed[7] = f64::NAN;
+    says(plain(&holed, SwitchingConfig::new(2)), &["series, row 7", "NaN"]);
+    says(plain(&y, SwitchingConfig { order: 12, form: Form::Mean, ..SwitchingConfig::new(2) }), &["regimes, order", "2, 12", "512"]);
+    says(plain(&y, SwitchingConfig { regressors: vec![Own], ..SwitchingConfig::new(2) }), &["regressors", "1 columns", "0 columns"]);
+    let short = [vec![0.0; 29]];
+    let error = Switching::new(SwitchingConfig::new(2), SwitchingData { y: &y, regressors: &[], drivers: &short }).map(|_| ()).unwrap_err();
+    says(error, &["driver 0", "30 rows", "29 rows"]);
+    let model = Switching::new(SwitchingConfig::new(2), SwitchingData { y: &y, regressors: &[], drivers: &[] }).unwrap();
+    let good = SwitchingParameters {
+        constant: vec![0.0, 1.0],
+        autoregression: vec![Vec::new(); 2],
+        regressors: vec![Vec::new(); 2],
+        variance: vec![1.0, 1.0],
+        links: SwitchingParameters::links_of(&[vec![0.9, 0.1], vec![0.2, 0.8]]),
+        initial: vec![0.5; 2],
+    };
+    let device = open("cpu").unwrap();
+    assert!(model.evaluate(&device, &good).is_ok());
+    let refused = |p: SwitchingParameters| model.evaluate(&device, &p).map(|_| ()).unwrap_err();
+    says(refused(SwitchingParameters { variance: vec![1.0, 0.0], ..good.clone() }), &["variance = 0"]);
+    says(refused(SwitchingParameters { constant: vec![0.0; 3], ..good.clone() }), &["constant", "[2]"]);
+    says(refused(SwitchingParameters { constant: vec![0.0, f64::NAN], ..good.clone() }), &["NaN", "finite"]);
+    // Two absorbing regimes: no single stationary distribution.
+    let stuck = SwitchingParameters::links_of(&[vec![1.0, 0.0], vec![0.0, 1.0]]);
+    says(refused(SwitchingParameters { links: stuck, ..good }), &["stationary"]);
+}
