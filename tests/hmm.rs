@@ -10,5 +10,7 @@ mod forward_backward;
 mod gradient;
 #[path = "hmm/oracle.rs"]
 mod oracle;
+#[path = "hmm/paths.rs"]
+mod paths;
 #[path = "hmm/switching.rs"]
 mod switching;
