@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test that cannot go on fails")]
 
 mod common;
+
 #[path = "hmm/forward_backward.rs"]
 mod forward_backward;
 #[path = "hmm/forecast.rs"]
@@ -20,3 +21,7 @@ mod sample;
 mod scan;
 #[path = "hmm/viterbi.rs"]
 mod viterbi;
+#[path = "hmm/paths.rs"]
+mod paths;
+#[path = "hmm/switching.rs"]
+mod switching;

@@ -6,10 +6,10 @@ use forback::kernels::hmm::{Emission, Hmm};
 use forback::kernels::hmm_gradient::{Direction, HmmGradient, Probabilities, TransDirection, hmm_gradient, hmm_tangent};
 use forback::kernels::{Device, OpenOptions, View};
 
-const SHARED: Trans = Trans::Table { per_sequence: false, per_step: false };
+pub(crate) const SHARED: Trans = Trans::Table { per_sequence: false, per_step: false };
 
 /// Every emission, every kind of transition, lengths and gaps, each at least once.
-fn cases() -> Vec<(&'static str, Small)> {
+pub(crate) fn cases() -> Vec<(&'static str, Small)> {
     let table = |per_sequence, per_step| Trans::Table { per_sequence, per_step };
     let softmax = |u, per_sequence| Trans::Softmax { u, per_sequence };
     let (diagonal, full) = (Emission::GaussianDiagonal, Emission::GaussianFull);
@@ -58,7 +58,7 @@ fn read(mut pass: forback::kernels::Pass, gradient: &HmmGradient, posterior: Opt
 }
 
 #[track_caller]
-fn close(what: &str, got: &[f64], want: &[f64], tolerance: f64) {
+pub(crate) fn close(what: &str, got: &[f64], want: &[f64], tolerance: f64) {
     assert_eq!(got.len(), want.len(), "{what}: lengths");
     let scale = want.iter().fold(1.0f64, |m, x| m.max(x.abs()));
     for (i, (g, w)) in got.iter().zip(want).enumerate() {

@@ -1,0 +1,3 @@
+//! Market regimes.
+
+pub mod switching;
