@@ -38,6 +38,7 @@
 #[cfg(feature = "cli")]
 pub mod cli;
 pub mod data;
+pub mod regimes;
 pub mod report;
 pub mod sim;
 

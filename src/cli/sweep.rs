@@ -558,7 +558,7 @@ fn strategy(name: &str) -> Result<Strategy> {
 }
 
 /// An unknown name among few.
-fn unknown<const K: usize>(kind: &'static str, name: &str, known: [&str; K]) -> Error {
+pub(super) fn unknown<const K: usize>(kind: &'static str, name: &str, known: [&str; K]) -> Error {
     Error::Unknown { kind, given: name.into(), suggestion: crate::data::nearest(name, known), known: known.map(String::from).to_vec() }
 }
 
@@ -614,6 +614,7 @@ fn read(args: &Args, missing: Missing) -> Result<Prices> {
         from: args.from.clone(),
         to: args.to.clone(),
         missing,
+        any_sign: false,
     };
     read_prices(&args.files, &options)
 }
@@ -630,14 +631,19 @@ fn synthetic(args: &Args) -> Result<Prices> {
         let help = "needs a price file: forback sweep prices.csv".into();
         return Err(Error::Parameter { op: "sweep", name: (*name).into(), value: "given".into(), help });
     }
-    let market = market::synthetic(args.bars, args.assets, args.common.seed)?;
+    synthetic_prices(args.bars, args.assets, args.common.seed)
+}
+
+/// A seeded market without a file.
+pub(super) fn synthetic_prices(bars: usize, assets: usize, seed: u64) -> Result<Prices> {
+    let market = market::synthetic(bars, assets, seed)?;
     Ok(Prices {
         symbols: market.symbols,
         times: market.dates,
         has_time_of_day: false,
         close: market.close,
         open: None,
-        sources: vec![format!("synthetic regime-switching market, seed {}", args.common.seed)],
+        sources: vec![format!("synthetic regime-switching market, seed {seed}")],
         sha256: String::new(),
         dropped: Vec::new(),
         filled: Vec::new(),
