@@ -18,6 +18,8 @@ pub mod conformance;
 pub mod device;
 pub mod error;
 pub mod fixed;
+pub mod hmm;
+mod hmm_pack;
 pub mod indicators;
 pub mod multiple_testing;
 pub mod performance;
@@ -49,7 +51,7 @@ pub struct Op {
 }
 
 /// Every op, in the order that data flows.
-pub static OPS: [Op; 6] = [
+pub static OPS: [Op; 7] = [
     Op { name: "philox", about: "counter-based random numbers", kernels: &[&philox::PHILOX], differentiable: false, verify: philox::verify },
     Op { name: "performance", about: "statistics of return series", kernels: &[&performance::PERFORMANCE], differentiable: false, verify: performance::verify },
     Op {
@@ -80,10 +82,17 @@ pub static OPS: [Op; 6] = [
         differentiable: false,
         verify: portfolio_sweep::verify,
     },
+    Op {
+        name: "hmm_forward_backward",
+        about: "likelihood, filtered, predicted and smoothed probabilities of hidden Markov models",
+        kernels: &[&hmm::HMM_EMISSION, &hmm::HMM_FORWARD_BACKWARD],
+        differentiable: true,
+        verify: hmm::verify,
+    },
 ];
 
 /// Every kernel: those of the ops, then the ceiling that `forback bench` measures.
-pub static KERNELS: [&Kernel; 24] = [
+pub static KERNELS: [&Kernel; 26] = [
     &philox::PHILOX,
     &performance::PERFORMANCE,
     &walk_forward_sharpe::SEGMENT_MOMENTS,
@@ -107,5 +116,7 @@ pub static KERNELS: [&Kernel; 24] = [
     &portfolio::PORTFOLIO_SIMULATE,
     &portfolio::PORTFOLIO_SCORE,
     &portfolio::SIGNAL_SCORE,
+    &hmm::HMM_EMISSION,
+    &hmm::HMM_FORWARD_BACKWARD,
     &ceilings::CEILING_MULTIPLY_ADD,
 ];

@@ -37,6 +37,8 @@ pub trait Real:
     fn f32(self) -> f32;
     /// Square root.
     fn sqrt(self) -> Self;
+    /// e to the power of it.
+    fn exp(self) -> Self;
     /// Natural logarithm.
     fn ln(self) -> Self;
     /// ln(1 + x).
@@ -68,6 +70,9 @@ macro_rules! real {
             }
             fn sqrt(self) -> Self {
                 self.sqrt()
+            }
+            fn exp(self) -> Self {
+                self.exp()
             }
             fn ln(self) -> Self {
                 self.ln()
