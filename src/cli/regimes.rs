@@ -336,11 +336,6 @@ impl Found<'_> {
         self.config.features.iter().map(Feature::to_string).collect::<Vec<_>>().join(", ")
     }
 
-    fn states(&self) -> String {
-        let (least, most) = (self.config.states.start(), self.config.states.end());
-        if least == most { least.to_string() } else { format!("{least}..{most}") }
-    }
-
     fn text(&self) {
         let prices = self.prices;
         let time = |t: Option<&i64>| t.map(|t| prices.format_time(*t)).unwrap_or_default();
@@ -357,7 +352,7 @@ impl Found<'_> {
         let kind = if self.config.pooled { "one model for all assets" } else { "a model per asset" };
         let choice = if self.config.states.start() == self.config.states.end() { String::new() } else { format!(" chosen by {}", self.criterion().to_uppercase()) };
         let starts = self.config.restarts;
-        say(&format!("model    {} states{choice}, {} on {}, {kind}, best of {starts} starts, seed {}", self.states(), self.emission(), self.features(), self.config.seed));
+        say(&format!("model    {} states{choice}, {} on {}, {kind}, best of {starts} starts, seed {}", self.config.states_text(), self.emission(), self.features(), self.config.seed));
         say(&format!("         fitted in {}", if self.seconds < 10.0 { format!("{:.2} s", self.seconds) } else { duration(self.seconds) }));
         say("\nover the whole sample, which knows the future: states by volatility, calmest first");
         if self.regimes.models.len() > self.args.top {
@@ -381,7 +376,7 @@ impl Found<'_> {
             c.log_likelihood,
             c.aic,
             c.bic,
-            c.iterations,
+            model.iterations,
             model.observations
         ));
         let to: String = (0..c.states).map(|k| format!(" {:>8}", format!("to {k}"))).collect();
@@ -514,7 +509,7 @@ impl Found<'_> {
     fn json_of(&self, model: &RegimeModel) -> Value {
         let candidate = |c: &Candidate| {
             json!({ "states": c.states, "parameters": c.parameters, "log_likelihood": number(c.log_likelihood), "aic": number(c.aic), "bic": number(c.bic),
-                "icl": number(c.icl), "iterations": c.iterations, "converged": c.converged })
+                "icl": number(c.icl), "converged": c.converged })
         };
         let summary = |(k, s): (usize, &StateSummary)| {
             json!({ "state": k, "name": state_name(k, model.chosen.states), "mean": number(s.mean), "volatility": number(s.volatility),
@@ -524,7 +519,7 @@ impl Found<'_> {
         let rows = |x: &ndarray::Array2<f64>| x.outer_iter().map(|row| row.to_vec()).collect::<Vec<_>>();
         let assets = |(asset, states): (&usize, &Vec<StateSummary>)| json!({ "asset": self.prices.symbols[*asset], "states": list(states) });
         json!({
-            "assets": model.assets.iter().map(|&a| &self.prices.symbols[a]).collect::<Vec<_>>(), "observations": model.observations,
+            "assets": model.assets.iter().map(|&a| &self.prices.symbols[a]).collect::<Vec<_>>(), "observations": model.observations, "iterations": model.iterations,
             "chosen": candidate(&model.chosen), "candidates": model.candidates.iter().map(candidate).collect::<Vec<_>>(), "states": list(&model.states),
             "per_asset": if model.assets.len() > 1 { model.assets.iter().zip(&model.per_asset).map(assets).collect::<Vec<_>>() } else { Vec::new() },
             "initial": model.initial, "transition": rows(&model.transition),
@@ -541,7 +536,7 @@ impl Found<'_> {
                 "first": prices.times.first().map(|t| prices.format_time(*t)), "last": prices.times.last().map(|t| prices.format_time(*t)),
                 "dropped": prices.dropped.iter().map(|d| json!({ "symbol": d.symbol, "reason": d.reason })).collect::<Vec<_>>(),
                 "filled": prices.filled.iter().map(|(s, n)| json!({ "symbol": s, "cells": n })).collect::<Vec<_>>(), "notes": prices.notes },
-            "states": self.states(), "criterion": self.criterion(), "features": config.features.iter().map(Feature::to_string).collect::<Vec<_>>(),
+            "states": self.config.states_text(), "criterion": self.criterion(), "features": config.features.iter().map(Feature::to_string).collect::<Vec<_>>(),
             "emission": self.emission(), "pooled": config.pooled, "scale": self.args.scale, "restarts": config.restarts, "iterations": config.iterations,
             "refit": self.refits.map(|r| r.every), "train": self.refits.map(|r| r.train.to_string()), "periods_per_year": config.periods_per_year,
         })

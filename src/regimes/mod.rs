@@ -38,7 +38,7 @@ pub use probabilities::{Causal, FilteredProbabilities, InSampleProbabilities, Pr
 
 use crate::{Device, Error, Result};
 use features::{Observations, Scaler};
-use model::{Em, Model, Problem, posteriors};
+use model::{Fitted, Model, Problem, posteriors};
 use ndarray::{Array2, ArrayView1};
 use probabilities::Table;
 use std::fmt;
@@ -63,7 +63,7 @@ pub enum Criterion {
     Bic,
     /// −2 ln L + 2p.
     Aic,
-    /// BIC + 2·entropy of the smoothed states: also wants them to be clear.
+    /// BIC + 2·entropy of the states' path given the observations: also wants states to be clear.
     Icl,
 }
 
@@ -216,20 +216,8 @@ pub struct Candidate {
     pub bic: f64,
     /// Integrated completed likelihood, as a criterion.
     pub icl: f64,
-    /// Iterations of the best start.
-    pub iterations: usize,
-    /// Whether it converged within them.
+    /// Whether the best start converged.
     pub converged: bool,
-}
-
-impl Candidate {
-    fn by(&self, criterion: Criterion) -> f64 {
-        match criterion {
-            Criterion::Bic => self.bic,
-            Criterion::Aic => self.aic,
-            Criterion::Icl => self.icl,
-        }
-    }
 }
 
 /// A model over the whole sample.
@@ -243,6 +231,8 @@ pub struct RegimeModel {
     pub chosen: Candidate,
     /// All numbers that were tried.
     pub candidates: Vec<Candidate>,
+    /// Iterations of the best start.
+    pub iterations: usize,
     /// Its states, calmest first.
     pub states: Vec<StateSummary>,
     /// The same of each asset on its own; duration is the model's.
@@ -342,29 +332,24 @@ pub fn regimes(device: &Device, panel: &Panel<'_>, config: &RegimeConfig, progre
     enough(rows, config, "the sample")?;
     let groups = config.groups(n);
     let jobs: Vec<Job> = groups.iter().map(|assets| Job::of(&observations, panel, config, assets, 0..rows)).collect::<Result<_>>()?;
-    let mut candidates: Vec<Vec<Tried>> = vec![Vec::new(); jobs.len()];
-    for k in config.states.clone() {
-        let several = if jobs.len() == 1 { String::new() } else { format!(" of {} assets", jobs.len()) };
-        progress(&format!("fitting {k} states{several}"))?;
-        for (i, tried) in try_states(device, &jobs.iter().collect::<Vec<_>>(), k, config)?.into_iter().enumerate() {
-            candidates[i].push(tried);
-        }
-    }
+    let several = if jobs.len() == 1 { String::new() } else { format!(", {} models", jobs.len()) };
+    progress(&format!("fitting {} states{several}", config.states_text()))?;
+    let fits = fit_jobs(device, &jobs, config, config.states.clone())?;
     progress("probabilities")?;
-    let mut best: Vec<Tried> = Vec::with_capacity(jobs.len());
-    for tried in &candidates {
-        best.push(chosen(tried, config.criterion)?.clone());
-    }
-    let states_of = |asset: usize| best[if config.pooled { 0 } else { asset }].model.k;
-    let states: Vec<usize> = (0..n).map(states_of).collect();
-    let (mut filtered, mut smoothed) = (Table::empty(states.clone(), panel.close.dim().0), Table::empty(states, panel.close.dim().0));
+    let states: Vec<usize> = (0..n).map(|asset| fits[if config.pooled { 0 } else { asset }].model.k).collect();
+    let bars = panel.close.dim().0;
+    let (mut filtered, mut smoothed) = (Table::empty(states.clone(), bars), Table::empty(states, bars));
+    let sequences = jobs.iter().zip(&fits).flat_map(|(job, fit)| job.problem.sequences.iter().map(move |rows| (rows.as_slice(), &fit.model)));
+    let mut all = posteriors(device, &sequences.collect::<Vec<_>>(), true)?.into_iter();
     let mut models = Vec::with_capacity(jobs.len());
-    for ((job, best), tried) in jobs.iter().zip(best).zip(&candidates) {
-        for ((asset, f), s) in job.assets.iter().zip(&best.filtered).zip(&best.smoothed) {
-            filtered.put(*asset, observations.first, f);
-            smoothed.put(*asset, observations.first, s);
+    for (job, fit) in jobs.iter().zip(&fits) {
+        let mut own = Vec::with_capacity(job.assets.len());
+        for (&asset, [f, s]) in job.assets.iter().zip(all.by_ref()) {
+            filtered.put(asset, observations.first, &f);
+            smoothed.put(asset, observations.first, &s);
+            own.push(s);
         }
-        models.push(model_of(job, &observations, config, best, tried));
+        models.push(model_of(job, &observations, config, fit, &own));
     }
     let model_of = (0..n).map(|asset| if config.pooled { 0 } else { asset }).collect();
     Ok(Regimes { first: observations.first, models, model_of, filtered: InSampleProbabilities(filtered), smoothed: SmoothedProbabilities(smoothed) })
@@ -399,57 +384,26 @@ impl Job {
     }
 }
 
-/// A fit of a number of states, and what it makes of the rows.
-#[derive(Clone)]
-struct Tried {
-    model: Model,
-    candidate: Candidate,
-    /// [assets][rows,K].
-    filtered: Vec<Vec<f32>>,
-    smoothed: Vec<Vec<f32>>,
-}
-
-/// Fits K states to every job, and takes posteriors over its rows.
-fn try_states(device: &Device, jobs: &[&Job], k: usize, config: &RegimeConfig) -> Result<Vec<Tried>> {
-    let problems: Vec<Problem> = jobs.iter().map(|job| job.problem.clone()).collect();
-    let models = model::fit(device, &problems, k, &config.em(), &config.features)?;
-    let sequences: Vec<(&[f32], &Model)> =
-        jobs.iter().zip(&models).flat_map(|(job, model)| job.problem.sequences.iter().map(move |rows| (rows.as_slice(), model))).collect();
-    let mut all = posteriors(device, &sequences, true)?.into_iter();
-    let tried = jobs.iter().zip(models.iter()).map(|(job, model)| {
-        let (filtered, smoothed): (Vec<_>, Vec<_>) = all.by_ref().take(job.assets.len()).unzip();
-        let entropy = smoothed.iter().flatten().map(|&p: &f32| if p > 0.0 { -f64::from(p) * f64::from(p).ln() } else { 0.0 }).sum::<f64>();
-        let (n, parameters) = (job.problem.rows() as f64, model.parameters());
-        let log_likelihood = model.log_likelihood + job.log_jacobian();
-        let bic = parameters as f64 * n.ln() - 2.0 * log_likelihood;
-        let candidate = Candidate {
-            states: k,
-            parameters,
-            log_likelihood,
-            aic: 2.0 * parameters as f64 - 2.0 * log_likelihood,
-            bic,
-            icl: bic + 2.0 * entropy,
-            iterations: model.iterations,
-            converged: model.converged,
-        };
-        Tried { model: model.clone(), candidate, filtered, smoothed }
-    });
-    Ok(tried.collect())
-}
-
-/// The best by a criterion; the fewest states on ties.
-fn chosen(tried: &[Tried], criterion: Criterion) -> Result<&Tried> {
-    let score = |t: &Tried| t.candidate.by(criterion);
-    let best = tried.iter().reduce(|best, t| if score(t) < score(best) { t } else { best });
-    best.ok_or_else(|| Error::Internal("at least one number of states is tried".into()))
+/// Fits every job with the best of some numbers of states; likelihoods and criteria are those of the observations as they were.
+fn fit_jobs(device: &Device, jobs: &[Job], config: &RegimeConfig, states: RangeInclusive<usize>) -> Result<Vec<Fitted>> {
+    let problems: Vec<&Problem> = jobs.iter().map(|job| &job.problem).collect();
+    let mut fits = model::fit(device, &problems, states, config)?;
+    for (fit, job) in fits.iter_mut().zip(jobs) {
+        let more = job.log_jacobian();
+        for c in &mut fit.candidates {
+            c.log_likelihood += more;
+            [&mut c.aic, &mut c.bic, &mut c.icl].into_iter().for_each(|x| *x -= 2.0 * more);
+        }
+    }
+    Ok(fits)
 }
 
 fn matrix(rows: usize, columns: usize, value: impl Fn(usize, usize) -> f64) -> Array2<f64> {
     Array2::from_shape_fn((rows, columns), |(i, j)| value(i, j))
 }
 
-fn model_of(job: &Job, observations: &Observations, config: &RegimeConfig, best: Tried, tried: &[Tried]) -> RegimeModel {
-    let (model, k, d) = (&best.model, best.model.k, best.model.d);
+fn model_of(job: &Job, observations: &Observations, config: &RegimeConfig, fit: &Fitted, smoothed: &[Vec<f32>]) -> RegimeModel {
+    let (model, k, d) = (&fit.model, fit.model.k, fit.model.d);
     // Raw units where the model has one asset or one scale; else those of each asset.
     let scaler = &job.scalers[0];
     let raw = job.assets.len() == 1 || config.scale == Scale::Common;
@@ -458,7 +412,7 @@ fn model_of(job: &Job, observations: &Observations, config: &RegimeConfig, best:
     let per_asset: Vec<Vec<StateSummary>> = job
         .assets
         .iter()
-        .zip(&best.smoothed)
+        .zip(smoothed)
         .map(|(&asset, smoothed)| summaries(model, smoothed, observations.returns.as_ref().map(|r| r[asset].as_slice()), config.periods_per_year))
         .collect();
     let mean_of = |state: usize, f: &dyn Fn(&StateSummary) -> f64| {
@@ -474,8 +428,9 @@ fn model_of(job: &Job, observations: &Observations, config: &RegimeConfig, best:
     RegimeModel {
         assets: job.assets.clone(),
         observations: job.problem.rows(),
-        chosen: best.candidate,
-        candidates: tried.iter().map(|t| t.candidate).collect(),
+        chosen: fit.chosen(),
+        candidates: fit.candidates.clone(),
+        iterations: fit.iterations,
         states: (0..k).map(state).collect(),
         initial: model.initial.clone(),
         transition: matrix(k, k, |i, j| model.transition[i * k + j]),
@@ -532,20 +487,12 @@ pub fn rolling(device: &Device, panel: &Panel<'_>, config: &RegimeConfig, refits
             jobs.push(Job::of(&observations, panel, config, assets, rows_of(end))?);
         }
     }
-    let states = first_states(device, &jobs[..groups.len()], config, progress)?;
-    progress(&format!("refitting {} times", ends.len()))?;
-    let mut models: Vec<Option<Model>> = vec![None; jobs.len()];
-    let mut different = states.clone();
-    different.sort_unstable();
-    different.dedup();
-    for k in different {
-        let these: Vec<usize> = (0..jobs.len()).filter(|i| states[i % groups.len()] == k).collect();
-        let problems: Vec<Problem> = these.iter().map(|&i| jobs[i].problem.clone()).collect();
-        for (i, model) in these.into_iter().zip(model::fit(device, &problems, k, &config.em(), &config.features)?) {
-            models[i] = Some(model);
-        }
-    }
-    let models: Vec<Model> = models.into_iter().flatten().collect();
+    // The first refit chooses K.
+    progress(&format!("the first of {} refits", ends.len()))?;
+    let mut models: Vec<Model> = fit_jobs(device, &jobs[..groups.len()], config, config.states.clone())?.into_iter().map(|fit| fit.model).collect();
+    let states: Vec<usize> = models.iter().map(|model| model.k).collect();
+    progress(&format!("the other {} refits", ends.len() - 1))?;
+    models.extend(later(device, &jobs[groups.len()..], config, &states)?);
     progress("filtering out of sample")?;
     let states_of = |asset: usize| states[if config.pooled { 0 } else { asset }];
     let mut filtered = Table::empty((0..n).map(states_of).collect(), t);
@@ -558,7 +505,7 @@ pub fn rolling(device: &Device, panel: &Panel<'_>, config: &RegimeConfig, refits
             sequences.extend(job.assets.iter().zip(&job.scalers).map(|(&asset, scaler)| (asset, scaler.apply(observations.rows_of(asset, from..next)), model)));
         }
         let views: Vec<(&[f32], &Model)> = sequences.iter().map(|(_, rows, model)| (rows.as_slice(), *model)).collect();
-        for ((asset, _, model), (rows, _)) in sequences.iter().zip(posteriors(device, &views, false)?) {
+        for ((asset, _, model), [rows, _]) in sequences.iter().zip(posteriors(device, &views, false)?) {
             filtered.put(*asset, observations.first + end, &rows[(end - from) * model.k..]);
         }
     }
@@ -576,19 +523,17 @@ pub fn rolling(device: &Device, panel: &Panel<'_>, config: &RegimeConfig, refits
     Ok(OutOfSample { filtered: FilteredProbabilities(filtered), refits: refitted, first_refit: observations.first + ends[0] - 1, every: refits.every })
 }
 
-/// K of each group: the only one, or what the criterion likes best on the rows of the first refit.
-fn first_states(device: &Device, jobs: &[Job], config: &RegimeConfig, progress: &mut Progress<'_>) -> Result<Vec<usize>> {
-    if config.states.start() == config.states.end() {
-        return Ok(vec![*config.states.start(); jobs.len()]);
-    }
-    let mut tried: Vec<Vec<Tried>> = vec![Vec::new(); jobs.len()];
+/// Models of the refits after the first, with the numbers of states that it chose for each group.
+fn later(device: &Device, jobs: &[Job], config: &RegimeConfig, states: &[usize]) -> Result<Vec<Model>> {
+    let mut models: Vec<Option<Model>> = vec![None; jobs.len()];
     for k in config.states.clone() {
-        progress(&format!("trying {k} states on the first refit"))?;
-        for (list, t) in tried.iter_mut().zip(try_states(device, &jobs.iter().collect::<Vec<_>>(), k, config)?) {
-            list.push(t);
+        let these: Vec<usize> = (0..jobs.len()).filter(|i| states[i % states.len()] == k).collect();
+        let problems: Vec<&Problem> = these.iter().map(|&i| &jobs[i].problem).collect();
+        for (i, fit) in these.into_iter().zip(model::fit(device, &problems, k..=k, config)?) {
+            models[i] = Some(fit.model);
         }
     }
-    tried.iter().map(|list| Ok(chosen(list, config.criterion)?.model.k)).collect()
+    Ok(models.into_iter().flatten().collect())
 }
 
 impl OutOfSample {
@@ -686,8 +631,10 @@ impl Refits {
 // ---- options ----------------------------------------------------------------------------------------------------------
 
 impl RegimeConfig {
-    fn em(&self) -> Em {
-        Em { emission: self.emission, restarts: self.restarts, iterations: self.iterations, tolerance: self.tolerance, seed: self.seed }
+    /// `2` or `2..5`.
+    pub fn states_text(&self) -> String {
+        let (least, most) = (self.states.start(), self.states.end());
+        if least == most { least.to_string() } else { format!("{least}..{most}") }
     }
 
     /// Assets that share a model.

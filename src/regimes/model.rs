@@ -5,8 +5,11 @@
 //! whatever the asset.
 
 use super::features::Feature;
-use super::{Emission, standin};
-use crate::{Device, Result};
+use super::{Candidate, RegimeConfig, standin};
+use crate::kernels::hmm::{self, Hmm, LOG_ZERO, PackShape, Transitions, Wanted, hmm_forward_backward, pack_gaussian_diagonal, pack_student_t, pack_words};
+use crate::kernels::{Pass, Read, View};
+use crate::{Device, Error, Result};
+use std::ops::RangeInclusive;
 
 /// The data of one model.
 #[derive(Debug, Clone)]
@@ -22,17 +25,6 @@ impl Problem {
     }
 }
 
-/// How a model is fitted.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Em {
-    pub(super) emission: Emission,
-    pub(super) restarts: usize,
-    pub(super) iterations: usize,
-    /// Gain in log-likelihood per observation below which it has converged.
-    pub(super) tolerance: f64,
-    pub(super) seed: u64,
-}
-
 /// A fitted model, in scaled units.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Model {
@@ -46,27 +38,100 @@ pub(super) struct Model {
     pub(super) variance: Vec<f64>,
     /// [K,D] of Student's t.
     pub(super) dof: Option<Vec<f64>>,
-    pub(super) log_likelihood: f64,
-    pub(super) iterations: usize,
     pub(super) converged: bool,
 }
 
-/// The best of all restarts of each problem with K states, states in the order of [`Model::ordered`].
-pub(super) fn fit(device: &Device, problems: &[Problem], k: usize, em: &Em, features: &[Feature]) -> Result<Vec<Model>> {
-    let _ = device;
-    Ok(standin::fit(problems, k, em)?.into_iter().map(|model| model.ordered(features)).collect())
+/// The best of all starts with the best number of states, and what was tried; likelihoods are those of the scaled observations.
+#[derive(Debug, Clone)]
+pub(super) struct Fitted {
+    pub(super) model: Model,
+    pub(super) candidates: Vec<Candidate>,
+    pub(super) iterations: usize,
 }
 
-/// Filtered and, where asked for, smoothed probabilities [T_i,K] of sequences under a model each.
-pub(super) fn posteriors(device: &Device, sequences: &[(&[f32], &Model)], smoothed: bool) -> Result<Vec<(Vec<f32>, Vec<f32>)>> {
+impl Fitted {
+    pub(super) fn chosen(&self) -> Candidate {
+        let none = Candidate { states: self.model.k, parameters: 0, log_likelihood: f64::NAN, aic: f64::NAN, bic: f64::NAN, icl: f64::NAN, converged: false };
+        self.candidates.iter().find(|c| c.states == self.model.k).copied().unwrap_or(none)
+    }
+}
+
+/// The best of all starts of each problem with the best of some numbers of states, in the order of [`Model::ordered`].
+pub(super) fn fit(device: &Device, problems: &[&Problem], states: RangeInclusive<usize>, config: &RegimeConfig) -> Result<Vec<Fitted>> {
     let _ = device;
-    let of = |(rows, model): &(&[f32], &Model)| {
-        let (_, filtered) = standin::forward(model, rows);
-        let posterior = if smoothed { standin::smooth(model, &filtered) } else { Vec::new() };
-        let short = |x: Vec<f64>| x.into_iter().map(|x| x as f32).collect();
-        (short(filtered), short(posterior))
+    standin::fit(problems, states, config)
+}
+
+/// Observations of a launch stay below this many probabilities: 64 MiB of each kind.
+const MOST_VALUES: usize = 16 << 20;
+
+/// Filtered and, where asked for, smoothed probabilities [T_i,K] of sequences under a model each.
+pub(super) fn posteriors(device: &Device, sequences: &[(&[f32], &Model)], smoothed: bool) -> Result<Vec<[Vec<f32>; 2]>> {
+    let mut all = vec![[Vec::new(), Vec::new()]; sequences.len()];
+    let mut states: Vec<usize> = sequences.iter().map(|(_, model)| model.k).collect();
+    states.sort_unstable();
+    states.dedup();
+    for k in states {
+        let these: Vec<usize> = (0..sequences.len()).filter(|&i| sequences[i].1.k == k).collect();
+        let longest = these.iter().map(|&i| sequences[i].0.len() / sequences[i].1.d).max().unwrap_or(0);
+        for some in these.chunks((MOST_VALUES / (longest * k).max(1)).max(1)) {
+            let batch: Vec<(&[f32], &Model)> = some.iter().map(|&i| sequences[i]).collect();
+            for (&i, found) in some.iter().zip(posteriors_of_batch(device, &batch, longest, smoothed)?) {
+                all[i] = found;
+            }
+        }
+    }
+    Ok(all)
+}
+
+/// The same where all models have as many states, padded to `t` steps.
+fn posteriors_of_batch(device: &Device, sequences: &[(&[f32], &Model)], t: usize, smoothed: bool) -> Result<Vec<[Vec<f32>; 2]>> {
+    let Some(&(_, first)) = sequences.first() else { return Ok(Vec::new()) };
+    let (b, k, d) = (sequences.len(), first.k, first.d);
+    let each = |f: &dyn Fn(&Model) -> Vec<f64>| sequences.iter().flat_map(|(_, model)| f(model)).collect::<Vec<f64>>();
+    let log = |p: &[f64]| p.iter().map(|&p| if p > 0.0 { p.ln() } else { LOG_ZERO }).collect::<Vec<f64>>();
+    let (log_init, mean) = (each(&|m| log(&m.initial)), each(&|m| m.mean.clone()));
+    let shape = PackShape { models: b, k, d };
+    let (emission, model) = if first.dof.is_some() {
+        let (scale, dof) = (each(&|m| m.variance.iter().map(|v| v.sqrt()).collect()), each(&|m| m.dof.clone().unwrap_or_default()));
+        (hmm::Emission::StudentT, pack_student_t(shape, &log_init, &mean, &scale, &dof)?)
+    } else {
+        (hmm::Emission::GaussianDiagonal, pack_gaussian_diagonal(shape, &log_init, &mean, &each(&|m| m.variance.clone()))?)
     };
-    Ok(sequences.iter().map(of).collect())
+    let log_trans: Vec<f32> = each(&|m| log(&m.transition)).into_iter().map(|x| x as f32).collect();
+    let mut obs = vec![0.0f32; b * t * d];
+    for ((rows, _), padded) in sequences.iter().zip(obs.chunks_exact_mut(t * d)) {
+        padded[..rows.len()].copy_from_slice(rows);
+    }
+    let lengths: Vec<u32> = sequences.iter().map(|(rows, _)| (rows.len() / d) as u32).collect();
+    let words = device.upload_u32("lengths", &pack_words(t, &lengths, None)?)?;
+    let (model, log_trans, obs) = (device.upload("model", &model)?, device.upload("log_trans", &log_trans)?, device.upload("obs", &obs)?);
+    let hmm = Hmm {
+        b: b as u64,
+        t: t as u64,
+        k: k as u64,
+        d: d as u64,
+        emission,
+        model: View::from(&model),
+        per_sequence: true,
+        transitions: Transitions::Table { log_trans: View::from(&log_trans), per_sequence: true, per_step: false },
+        obs: View::from(&obs),
+        words: Some(View::from(&words)),
+        masked: false,
+    };
+    let mut pass = device.pass("regimes");
+    let wanted = Wanted { filtered: true, posterior: smoothed, ..Wanted::default() };
+    let out = hmm_forward_backward(&mut pass, &hmm, wanted)?;
+    let read = |pass: &mut Pass, view: &Option<View>| view.as_ref().map(|view| pass.read(view.clone())).transpose();
+    let (filtered, posterior, summary) = (read(&mut pass, &out.filtered)?, read(&mut pass, &out.posterior)?, out.read(&mut pass)?);
+    let mut done = pass.submit()?;
+    let mut values = |read: Option<Read>| read.map_or(Ok(Vec::new()), |read| done.f64(read));
+    let (filtered, posterior) = (values(filtered)?, values(posterior)?);
+    if let Some(i) = out.likelihoods(&mut done, summary)?.iter().position(|l| l.impossible.is_some()) {
+        return Err(Error::Internal(format!("the model of sequence {i} cannot give its own observations")));
+    }
+    let part = |all: &[f64], i: usize| all.get(i * t * k..).map_or(Vec::new(), |x| x.iter().take(lengths[i] as usize * k).map(|&p| p as f32).collect());
+    Ok((0..b).map(|i| [part(&filtered, i), part(&posterior, i)]).collect())
 }
 
 impl Model {
@@ -112,17 +177,6 @@ impl Model {
         let leaves: f64 = (0..self.k).filter(|&j| j != state).map(|j| self.transition[state * self.k + j]).sum();
         1.0 / leaves
     }
-
-    /// Probabilities [K] one step later.
-    pub(super) fn step(&self, p: &[f64]) -> Vec<f64> {
-        (0..self.k).map(|j| (0..self.k).map(|i| p[i] * self.transition[i * self.k + j]).sum()).collect()
-    }
-
-    /// Free parameters: start, transitions, and location and scale (and degrees of freedom) per state and feature.
-    pub(super) fn parameters(&self) -> usize {
-        let per_state = self.d * if self.dof.is_some() { 3 } else { 2 };
-        (self.k - 1) + self.k * (self.k - 1) + self.k * per_state
-    }
 }
 
 #[cfg(test)]
@@ -139,8 +193,6 @@ mod tests {
             mean: vec![0.0, 1.0, 0.1, 2.0, 0.2, 3.0],
             variance: vec![4.0, 1.0, 1.0, 1.0, 9.0, 0.5],
             dof: None,
-            log_likelihood: -1.0,
-            iterations: 3,
             converged: true,
         }
     }
@@ -160,19 +212,12 @@ mod tests {
     }
 
     #[test]
-    fn durations_parameters_and_steps_by_hand() {
+    fn durations_by_hand() {
         let m = model();
         let near = |got: f64, want: f64| assert!((got - want).abs() < 1e-12, "{got}, {want}");
         near(m.duration(0), 10.0);
         near(m.duration(1), 5.0);
         near(m.duration(2), 50.0);
-        assert_eq!(m.parameters(), 2 + 6 + 12);
-        // K = 2, D = 1: one start, two transitions, two means and two variances.
-        let two = Model { k: 2, d: 1, ..model() };
-        assert_eq!(two.parameters(), 7);
         assert_eq!(Model { k: 1, d: 1, transition: vec![1.0], ..model() }.duration(0), f64::INFINITY);
-        for (got, want) in m.step(&[1.0, 0.0, 0.0]).into_iter().zip([0.9, 0.06, 0.04]) {
-            near(got, want);
-        }
     }
 }

@@ -1,5 +1,7 @@
 //! Stand-in.
-use super::model::{Em, Model, Problem};
+use super::model::{Fitted, Model, Problem};
+use super::{Candidate, RegimeConfig};
+use std::ops::RangeInclusive;
 use crate::Result;
 use crate::kernels::philox::{normals, philox4x32, uniform};
 use rayon::prelude::*;
@@ -44,11 +46,13 @@ pub(super) fn smooth(m: &Model, filtered: &[f64]) -> Vec<f64> {
     out
 }
 
-fn em(p: &Problem, k: usize, em: &Em, seed: u64, restart: usize) -> Model {
+fn em(p: &Problem, k: usize, em: &RegimeConfig, seed: u64, restart: usize) -> (f64, usize, Model) {
+    let mut iterations = 0;
+    let mut best = f64::NEG_INFINITY;
     let d = p.d;
     let n: usize = p.sequences.iter().map(|s| s.len() / d).sum();
     let r = |i: u32| philox4x32([i, restart as u32, k as u32, 77], [seed as u32, (seed >> 32) as u32]);
-    let mut m = Model { k, d, initial: vec![1.0 / k as f64; k], transition: vec![0.0; k * k], mean: vec![0.0; k * d], variance: vec![1.0; k * d], dof: None, log_likelihood: f64::NEG_INFINITY, iterations: 0, converged: false };
+    let mut m = Model { k, d, initial: vec![1.0 / k as f64; k], transition: vec![0.0; k * k], mean: vec![0.0; k * d], variance: vec![1.0; k * d], dof: None, converged: false };
     for i in 0..k { for j in 0..k { m.transition[i * k + j] = if i == j { 0.95 } else { 0.05 / (k as f64 - 1.0).max(1.0) }; } }
     if k == 1 { m.transition[0] = 1.0; }
     for i in 0..k { for q in 0..d {
@@ -78,8 +82,7 @@ fn em(p: &Problem, k: usize, em: &Em, seed: u64, restart: usize) -> Model {
                 }
             }
         }
-        m.log_likelihood = ll;
-        m.iterations = it + 1;
+        best = ll; iterations = it + 1;
         if ll - last <= em.tolerance * n as f64 && it > 0 { m.converged = true; break; }
         last = ll;
         let s: f64 = init.iter().sum();
@@ -90,11 +93,20 @@ fn em(p: &Problem, k: usize, em: &Em, seed: u64, restart: usize) -> Model {
             if w[j] > 1e-9 { for q in 0..d { let mu = sx[j * d + q] / w[j]; m.mean[j * d + q] = mu; m.variance[j * d + q] = (sxx[j * d + q] / w[j] - mu * mu).max(1e-3); } }
         }
     }
-    m
+    (best, iterations, m)
 }
 
-pub(super) fn fit(problems: &[Problem], k: usize, config: &Em) -> Result<Vec<Model>> {
-    Ok(problems.par_iter().enumerate().map(|(_, p)| {
-        (0..config.restarts).into_par_iter().map(|r| em(p, k, config, config.seed, r)).reduce_with(|a, b| if b.log_likelihood > a.log_likelihood { b } else { a }).unwrap_or_else(|| em(p, k, config, 0, 0))
+pub(super) fn fit(problems: &[&Problem], states: RangeInclusive<usize>, config: &RegimeConfig) -> Result<Vec<Fitted>> {
+    Ok(problems.par_iter().map(|p| {
+        let n = (p.sequences.iter().map(|s| s.len() / p.d).sum::<usize>() as f64).ln();
+        let mut all: Vec<(Candidate, usize, Model)> = states.clone().map(|k| {
+            let (ll, it, m) = (0..config.restarts).into_par_iter().map(|r| em(p, k, config, config.seed, r)).reduce_with(|a, b| if b.0 > a.0 { b } else { a }).unwrap();
+            let q = (k - 1 + k * (k - 1) + 2 * k * p.d) as f64;
+            (Candidate { states: k, parameters: q as usize, log_likelihood: ll, aic: 2.0 * q - 2.0 * ll, bic: q * n - 2.0 * ll, icl: q * n - 2.0 * ll, converged: m.converged }, it, m)
+        }).collect();
+        let candidates = all.iter().map(|a| a.0).collect();
+        all.sort_by(|a, b| a.0.bic.total_cmp(&b.0.bic));
+        let (_, iterations, model) = all.swap_remove(0);
+        Fitted { model: model.ordered(&config.features), candidates, iterations }
     }).collect())
 }

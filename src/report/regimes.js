@@ -67,7 +67,7 @@
     table("states-table", ["state", "mean / year", "volatility / year", "expected bars", "observed bars", "occupancy"],
       shown.map((s, k) => ({ cells: [nameOf(k, n), percent(s.mean), percent(s.volatility), is(s.duration) ? fixed(s.duration, 1) : "never left", fixed(asset().observed[k], 1), percent(s.occupancy)] })), 1);
     const c = m.chosen;
-    $("states-note").textContent = several ? "" : `Log-likelihood ${fixed(c.log_likelihood, 2)}, AIC ${fixed(c.aic, 1)}, BIC ${fixed(c.bic, 1)}; ${c.converged ? "converged after" : "not converged after"} ${plural(c.iterations, "iteration")} on ${plural(m.observations, "observation")}. Means, volatilities and occupancies are weighted by smoothed probabilities.`;
+    $("states-note").textContent = several ? "" : `Log-likelihood ${fixed(c.log_likelihood, 2)}, AIC ${fixed(c.aic, 1)}, BIC ${fixed(c.bic, 1)}; ${c.converged ? "converged after" : "not converged after"} ${plural(m.iterations, "iteration")} on ${plural(m.observations, "observation")}. Means, volatilities and occupancies are weighted by smoothed probabilities.`;
     const tiles = shown.slice(0, 6).map((s, k) => [nameOf(k, n), percent(s.volatility), `volatility; mean ${percent(s.mean)}, ${percent(s.occupancy)} of the time`, k === state()]);
     $("tiles").replaceChildren(...tiles.map(([name, value, more, accent]) => {
       const tile = element("div", undefined, "tile");
@@ -171,7 +171,7 @@
       table("selection-table", ["states", "models that chose it"], m.candidates.map((c, i) => ({ cells: [whole(c.states), whole(counts[i])] })));
       return;
     }
-    table("selection-table", ["states", "log-likelihood", "parameters", "AIC", "BIC", "ICL", "iterations"], m.candidates.map((c) => ({ cells: [whole(c.states), fixed(c.log_likelihood, 2), whole(c.parameters), fixed(c.aic, 1), fixed(c.bic, 1), fixed(c.icl, 1), whole(c.iterations) + (c.converged ? "" : ", not converged")], strong: c.states === m.chosen.states })));
+    table("selection-table", ["states", "log-likelihood", "parameters", "AIC", "BIC", "ICL", ""], m.candidates.map((c) => ({ cells: [whole(c.states), fixed(c.log_likelihood, 2), whole(c.parameters), fixed(c.aic, 1), fixed(c.bic, 1), fixed(c.icl, 1), c.converged ? "" : "not converged"], strong: c.states === m.chosen.states })));
   };
 
   // ---- provenance ---------------------------------------------------------------------------------------------
