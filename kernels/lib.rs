@@ -19,6 +19,8 @@ pub mod device;
 pub mod error;
 pub mod fixed;
 pub mod hmm;
+pub mod hmm_baum_welch;
+pub mod hmm_fit;
 mod hmm_pack;
 pub mod indicators;
 pub mod multiple_testing;
@@ -51,7 +53,7 @@ pub struct Op {
 }
 
 /// Every op, in the order that data flows.
-pub static OPS: [Op; 7] = [
+pub static OPS: [Op; 8] = [
     Op { name: "philox", about: "counter-based random numbers", kernels: &[&philox::PHILOX], differentiable: false, verify: philox::verify },
     Op { name: "performance", about: "statistics of return series", kernels: &[&performance::PERFORMANCE], differentiable: false, verify: performance::verify },
     Op {
@@ -89,10 +91,23 @@ pub static OPS: [Op; 7] = [
         differentiable: true,
         verify: hmm::verify,
     },
+    Op {
+        name: "hmm_baum_welch",
+        about: "hidden Markov models fitted by expectation-maximisation, thousands at once",
+        kernels: &[
+            &hmm_baum_welch::HMM_MAXIMISATION,
+            &hmm_baum_welch::HMM_EXPECTATION,
+            &hmm_baum_welch::HMM_EXPECTATION_LANES,
+            &hmm_baum_welch::HMM_SUMS,
+            &hmm_baum_welch::HMM_REDUCE,
+        ],
+        differentiable: false,
+        verify: hmm_baum_welch::verify,
+    },
 ];
 
 /// Every kernel: those of the ops, then the ceiling that `forback bench` measures.
-pub static KERNELS: [&Kernel; 26] = [
+pub static KERNELS: [&Kernel; 31] = [
     &philox::PHILOX,
     &performance::PERFORMANCE,
     &walk_forward_sharpe::SEGMENT_MOMENTS,
@@ -118,5 +133,10 @@ pub static KERNELS: [&Kernel; 26] = [
     &portfolio::SIGNAL_SCORE,
     &hmm::HMM_EMISSION,
     &hmm::HMM_FORWARD_BACKWARD,
+    &hmm_baum_welch::HMM_MAXIMISATION,
+    &hmm_baum_welch::HMM_EXPECTATION,
+    &hmm_baum_welch::HMM_EXPECTATION_LANES,
+    &hmm_baum_welch::HMM_SUMS,
+    &hmm_baum_welch::HMM_REDUCE,
     &ceilings::CEILING_MULTIPLY_ADD,
 ];
