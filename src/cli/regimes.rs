@@ -39,6 +39,9 @@ pub(super) struct Args {
     /// Distribution of an observation in a state: gaussian or student-t.
     #[arg(long, default_value = "gaussian")]
     emission: String,
+    /// Degrees of freedom of student-t.
+    #[arg(long, value_name = "NU", default_value_t = 5.0)]
+    freedom: f64,
     /// One model for all assets instead of one each.
     #[arg(long)]
     pooled: bool,
@@ -197,6 +200,7 @@ fn config_of(args: &Args) -> Result<RegimeConfig> {
         restarts: args.restarts,
         seed: args.common.seed,
         iterations: args.iterations,
+        degrees_of_freedom: args.freedom,
         ..RegimeConfig::default()
     })
 }

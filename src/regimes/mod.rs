@@ -31,7 +31,6 @@
 mod features;
 mod model;
 mod probabilities;
-mod standin;
 
 pub use features::{Feature, Panel};
 pub use probabilities::{Causal, FilteredProbabilities, InSampleProbabilities, PredictedProbabilities, SmoothedProbabilities};
@@ -160,6 +159,8 @@ pub struct RegimeConfig {
     pub iterations: usize,
     /// Gain in log-likelihood per observation below which EM has converged.
     pub tolerance: f64,
+    /// Degrees of freedom of Student's t, fixed.
+    pub degrees_of_freedom: f64,
     /// Return periods per year.
     pub periods_per_year: f64,
 }
@@ -178,6 +179,7 @@ impl Default for RegimeConfig {
             seed: 0,
             iterations: 300,
             tolerance: 1e-7,
+            degrees_of_freedom: 5.0,
             periods_per_year: 252.0,
         }
     }
@@ -650,6 +652,9 @@ impl RegimeConfig {
         }
         if self.restarts == 0 {
             return Err(parameter("restarts", "0", "give at least one start"));
+        }
+        if !(self.degrees_of_freedom.is_finite() && self.degrees_of_freedom > 0.0) {
+            return Err(parameter("degrees of freedom", &self.degrees_of_freedom.to_string(), "give a positive number; above 2 for a finite variance"));
         }
         if !(self.periods_per_year.is_finite() && self.periods_per_year > 0.0) {
             return Err(parameter("periods_per_year", &self.periods_per_year.to_string(), "give a positive number of return periods per year"));

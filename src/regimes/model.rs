@@ -5,8 +5,10 @@
 //! whatever the asset.
 
 use super::features::Feature;
-use super::{Candidate, RegimeConfig, standin};
+use super::{Candidate, Criterion, Emission, RegimeConfig};
 use crate::kernels::hmm::{self, Hmm, LOG_ZERO, PackShape, Transitions, Wanted, hmm_forward_backward, pack_gaussian_diagonal, pack_student_t, pack_words};
+use crate::kernels::hmm_baum_welch::Observations;
+use crate::kernels::hmm_fit::{self, EmissionParameters, FitOptions};
 use crate::kernels::{Pass, Read, View};
 use crate::{Device, Error, Result};
 use std::ops::RangeInclusive;
@@ -58,8 +60,75 @@ impl Fitted {
 
 /// The best of all starts of each problem with the best of some numbers of states, in the order of [`Model::ordered`].
 pub(super) fn fit(device: &Device, problems: &[&Problem], states: RangeInclusive<usize>, config: &RegimeConfig) -> Result<Vec<Fitted>> {
-    let _ = device;
-    standin::fit(problems, states, config)
+    if !config.pooled {
+        let sequences: Vec<&[f32]> = problems.iter().flat_map(|problem| problem.sequences.iter().map(Vec::as_slice)).collect();
+        return fit_sequences(device, &sequences, problems.first().map_or(1, |p| p.d), states, config);
+    }
+    let mut fits = Vec::with_capacity(problems.len());
+    for problem in problems {
+        let sequences: Vec<&[f32]> = problem.sequences.iter().map(Vec::as_slice).collect();
+        fits.extend(fit_sequences(device, &sequences, problem.d, states.clone(), config)?);
+    }
+    Ok(fits)
+}
+
+/// A model of each sequence, or one of all.
+fn fit_sequences(device: &Device, sequences: &[&[f32]], d: usize, states: RangeInclusive<usize>, config: &RegimeConfig) -> Result<Vec<Fitted>> {
+    if sequences.is_empty() {
+        return Ok(Vec::new());
+    }
+    let t = sequences.iter().map(|rows| rows.len() / d).max().unwrap_or(0);
+    let mut obs = vec![0.0f32; sequences.len() * t * d];
+    for (rows, padded) in sequences.iter().zip(obs.chunks_exact_mut(t * d)) {
+        padded[..rows.len()].copy_from_slice(rows);
+    }
+    let lengths: Vec<u32> = sequences.iter().map(|rows| (rows.len() / d) as u32).collect();
+    let data = Observations { obs: &obs, n: sequences.len(), t, width: d, lengths: Some(&lengths), observed: None };
+    let rows = if config.pooled { lengths.iter().map(|&l| f64::from(l)).sum() } else { t as f64 };
+    let options = FitOptions {
+        emission: match config.emission {
+            Emission::Gaussian => hmm::Emission::GaussianDiagonal,
+            Emission::StudentT => hmm::Emission::StudentT,
+        },
+        states: states.collect(),
+        criterion: match config.criterion {
+            Criterion::Bic => hmm_fit::Criterion::Bic,
+            Criterion::Aic => hmm_fit::Criterion::Aic,
+            Criterion::Icl => hmm_fit::Criterion::Icl,
+        },
+        pooled: config.pooled,
+        restarts: config.restarts,
+        iterations: config.iterations as u32,
+        // Below that f32 no longer tells a gain from rounding.
+        tolerance: (config.tolerance * rows).max(LEAST_GAIN),
+        seed: config.seed,
+        freedom: config.degrees_of_freedom,
+        ..FitOptions::default()
+    };
+    hmm_fit::fit(device, &data, &options)?.into_iter().map(|fit| fitted(fit, &config.features)).collect()
+}
+
+/// Gain in log-likelihood that always counts as none.
+const LEAST_GAIN: f64 = 1e-3;
+
+fn fitted(fit: hmm_fit::Fit, features: &[Feature]) -> Result<Fitted> {
+    let candidate = |c: &hmm_fit::Candidate| Candidate {
+        states: c.k,
+        parameters: c.free,
+        log_likelihood: c.log_likelihood,
+        aic: c.criteria.aic,
+        bic: c.criteria.bic,
+        icl: c.criteria.icl.unwrap_or(f64::NAN),
+        converged: c.converged,
+    };
+    let p = fit.parameters;
+    let (mean, variance, dof) = match p.emission {
+        EmissionParameters::GaussianDiagonal { mean, variance } => (mean, variance, None),
+        EmissionParameters::StudentT { location, scale, freedom } => (location, scale.iter().map(|s| s * s).collect(), Some(freedom)),
+        other => return Err(Error::Internal(format!("a regime model cannot have the emission {other:?}"))),
+    };
+    let model = Model { k: p.k, d: p.d, initial: p.init, transition: p.trans, mean, variance, dof, converged: fit.converged };
+    Ok(Fitted { model: model.ordered(features), candidates: fit.candidates.iter().map(candidate).collect(), iterations: fit.iterations })
 }
 
 /// Observations of a launch stay below this many probabilities: 64 MiB of each kind.
