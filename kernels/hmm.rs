@@ -161,7 +161,7 @@ pub struct Hmm {
 }
 
 /// Largest K: the states of a sequence lie in workgroup memory.
-pub const MAX_STATES: u64 = 1024;
+pub const MAX_STATES: u64 = 512;
 /// log 0.
 pub const LOG_ZERO: f64 = -1e30;
 /// Logarithms at or below stand for zero.
@@ -287,7 +287,7 @@ impl Hmm {
             }
             Err(Error::Parameter { op, name: name.into(), value: value.to_string(), help: help.into() })
         };
-        limit("states", self.k, MAX_STATES, "give 1 to 1024 states")?;
+        limit("states", self.k, MAX_STATES, "give 1 to 512 states")?;
         limit("steps", self.t, u64::from(u32::MAX) / 2, "give at least one step")?;
         limit("sequences", self.b, u64::from(u32::MAX) / 2, "give at least one sequence")?;
         let fits = match self.emission {
@@ -891,6 +891,8 @@ fn steps(words: &[u32]) -> u64 {
     u64::from(p.b) * u64::from(p.t)
 }
 
+/// Threads of a workgroup of the thread-per-sequence kernels: small, so that few thousand sequences reach every multiprocessor.
+const THREADS: u32 = 32;
 /// Threads of a workgroup of the other kernels.
 const WIDE: u32 = 64;
 
@@ -903,7 +905,7 @@ pub static HMM_EMISSION: Kernel = Kernel {
     workgroup: WIDE,
     constants: &[],
     groups: |words| (steps(words) * u64::from(params(words).k)).div_ceil(u64::from(WIDE)),
-    wgsl: None,
+    wgsl: wgsl!("hmm"),
     cuda: None,
     cpu: Some(Cpu { f32: hmm_emission_cpu::<f32>, f64: hmm_emission_cpu::<f64> }),
     cost: Cost { unit: "sequence-step", units: steps, bytes: 20.0, flops: 20.0 },
@@ -913,15 +915,33 @@ pub static HMM_EMISSION: Kernel = Kernel {
 pub static HMM_FORWARD_BACKWARD: Kernel = Kernel {
     name: "hmm_forward_backward",
     about: "log-likelihood, filtered, predicted and smoothed probabilities, pair posteriors",
-    args: &[reads("model"), reads("log_trans"), reads("inputs"), reads("obs"), reads_u32("words"), writes("states"), writes("pair"), writes("summary")],
+    args: &[reads("model"), reads("obs"), reads_u32("words"), reads("log_trans"), reads("inputs"), writes("states"), writes("pair"), writes("summary")],
     params: layout::<HmmParams>(),
     workgroup: WIDE,
     constants: &[],
     groups: |words| u64::from(params(words).b).div_ceil(sequences_per_group(u64::from(params(words).k))),
-    wgsl: None,
+    wgsl: wgsl!("hmm"),
     cuda: None,
     cpu: Some(Cpu { f32: hmm_forward_backward_cpu, f64: hmm_forward_backward_log_cpu }),
     cost: Cost { unit: "sequence-step", units: steps, bytes: 64.0, flops: 90.0 },
+};
+
+/// Forward-backward for K ≤ 4.
+pub static HMM_FORWARD_BACKWARD_4: Kernel = Kernel {
+    name: "hmm_forward_backward_4",
+    about: "the same for up to 4 states, a thread per sequence",
+    workgroup: THREADS,
+    groups: |words| u64::from(params(words).b).div_ceil(u64::from(THREADS)),
+    ..HMM_FORWARD_BACKWARD
+};
+
+/// Forward-backward for K ≤ 8.
+pub static HMM_FORWARD_BACKWARD_8: Kernel = Kernel {
+    name: "hmm_forward_backward_8",
+    about: "the same for up to 8 states, a thread per sequence",
+    workgroup: THREADS,
+    groups: |words| u64::from(params(words).b).div_ceil(u64::from(THREADS)),
+    ..HMM_FORWARD_BACKWARD
 };
 
 /// Sequences that a workgroup of the wide kernel takes: each has the next power of two ≥ K of its threads.
@@ -1082,7 +1102,14 @@ impl Plan {
                 .flat_map(|r| (0..(r.end - r.start).div_ceil(most)).map(move |i| r.start + i * most..(r.start + (i + 1) * most).min(r.end)))
                 .collect();
         }
-        Ok(Plan { kernel: &HMM_FORWARD_BACKWARD, runs, block, record, wanted: sections, scratch, pairs })
+        let kernel = if on_host || k > 8 {
+            &HMM_FORWARD_BACKWARD
+        } else if k > 4 {
+            &HMM_FORWARD_BACKWARD_8
+        } else {
+            &HMM_FORWARD_BACKWARD_4
+        };
+        Ok(Plan { kernel, runs, block, record, wanted: sections, scratch, pairs })
     }
 }
 

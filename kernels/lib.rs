@@ -87,7 +87,7 @@ pub static OPS: [Op; 8] = [
     Op {
         name: "hmm_forward_backward",
         about: "likelihood, filtered, predicted and smoothed probabilities of hidden Markov models",
-        kernels: &[&hmm::HMM_EMISSION, &hmm::HMM_FORWARD_BACKWARD],
+        kernels: &[&hmm::HMM_EMISSION, &hmm::HMM_FORWARD_BACKWARD_4, &hmm::HMM_FORWARD_BACKWARD_8, &hmm::HMM_FORWARD_BACKWARD],
         differentiable: true,
         verify: hmm::verify,
     },
@@ -107,7 +107,7 @@ pub static OPS: [Op; 8] = [
 ];
 
 /// Every kernel: those of the ops, then the ceiling that `forback bench` measures.
-pub static KERNELS: [&Kernel; 31] = [
+pub static KERNELS: [&Kernel; 33] = [
     &philox::PHILOX,
     &performance::PERFORMANCE,
     &walk_forward_sharpe::SEGMENT_MOMENTS,
@@ -132,6 +132,8 @@ pub static KERNELS: [&Kernel; 31] = [
     &portfolio::PORTFOLIO_SCORE,
     &portfolio::SIGNAL_SCORE,
     &hmm::HMM_EMISSION,
+    &hmm::HMM_FORWARD_BACKWARD_4,
+    &hmm::HMM_FORWARD_BACKWARD_8,
     &hmm::HMM_FORWARD_BACKWARD,
     &hmm_baum_welch::HMM_MAXIMISATION,
     &hmm_baum_welch::HMM_EXPECTATION,

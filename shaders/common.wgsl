@@ -303,3 +303,43 @@ fn sharpe_of(n: u32, sum: vec2<u32>, variance: vec4<u32>) -> f32 {
     let ratio = ldexp(mantissa * sqrt(f32(n - 1u) / f32(n)), exponent);
     return select(ratio, -ratio, (sum.y >> 31u) == 1u);
 }
+
+// e^x to an ulp or so, for x ≤ 88; 0 below −87. The built-in may be off by 3 + 2·|x| ulp.
+fn exp_f32(x: f32) -> f32 {
+    let y = max(x, -88.0);
+    let n = floor(y * 1.44269504 + 0.5);
+    let r = (y - n * 0.693359375) + n * 2.12194440e-4;
+    let p = ((((r * 0.0001984127 + 0.0013888889) * r + 0.008333333) * r + 0.041666667) * r + 0.16666667) * r + 0.5;
+    return select((1.0 + (r + r * r * p)) * bitcast<f32>((i32(n) + 127) << 23u), 0.0, x < -87.0);
+}
+
+fn exp_vec4(x: vec4<f32>) -> vec4<f32> {
+    let y = max(x, vec4<f32>(-88.0));
+    let n = floor(y * 1.44269504 + 0.5);
+    let r = (y - n * 0.693359375) + n * 2.12194440e-4;
+    let p = ((((r * 0.0001984127 + 0.0013888889) * r + 0.008333333) * r + 0.041666667) * r + 0.16666667) * r + 0.5;
+    let scale = bitcast<vec4<f32>>((vec4<i32>(n) + 127) << vec4<u32>(23u));
+    return select((1.0 + (r + r * r * p)) * scale, vec4<f32>(0.0), x < vec4<f32>(-87.0));
+}
+
+// 2·artanh(s) for |s| < 0.34.
+fn twice_artanh(s: f32) -> f32 {
+    let q = s * s;
+    return 2.0 * s * (1.0 + q * (0.33333333 + q * (0.2 + q * (0.14285714 + q * (0.11111111 + q * (0.09090909 + q * 0.07692308))))));
+}
+
+// ln x for normal x > 0, to an ulp or so: the built-in is off by 2^-21 around 1.
+fn log_f32(x: f32) -> f32 {
+    let raw = bitcast<u32>(x) + 0x4afb0du;
+    let e = f32(i32(raw >> 23u) - 127);
+    let m = bitcast<f32>((raw & 0x7fffffu) + 0x3f3504f3u);
+    return e * 0.693359375 + (twice_artanh((m - 1.0) / (m + 1.0)) - e * 2.12194440e-4);
+}
+
+// ln(1 + x) for x ≥ 0.
+fn log_1p(x: f32) -> f32 {
+    if x < 0.7 {
+        return twice_artanh(x / (2.0 + x));
+    }
+    return log_f32(1.0 + x);
+}
