@@ -9,6 +9,7 @@ mod merge;
 mod plan;
 mod print;
 mod regime_files;
+mod regime_filter;
 mod regimes;
 mod replay;
 mod results;
