@@ -851,24 +851,24 @@ fn fold<R: Real>(total: &mut Compensated<R>, exponents: &mut i32) {
     total.add(e * R::of(LN2_LOW));
 }
 
-fn run_cpu<R: Real>(mut launch: CpuLaunch<'_, R>, each: fn(&Batch<'_, R>, usize, &mut SequenceOut<'_, R>)) -> Result<()> {
+fn run_cpu<R: Real>(mut launch: CpuLaunch<'_, R>, all: fn(&Batch<'_, R>, &mut [SequenceOut<'_, R>])) -> Result<()> {
     let batch = Batch::of(&mut launch)?;
     let (states, pair, summary) = (launch.real_mut()?, launch.real_mut()?, launch.real_mut()?);
     if batch.p.begin != 0 || batch.p.end != batch.p.t {
         return Err(Error::Internal("hmm_forward_backward: the CPU column runs the whole time in one launch".into()));
     }
-    sequences(&batch.p, states, pair, summary).into_par_iter().enumerate().for_each(|(b, mut out)| each(&batch, b, &mut out));
+    all(&batch, &mut sequences(&batch.p, states, pair, summary));
     Ok(())
 }
 
 /// The truth, in f64.
 fn hmm_forward_backward_log_cpu(launch: CpuLaunch<'_, f64>) -> Result<()> {
-    run_cpu(launch, log_space::<f64>)
+    run_cpu(launch, |batch, outs| outs.par_iter_mut().enumerate().for_each(|(b, out)| log_space(batch, b, out)))
 }
 
-/// The plain f32 column.
+/// The lane-wise f32 column; [`scaled`] is the plain one.
 pub(crate) fn hmm_forward_backward_cpu(launch: CpuLaunch<'_, f32>) -> Result<()> {
-    run_cpu(launch, scaled::<f32>)
+    run_cpu(launch, crate::hmm_lanes::forward_backward)
 }
 
 fn hmm_emission_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
@@ -906,7 +906,7 @@ pub static HMM_EMISSION: Kernel = Kernel {
     constants: &[],
     groups: |words| (steps(words) * u64::from(params(words).k)).div_ceil(u64::from(WIDE)),
     wgsl: wgsl!("hmm"),
-    cuda: None,
+    cuda: cuda!("hmm"),
     cpu: Some(Cpu { f32: hmm_emission_cpu::<f32>, f64: hmm_emission_cpu::<f64> }),
     cost: Cost { unit: "sequence-step", units: steps, bytes: 20.0, flops: 20.0 },
 };
@@ -921,7 +921,7 @@ pub static HMM_FORWARD_BACKWARD: Kernel = Kernel {
     constants: &[],
     groups: |words| u64::from(params(words).b).div_ceil(sequences_per_group(u64::from(params(words).k))),
     wgsl: wgsl!("hmm"),
-    cuda: None,
+    cuda: cuda!("hmm"),
     cpu: Some(Cpu { f32: hmm_forward_backward_cpu, f64: hmm_forward_backward_log_cpu }),
     cost: Cost { unit: "sequence-step", units: steps, bytes: 64.0, flops: 90.0 },
 };
@@ -1136,6 +1136,38 @@ pub fn hmm_forward_backward(pass: &mut Pass, hmm: &Hmm, wanted: Wanted) -> Resul
     } else {
         plan.wanted.iter().map(|_| Ok(View::from(&device.zeros("states", b * each)?))).collect::<Result<_>>()?
     };
+    let section = |bit: u32| plan.wanted.iter().position(|&w| w == bit).map(|s| results[s].clone());
+    let out = ForwardBackward {
+        filtered: section(flag::FILTERED),
+        predicted: section(flag::PREDICTED),
+        posterior: section(flag::POSTERIOR),
+        pair: (wanted.pair != Pair::None).then(|| pair.view(0..b * plan.pairs)),
+        summary,
+        record: plan.record,
+    };
+    hmm_forward_backward_into(pass, hmm, wanted, &out)?;
+    Ok(out)
+}
+
+/// As [`hmm_forward_backward`], into the buffers that an earlier call for this shape and the same wishes gave.
+/// # Errors
+/// Those of [`hmm_forward_backward`].
+pub fn hmm_forward_backward_into(pass: &mut Pass, hmm: &Hmm, wanted: Wanted, into: &ForwardBackward) -> Result<()> {
+    hmm.check("hmm_forward_backward")?;
+    let device = pass.device().clone();
+    let (b, each) = (hmm.b, hmm.t * hmm.k);
+    let plan = Plan::of(&device, hmm, wanted)?;
+    let results: Vec<&View> = [&into.filtered, &into.predicted, &into.posterior].into_iter().flatten().collect();
+    let summary = &into.summary;
+    let pair = match &into.pair {
+        Some(view) => view.buffer.clone(),
+        None => device.zeros("no pairs", 1)?,
+    };
+    let lengths = [summary.len() == b * plan.record, results.len() == plan.wanted.len(), results.iter().all(|x| x.len() == b * each)];
+    if lengths.contains(&false) || into.pair.as_ref().is_some_and(|x| x.len() != b * plan.pairs) {
+        let (expected, got) = (format!("results of [{b}, {}, {}]", hmm.t, hmm.k), "those of another shape or other wishes".into());
+        return Err(Error::Shape { op: "hmm_forward_backward", arg: "into".into(), expected, got });
+    }
     // A run's sections lie together; where results are apart, or α needs a place, they pass through a scratch that the runs share.
     let together = plan.wanted.len() as u64 + u64::from(plan.scratch);
     let longest = plan.runs.iter().map(|r| r.end - r.start).max().unwrap_or(0);
@@ -1157,7 +1189,7 @@ pub fn hmm_forward_backward(pass: &mut Pass, hmm: &Hmm, wanted: Wanted) -> Resul
             }
         };
         let of_pair = if plan.pairs > 0 { run.start * plan.pairs..run.end * plan.pairs } else { 0..1 };
-        let (pairs, sums) = (pass.output(&pair, of_pair)?, pass.output(&summary, run.start * plan.record..run.end * plan.record)?);
+        let (pairs, sums) = (pass.output(&pair, of_pair)?, pass.output(summary, run.start * plan.record..run.end * plan.record)?);
         let args = [model, obs, words, log_trans, inputs, out.view.clone(), pairs.view.clone(), sums.view.clone()];
         launches(pass, &plan, params, wanted.backward(), &args)?;
         pass.finish(out)?;
@@ -1170,15 +1202,7 @@ pub fn hmm_forward_backward(pass: &mut Pass, hmm: &Hmm, wanted: Wanted) -> Resul
             }
         }
     }
-    let section = |bit: u32| plan.wanted.iter().position(|&w| w == bit).map(|s| results[s].clone());
-    Ok(ForwardBackward {
-        filtered: section(flag::FILTERED),
-        predicted: section(flag::PREDICTED),
-        posterior: section(flag::POSTERIOR),
-        pair: (wanted.pair != Pair::None).then(|| pair.view(0..b * plan.pairs)),
-        summary,
-        record: plan.record,
-    })
+    Ok(())
 }
 
 /// Section in which α waits for the backward pass.
