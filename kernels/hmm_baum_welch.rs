@@ -412,7 +412,7 @@ fn forward<R: Real>(task: &Task<'_, R>, k: usize, scratch: &mut Scratch<R>) -> R
         let (shift, total) = weigh(at, log_b, k).ok_or(t)?;
         let scale = R::ONE / total;
         for x in at.iter_mut() {
-            *x = *x * scale;
+            *x *= scale;
         }
         compensated(&mut sum, &mut low, shift);
         compensated(&mut sum, &mut low, total.ln());
@@ -495,7 +495,7 @@ fn backward<R: Real>(task: &Task<'_, R>, k: usize, scratch: &mut Scratch<R>, sum
                 total += gamma[i];
             }
             let scale = if total > R::ZERO { R::ONE / total } else { R::ZERO };
-            gamma.iter_mut().for_each(|g| *g = *g * scale);
+            gamma.iter_mut().for_each(|g| *g *= scale);
         }
         if t.is_multiple_of(BLOCK) {
             for (sum, x) in sums[k..].iter_mut().zip(pairs.iter_mut().chain(weights.iter_mut())) {
@@ -506,7 +506,7 @@ fn backward<R: Real>(task: &Task<'_, R>, k: usize, scratch: &mut Scratch<R>, sum
     }
     sums[..k].copy_from_slice(gamma);
     for (sum, &a) in sums[k..].iter_mut().zip(trans) {
-        *sum = *sum * a;
+        *sum *= a;
     }
 }
 
@@ -1210,7 +1210,7 @@ impl BaumWelch {
         let (small, k) = (u64::from(params.k) <= SMALL, u64::from(params.k));
         let density = emission_of(&params).rounds(u64::from(params.d));
         let per_lane = k.div_ceil(lanes(k));
-        let (forward, backward) = if small { (2 + 4 * density, 2) } else { (3 + per_lane * (k + density + 2) + k, 3 + 2 * per_lane * (k + 1)) };
+        let (forward, backward) = if small { (2 + 4 * density, 2) } else { (3 + per_lane * (k + density + 2) + 2 * k, 4 + k + 2 * per_lane * (k + 2)) };
         let kernel = if small { &HMM_EXPECTATION } else { &HMM_EXPECTATION_LANES };
         let t = u64::from(params.t);
         let stretches = |rounds: u64| -> Result<Vec<(u32, u32)>> {
