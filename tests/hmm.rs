@@ -3,13 +3,10 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test that cannot go on fails")]
 
 mod common;
-<<<<<<< HEAD
 #[path = "hmm/gradient.rs"]
 mod gradient;
 #[path = "hmm/oracle.rs"]
 mod oracle;
-=======
 
 #[path = "hmm/baum_welch.rs"]
 mod baum_welch;
->>>>>>> 17e2a9db5b8014500c1d2712b5b56602785e0b7f
