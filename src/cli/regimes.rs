@@ -5,7 +5,7 @@
 
 use super::print::{number, percent};
 use super::sweep::{duration, synthetic_prices, unknown};
-use super::{Common, catch_interrupts, is_interrupted, regime_files, results, say};
+use super::{Common, regime_files, results, say};
 use crate::data::{Missing, Prices, ReadOptions, read_prices};
 use crate::regimes::{
     Candidate, Criterion, Emission, Feature, NextBar, OutOfSample, Panel, Refits, RegimeConfig, RegimeModel, Regimes, Scale, StateSummary, Train, regimes, rolling,
@@ -121,11 +121,10 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     if let Some(dir) = &args.out {
         results::folder(dir)?;
     }
-    catch_interrupts()?;
     let bar = progress(args.common.json);
     let mut stage = |name: &str| {
         bar.set_message(name.to_string());
-        if is_interrupted() { Err(Error::Interrupted { message: format!("before {name}; nothing is kept") }) } else { Ok(()) }
+        Ok(())
     };
     let columns = columns.iter().map(|(name, values)| (name.clone(), values.close.view())).collect();
     let panel = Panel { symbols: &prices.symbols, close: prices.close.view(), columns };

@@ -313,7 +313,7 @@ pub struct OutOfSample {
     every: usize,
 }
 
-/// Called before every stage of the work with its name; an error stops it.
+/// Called before every stage of the work, and every few iterations of a fit, with a word on it; an error stops the work after that fit.
 pub type Progress<'a> = dyn FnMut(&str) -> Result<()> + 'a;
 
 fn parameter(name: &str, value: &str, help: &str) -> Error {
@@ -336,7 +336,7 @@ pub fn regimes(device: &Device, panel: &Panel<'_>, config: &RegimeConfig, progre
     let jobs: Vec<Job> = groups.iter().map(|assets| Job::of(&observations, panel, config, assets, 0..rows)).collect::<Result<_>>()?;
     let several = if jobs.len() == 1 { String::new() } else { format!(", {} models", jobs.len()) };
     progress(&format!("fitting {} states{several}", config.states_text()))?;
-    let fits = fit_jobs(device, &jobs, config, config.states.clone())?;
+    let fits = fit_jobs(device, &jobs, config, config.states.clone(), progress)?;
     progress("probabilities")?;
     let states: Vec<usize> = (0..n).map(|asset| fits[if config.pooled { 0 } else { asset }].model.k).collect();
     let bars = panel.close.dim().0;
@@ -387,9 +387,9 @@ impl Job {
 }
 
 /// Fits every job with the best of some numbers of states; likelihoods and criteria are those of the observations as they were.
-fn fit_jobs(device: &Device, jobs: &[Job], config: &RegimeConfig, states: RangeInclusive<usize>) -> Result<Vec<Fitted>> {
+fn fit_jobs(device: &Device, jobs: &[Job], config: &RegimeConfig, states: RangeInclusive<usize>, progress: &mut Progress<'_>) -> Result<Vec<Fitted>> {
     let problems: Vec<&Problem> = jobs.iter().map(|job| &job.problem).collect();
-    let mut fits = model::fit(device, &problems, states, config)?;
+    let mut fits = model::fit(device, &problems, states, config, progress)?;
     for (fit, job) in fits.iter_mut().zip(jobs) {
         let more = job.log_jacobian();
         for c in &mut fit.candidates {
@@ -491,10 +491,10 @@ pub fn rolling(device: &Device, panel: &Panel<'_>, config: &RegimeConfig, refits
     }
     // The first refit chooses K.
     progress(&format!("the first of {} refits", ends.len()))?;
-    let mut models: Vec<Model> = fit_jobs(device, &jobs[..groups.len()], config, config.states.clone())?.into_iter().map(|fit| fit.model).collect();
+    let mut models: Vec<Model> = fit_jobs(device, &jobs[..groups.len()], config, config.states.clone(), progress)?.into_iter().map(|fit| fit.model).collect();
     let states: Vec<usize> = models.iter().map(|model| model.k).collect();
     progress(&format!("the other {} refits", ends.len() - 1))?;
-    models.extend(later(device, &jobs[groups.len()..], config, &states)?);
+    models.extend(later(device, &jobs[groups.len()..], config, &states, progress)?);
     progress("filtering out of sample")?;
     let states_of = |asset: usize| states[if config.pooled { 0 } else { asset }];
     let mut filtered = Table::empty((0..n).map(states_of).collect(), t);
@@ -526,12 +526,12 @@ pub fn rolling(device: &Device, panel: &Panel<'_>, config: &RegimeConfig, refits
 }
 
 /// Models of the refits after the first, with the numbers of states that it chose for each group.
-fn later(device: &Device, jobs: &[Job], config: &RegimeConfig, states: &[usize]) -> Result<Vec<Model>> {
+fn later(device: &Device, jobs: &[Job], config: &RegimeConfig, states: &[usize], progress: &mut Progress<'_>) -> Result<Vec<Model>> {
     let mut models: Vec<Option<Model>> = vec![None; jobs.len()];
     for k in config.states.clone() {
         let these: Vec<usize> = (0..jobs.len()).filter(|i| states[i % states.len()] == k).collect();
         let problems: Vec<&Problem> = these.iter().map(|&i| &jobs[i].problem).collect();
-        for (i, fit) in these.into_iter().zip(model::fit(device, &problems, k..=k, config)?) {
+        for (i, fit) in these.into_iter().zip(model::fit(device, &problems, k..=k, config, progress)?) {
             models[i] = Some(fit.model);
         }
     }
@@ -648,7 +648,7 @@ impl RegimeConfig {
         let (least, most) = (*self.states.start(), *self.states.end());
         if least == 0 || least > most || most > MOST_STATES {
             let help = format!("give numbers of states from 1 to {MOST_STATES}, such as 2 or 2..5");
-            return Err(parameter("states", &format!("{least}..{most}"), &help));
+            return Err(parameter("states", &self.states_text(), &help));
         }
         if self.restarts == 0 {
             return Err(parameter("restarts", "0", "give at least one start"));

@@ -5,7 +5,7 @@
 //! whatever the asset.
 
 use super::features::Feature;
-use super::{Candidate, Criterion, Emission, RegimeConfig};
+use super::{Candidate, Criterion, Emission, Progress, RegimeConfig};
 use crate::kernels::hmm::{self, Hmm, LOG_ZERO, PackShape, Transitions, Wanted, hmm_forward_backward, pack_gaussian_diagonal, pack_student_t, pack_words};
 use crate::kernels::hmm_baum_welch::Observations;
 use crate::kernels::hmm_fit::{self, EmissionParameters, FitOptions};
@@ -59,21 +59,34 @@ impl Fitted {
 }
 
 /// The best of all starts of each problem with the best of some numbers of states, in the order of [`Model::ordered`].
-pub(super) fn fit(device: &Device, problems: &[&Problem], states: RangeInclusive<usize>, config: &RegimeConfig) -> Result<Vec<Fitted>> {
+pub(super) fn fit(
+    device: &Device,
+    problems: &[&Problem],
+    states: RangeInclusive<usize>,
+    config: &RegimeConfig,
+    progress: &mut Progress<'_>,
+) -> Result<Vec<Fitted>> {
     if !config.pooled {
         let sequences: Vec<&[f32]> = problems.iter().flat_map(|problem| problem.sequences.iter().map(Vec::as_slice)).collect();
-        return fit_sequences(device, &sequences, problems.first().map_or(1, |p| p.d), states, config);
+        return fit_sequences(device, &sequences, problems.first().map_or(1, |p| p.d), states, config, progress);
     }
     let mut fits = Vec::with_capacity(problems.len());
     for problem in problems {
         let sequences: Vec<&[f32]> = problem.sequences.iter().map(Vec::as_slice).collect();
-        fits.extend(fit_sequences(device, &sequences, problem.d, states.clone(), config)?);
+        fits.extend(fit_sequences(device, &sequences, problem.d, states.clone(), config, progress)?);
     }
     Ok(fits)
 }
 
 /// A model of each sequence, or one of all.
-fn fit_sequences(device: &Device, sequences: &[&[f32]], d: usize, states: RangeInclusive<usize>, config: &RegimeConfig) -> Result<Vec<Fitted>> {
+fn fit_sequences(
+    device: &Device,
+    sequences: &[&[f32]],
+    d: usize,
+    states: RangeInclusive<usize>,
+    config: &RegimeConfig,
+    progress: &mut Progress<'_>,
+) -> Result<Vec<Fitted>> {
     if sequences.is_empty() {
         return Ok(Vec::new());
     }
@@ -105,7 +118,14 @@ fn fit_sequences(device: &Device, sequences: &[&[f32]], d: usize, states: RangeI
         freedom: config.degrees_of_freedom,
         ..FitOptions::default()
     };
-    hmm_fit::fit(device, &data, &options)?.into_iter().map(|fit| fitted(fit, &config.features)).collect()
+    let mut stopped = Ok(());
+    let fits = hmm_fit::fit_with_progress(device, &data, &options, &mut |p| {
+        if stopped.is_ok() {
+            stopped = progress(&format!("{} of {} fits finished, iteration {}", p.stopped, p.models, p.iterations));
+        }
+    })?;
+    stopped?;
+    fits.into_iter().map(|fit| fitted(fit, &config.features)).collect()
 }
 
 /// Gain in log-likelihood that always counts as none.
