@@ -71,11 +71,9 @@ fn probabilities(dir: &Path, found: &Found<'_>) -> Result<()> {
     let dates: Vec<String> = prices.times[first..].iter().map(|&t| prices.format_time(t)).collect();
     // An asset at a time.
     for (asset, symbol) in prices.symbols.iter().enumerate() {
-        let real = |kind: usize, state: usize| -> ArrayRef {
-            Arc::new((first..bars).map(|bar| columns.value(kind, state, asset, bar)).collect::<Float32Array>())
-        };
-        let mut arrays: Vec<ArrayRef> =
-            vec![Arc::new(StringArray::from(dates.clone())), Arc::new(StringArray::from(vec![symbol.as_str(); dates.len()]))];
+        let real =
+            |kind: usize, state: usize| -> ArrayRef { Arc::new((first..bars).map(|bar| columns.value(kind, state, asset, bar)).collect::<Float32Array>()) };
+        let mut arrays: Vec<ArrayRef> = vec![Arc::new(StringArray::from(dates.clone())), Arc::new(StringArray::from(vec![symbol.as_str(); dates.len()]))];
         arrays.extend((0..KINDS.len()).flat_map(|kind| (0..states).map(move |state| (kind, state))).map(|(kind, state)| real(kind, state)));
         let batch = RecordBatch::try_new(schema.clone(), arrays).map_err(|e| crate::Error::Internal(e.to_string()))?;
         writer.write(&batch).map_err(|e| io(&whole.path, &e))?;
@@ -102,5 +100,11 @@ fn probabilities(dir: &Path, found: &Found<'_>) -> Result<()> {
 }
 
 fn page<'a>(found: &'a Found<'a>) -> report::regimes::Inputs<'a> {
-    report::regimes::Inputs { prices: found.prices, regimes: found.regimes, out_of_sample: found.out_of_sample, found: found.json(), names: found.regimes.models.iter().map(|m| found.name(m)).collect() }
+    report::regimes::Inputs {
+        prices: found.prices,
+        regimes: found.regimes,
+        out_of_sample: found.out_of_sample,
+        found: found.json(),
+        names: found.regimes.models.iter().map(|m| found.name(m)).collect(),
+    }
 }

@@ -50,14 +50,16 @@ impl Filter {
         let wrong = |help: &str| bad("--regime-filter", text, help);
         let (model, thresholds) = text.split_once('@').map_or((text, None), |(model, thresholds)| (model, Some(thresholds)));
         let (k, states) = model.split_once(':').map_or((model, None), |(k, states)| (k, Some(states)));
-        let k: usize = k.trim().parse().ok().filter(|k| (1..=crate::regimes::MOST_STATES).contains(k)).ok_or_else(|| wrong("begin with a number of states, such as 2"))?;
+        let k: usize =
+            k.trim().parse().ok().filter(|k| (1..=crate::regimes::MOST_STATES).contains(k)).ok_or_else(|| wrong("begin with a number of states, such as 2"))?;
         let state = |name: &str| match name.trim() {
             "calm" => Ok(0),
             "turbulent" => Ok(k - 1),
             number => number.parse().ok().filter(|&s| s < k).ok_or_else(|| wrong(&format!("states are 0 (calm) to {} (turbulent)", k - 1))),
         };
         let states = states.map_or_else(|| Ok(vec![0]), |list| list.split(',').map(state).collect::<Result<_>>())?;
-        let threshold = |p: &str| p.trim().parse::<f32>().ok().filter(|p| (0.0..1.0).contains(p)).ok_or_else(|| wrong("thresholds are probabilities from 0 to below 1"));
+        let threshold =
+            |p: &str| p.trim().parse::<f32>().ok().filter(|p| (0.0..1.0).contains(p)).ok_or_else(|| wrong("thresholds are probabilities from 0 to below 1"));
         let thresholds = thresholds.map_or_else(|| Ok(vec![0.5]), |list| list.split('|').map(threshold).collect::<Result<_>>())?;
         Ok(Filter { k, states, thresholds })
     }

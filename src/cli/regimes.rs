@@ -8,8 +8,8 @@ use super::sweep::{duration, synthetic_prices, unknown};
 use super::{Common, regime_files, results, say};
 use crate::data::{Missing, Prices, ReadOptions, read_prices};
 use crate::regimes::{
-    Candidate, Criterion, Emission, Feature, NextBar, OutOfSample, Panel, Refits, RegimeConfig, RegimeModel, Regimes, Scale, StateSummary, Train, regimes, rolling,
-    state_name,
+    Candidate, Criterion, Emission, Feature, NextBar, OutOfSample, Panel, Refits, RegimeConfig, RegimeModel, Regimes, Scale, StateSummary, Train, regimes,
+    rolling, state_name,
 };
 use crate::{Device, Error, Result};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -154,7 +154,11 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     if let Some(dir) = &args.out {
         regime_files::write(dir, &found)?;
     }
-    if args.common.json { say(&found.json().to_string()) } else { found.text() }
+    if args.common.json {
+        say(&found.json().to_string())
+    } else {
+        found.text()
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -162,7 +166,8 @@ fn progress(silent: bool) -> ProgressBar {
     if silent || !std::io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }
-    let bar = ProgressBar::new_spinner().with_style(ProgressStyle::with_template("{spinner} {msg}, {elapsed}").unwrap_or_else(|_| ProgressStyle::default_spinner()));
+    let bar =
+        ProgressBar::new_spinner().with_style(ProgressStyle::with_template("{spinner} {msg}, {elapsed}").unwrap_or_else(|_| ProgressStyle::default_spinner()));
     bar.enable_steady_tick(Duration::from_millis(100));
     bar
 }
@@ -353,9 +358,16 @@ impl Found<'_> {
             say(&format!("dropped  {} assets, such as {}: {}", prices.dropped.len(), first.symbol, first.reason));
         }
         let kind = if self.config.pooled { "one model for all assets" } else { "a model per asset" };
-        let choice = if self.config.states.start() == self.config.states.end() { String::new() } else { format!(" chosen by {}", self.criterion().to_uppercase()) };
+        let choice =
+            if self.config.states.start() == self.config.states.end() { String::new() } else { format!(" chosen by {}", self.criterion().to_uppercase()) };
         let starts = self.config.restarts;
-        say(&format!("model    {} states{choice}, {} on {}, {kind}, best of {starts} starts, seed {}", self.config.states_text(), self.emission(), self.features(), self.config.seed));
+        say(&format!(
+            "model    {} states{choice}, {} on {}, {kind}, best of {starts} starts, seed {}",
+            self.config.states_text(),
+            self.emission(),
+            self.features(),
+            self.config.seed
+        ));
         say(&format!("         fitted in {}", if self.seconds < 10.0 { format!("{:.2} s", self.seconds) } else { duration(self.seconds) }));
         say("\nover the whole sample, which knows the future: states by volatility, calmest first");
         if self.regimes.models.len() > self.args.top {
@@ -387,7 +399,13 @@ impl Found<'_> {
         for (k, state) in model.states.iter().enumerate() {
             let row: String = model.transition.row(k).iter().map(|p| format!(" {:>8}", format!("{:.2}%", 100.0 * p))).collect();
             let name = format!("{k} {}", state_name(k, c.states));
-            say(&format!("{name:<14} {:>9} {:>11} {:>11} {:>10}{row}", percent(state.mean), percent(state.volatility), bars(state.duration), percent(state.occupancy)));
+            say(&format!(
+                "{name:<14} {:>9} {:>11} {:>11} {:>10}{row}",
+                percent(state.mean),
+                percent(state.volatility),
+                bars(state.duration),
+                percent(state.occupancy)
+            ));
         }
         if self.config.features != [Feature::Returns] {
             for (d, feature) in self.config.features.iter().enumerate() {

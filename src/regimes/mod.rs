@@ -451,9 +451,8 @@ fn summaries(model: &Model, smoothed: &[f32], returns: Option<&[f64]>, periods_p
         .map(|state| {
             let weights = || smoothed.iter().skip(state).step_by(k).map(|&p| f64::from(p));
             let total: f64 = weights().sum();
-            let of = |f: &dyn Fn(f64) -> f64| {
-                returns.filter(|_| total > 0.0).map_or(f64::NAN, |r| weights().zip(r).map(|(w, &x)| w * f(x)).sum::<f64>() / total)
-            };
+            let of =
+                |f: &dyn Fn(f64) -> f64| returns.filter(|_| total > 0.0).map_or(f64::NAN, |r| weights().zip(r).map(|(w, &x)| w * f(x)).sum::<f64>() / total);
             let mean = of(&|x| x);
             let variance = of(&|x| (x - mean) * (x - mean));
             StateSummary {

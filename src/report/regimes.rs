@@ -105,13 +105,24 @@ impl Inputs<'_> {
         let text = |key: &str| run[key].as_str().map(String::from).unwrap_or_default();
         let features = run["features"].as_array().map(|f| f.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(", ")).unwrap_or_default();
         let refits = match (run["refit"].as_u64(), run["train"].as_str()) {
-            (Some(every), Some(train)) => format!("every {every} bars on {}", if let Some(n) = train.strip_prefix("anchored:") { format!("all so far, from {n} on") } else { format!("the last {train}") }),
+            (Some(every), Some(train)) => format!(
+                "every {every} bars on {}",
+                if let Some(n) = train.strip_prefix("anchored:") { format!("all so far, from {n} on") } else { format!("the last {train}") }
+            ),
             _ => "none: everything below knows the future".into(),
         };
         let facts = [
             ("Data", prices.sources.join(", ")),
             ("Dates", format!("{} to {}", time(prices.times.first()), time(prices.times.last()))),
-            ("Model", format!("{} states, {} on {features}, {}", text("states"), text("emission"), if run["pooled"] == true { "one model for all assets" } else { "a model per asset" })),
+            (
+                "Model",
+                format!(
+                    "{} states, {} on {features}, {}",
+                    text("states"),
+                    text("emission"),
+                    if run["pooled"] == true { "one model for all assets" } else { "a model per asset" }
+                ),
+            ),
             ("Refits", refits),
             ("Device", text("device")),
         ];

@@ -624,7 +624,9 @@ impl<'a> SweepRun<'a> {
             Ok(())
         })?;
         outcome.stitched_bars = regime_filter::stitched(&self.windows).into_iter().flatten().map(|j| j as u32).collect();
-        for (wanted, keys, count, all) in [(self.config.select != Select::Pooled, &keys, n * w, true), (self.config.select != Select::PerAsset, &pooled_keys, w, false)] {
+        for (wanted, keys, count, all) in
+            [(self.config.select != Select::Pooled, &keys, n * w, true), (self.config.select != Select::PerAsset, &pooled_keys, w, false)]
+        {
             if !wanted {
                 continue;
             }
@@ -658,7 +660,8 @@ impl<'a> SweepRun<'a> {
             Ok(())
         })?;
         let series = |set: u32, asset: usize| {
-            let weights = held.get(&columns[set as usize]).map(|assets| assets[asset].clone()).ok_or_else(|| Error::Internal("a chosen set did not run".into()))?;
+            let weights =
+                held.get(&columns[set as usize]).map(|assets| assets[asset].clone()).ok_or_else(|| Error::Internal("a chosen set did not run".into()))?;
             let net = regime_filter::net(&weights, &returns[asset], bps * 1e-4);
             Ok((weights, net))
         };

@@ -33,7 +33,9 @@ fn two_regimes(bars: usize, seed: u32) -> (Vec<f64>, Vec<usize>) {
 /// The same as a wide file of assets.
 fn file(folder: &Folder, name: &str, columns: &[(&str, &[f64])]) -> String {
     let header = columns.iter().map(|c| c.0).collect::<Vec<_>>().join(",");
-    let line = |t: usize| format!("{},{}\n", date(1_000_000_000 / DAY * DAY + t as i64 * DAY), columns.iter().map(|c| c.1[t].to_string()).collect::<Vec<_>>().join(","));
+    let line = |t: usize| {
+        format!("{},{}\n", date(1_000_000_000 / DAY * DAY + t as i64 * DAY), columns.iter().map(|c| c.1[t].to_string()).collect::<Vec<_>>().join(","))
+    };
     folder.text(name, &(format!("date,{header}\n") + &(0..columns[0].1.len()).map(line).collect::<String>()))
 }
 
@@ -67,7 +69,10 @@ fn known_regimes_are_found_and_ordered_by_volatility() {
     assert_eq!((&model["chosen"]["states"], &model["chosen"]["converged"]), (&json!(2), &json!(true)), "BIC finds two states");
     let (calm, wild) = (&model["states"][0], &model["states"][1]);
     let year = 252f64.sqrt();
-    assert!((number(&calm["volatility"]) / (0.005 * year) - 1.0).abs() < 0.05 && (number(&wild["volatility"]) / (0.025 * year) - 1.0).abs() < 0.08, "{calm} {wild}");
+    assert!(
+        (number(&calm["volatility"]) / (0.005 * year) - 1.0).abs() < 0.05 && (number(&wild["volatility"]) / (0.025 * year) - 1.0).abs() < 0.08,
+        "{calm} {wild}"
+    );
     assert!((60.0..160.0).contains(&number(&calm["duration"])) && (25.0..65.0).contains(&number(&wild["duration"])), "{calm} {wild}");
     assert!((number(&calm["occupancy"]) + number(&wild["occupancy"]) - 1.0).abs() < 1e-5);
     for row in array(&model["transition"]) {
@@ -113,7 +118,16 @@ fn known_regimes_are_found_and_ordered_by_volatility() {
 #[test]
 fn a_market_without_a_file_is_printed_for_people() {
     let out = done(&["regimes", "--device", "cpu"]);
-    for part in ["device ", "SYN001 × 2520 bars", "2 states", "0 calm", "1 turbulent", "converged after", "out of sample, refitted every 252 bars on the last 1260", "in hindsight"] {
+    for part in [
+        "device ",
+        "SYN001 × 2520 bars",
+        "2 states",
+        "0 calm",
+        "1 turbulent",
+        "converged after",
+        "out of sample, refitted every 252 bars on the last 1260",
+        "in hindsight",
+    ] {
         assert!(out.contains(part), "'{part}' is not in\n{out}");
     }
     let many = done(&["regimes", "--assets", "7", "--bars", "900", "--restarts", "2", "--refit", "0", "--device", "cpu"]);
@@ -129,7 +143,8 @@ fn prices_after_a_day_change_nothing_known_on_it() {
     let folder = Folder::new();
     let ((a, _), (b, _)) = (two_regimes(1400, 1), two_regimes(1400, 2));
     let cut = 1103;
-    let after = |x: &[f64], factor: f64| x.iter().enumerate().map(|(t, p)| if t > cut { p * factor * (1.0 + 0.05 * (t % 3) as f64) } else { *p }).collect::<Vec<f64>>();
+    let after =
+        |x: &[f64], factor: f64| x.iter().enumerate().map(|(t, p)| if t > cut { p * factor * (1.0 + 0.05 * (t % 3) as f64) } else { *p }).collect::<Vec<f64>>();
     let plain = file(&folder, "plain.csv", &[("AAA", &a), ("BBB", &b)]);
     let other = file(&folder, "other.csv", &[("AAA", &after(&a, 1.3)), ("BBB", &after(&b, 0.7))]);
     let head = file(&folder, "head.csv", &[("AAA", &a[..=cut]), ("BBB", &b[..=cut])]);
@@ -174,7 +189,13 @@ fn pooled_assets_share_a_model_and_are_scaled_by_themselves() {
     let folder = Folder::new();
     let (a, _) = two_regimes(1500, 3);
     // The same moves three times as large: the same model, three times the volatility.
-    let large: Vec<f64> = a.windows(2).scan(100.0, |p, w| { *p *= (w[1] / w[0]).powi(3); Some(*p) }).collect();
+    let large: Vec<f64> = a
+        .windows(2)
+        .scan(100.0, |p, w| {
+            *p *= (w[1] / w[0]).powi(3);
+            Some(*p)
+        })
+        .collect();
     let large = [&[100.0], &large[..]].concat();
     let prices = file(&folder, "p.csv", &[("AAA", &a), ("BBB", &large)]);
     let found = regimes_json(&[&[prices.as_str(), "--pooled"], &QUICK[..]].concat());
@@ -184,17 +205,21 @@ fn pooled_assets_share_a_model_and_are_scaled_by_themselves() {
         let volatility = |asset: usize| number(&assets[asset]["states"][k]["volatility"]);
         assert!((volatility(1) / volatility(0) - 3.0).abs() < 0.01, "{} {}", volatility(0), volatility(1));
     }
-    // Without scales of their own, the states tell the assets apart.
+    // With a scale of their own both are calm at the same times; with one in common the states also tell them apart.
     let common = regimes_json(&[&[prices.as_str(), "--pooled", "--scale", "common"], &QUICK[..]].concat());
-    let occupancy = |asset: usize| number(&common["models"][0]["per_asset"][asset]["states"][0]["occupancy"]);
-    assert!(occupancy(0) > 0.9 && occupancy(1) < 0.75, "{} {}", occupancy(0), occupancy(1));
+    let apart = |found: &Value| {
+        let calm = |asset: usize| number(&found["models"][0]["per_asset"][asset]["states"][0]["occupancy"]);
+        (calm(0) - calm(1)).abs()
+    };
+    assert!(apart(&found) < 1e-3 && apart(&common) > 0.01, "{} {}", apart(&found), apart(&common));
 }
 
 #[test]
 fn columns_and_levels_are_observations_too() {
     let folder = Folder::new();
     let (closes, states) = two_regimes(1200, 8);
-    let line = |t: usize| format!("{},{},{}\n", date(1_000_000_000 / DAY * DAY + t as i64 * DAY), closes[t], [-1.0, 1.0][states[t]] + 0.1 * ((t * 7919) % 13) as f64);
+    let line =
+        |t: usize| format!("{},{},{}\n", date(1_000_000_000 / DAY * DAY + t as i64 * DAY), closes[t], [-1.0, 1.0][states[t]] + 0.1 * ((t * 7919) % 13) as f64);
     let long = folder.text("long.csv", &(String::from("date,close,signal\n") + &(0..1200).map(line).collect::<String>()));
     let found = regimes_json(&[&long, "--features", "column:signal", "--refit", "0", "--device", "cpu"]);
     let share = states.iter().filter(|&&s| s == 0).count() as f64 / 1200.0;
@@ -245,7 +270,7 @@ fn devices_see_the_same_regimes() {
     let folder = Folder::new();
     let ((a, _), (b, _)) = (two_regimes(900, 6), two_regimes(900, 7));
     let prices = file(&folder, "p.csv", &[("AAA", &a), ("BBB", &b)]);
-    let args = |device| [prices.as_str(), "--refit", "200", "--train", "500", "--restarts", "2", "--device", device];
+    let args = |device| [prices.as_str(), "--refit", "200", "--train", "500", "--restarts", "2", "--iterations", "40", "--device", device];
     let want = regimes_json(&args("cpu"));
     for device in ["wgpu", "cuda", "cuda-host"].into_iter().filter(|device| here(device)) {
         let got = regimes_json(&args(device));
