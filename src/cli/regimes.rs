@@ -8,8 +8,8 @@ use super::sweep::{duration, synthetic_prices, unknown};
 use super::{Common, regime_files, results, say};
 use crate::data::{Missing, Prices, ReadOptions, read_prices};
 use crate::regimes::{
-    Candidate, Criterion, Emission, Feature, NextBar, OutOfSample, Panel, Refits, RegimeConfig, RegimeModel, Regimes, Scale, StateSummary, Train, regimes,
-    rolling, state_name,
+    Candidate, Causal, Criterion, Emission, Feature, NextBar, OutOfSample, Panel, Refits, RegimeConfig, RegimeModel, Regimes, Scale, StateSummary, Train,
+    regimes, rolling, state_name,
 };
 use crate::{Device, Error, Result};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -484,6 +484,12 @@ impl Found<'_> {
         let open = found.refits.iter().filter(|r| !r.converged).count();
         let failed = if open == 0 { String::new() } else { format!("; {open} fits did not converge") };
         say(&format!("\nout of sample, refitted every {} bars on {on}: {} refits, probabilities from {first}{failed}", refits.every, found.times()));
+        if self.config.states.start() < self.config.states.end() {
+            let mut chosen: Vec<usize> = (0..self.prices.n_assets()).map(|asset| Causal::states(&found.filtered, asset)).collect();
+            chosen.sort_unstable();
+            chosen.dedup();
+            say(&format!("states, as the first refit chose them: {}", chosen.iter().map(usize::to_string).collect::<Vec<_>>().join(", ")));
+        }
         say(&format!("{:<14} {:>9} {:>11} {:>10}   of the bar after, by what was known before it", "state", "mean/yr", "volatility", "share"));
         for (k, n) in next.iter().enumerate() {
             let name = format!("{k} {}", state_name(k, next.len()));
@@ -501,7 +507,8 @@ impl Found<'_> {
     fn now(&self, found: &OutOfSample) {
         let last = self.prices.n_bars() - 1;
         if let Some(p) = found.filtered.get(0, last) {
-            let states: Vec<String> = p.iter().enumerate().map(|(k, &p)| format!("{k} {} {}", state_name(k, p_len(found)), percent(f64::from(p)))).collect();
+            let states: Vec<String> =
+                p.iter().enumerate().map(|(k, &p)| format!("{k} {} {}", state_name(k, Causal::states(&found.filtered, 0)), percent(f64::from(p)))).collect();
             say(&format!("on {}: {}", self.prices.format_time(self.prices.times[last]), states.join(", ")));
         }
     }
@@ -562,11 +569,6 @@ impl Found<'_> {
             "refit": self.refits.map(|r| r.every), "train": self.refits.map(|r| r.train.to_string()), "periods_per_year": config.periods_per_year,
         })
     }
-}
-
-/// States of the first asset.
-fn p_len(found: &OutOfSample) -> usize {
-    crate::regimes::Causal::states(&found.filtered, 0)
 }
 
 /// Most lines of assets that are printed.

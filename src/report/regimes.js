@@ -1,7 +1,7 @@
 // The page of `forback regimes`: tables and charts from the numbers in #report-data.
 (() => {
   "use strict";
-  const { data, query, $, is, fixed, percent, whole, plain, iso, label, words, plural, element, table, pairs, options, faint, ink, axis, draw, nothing, contents, run, finish } = page;
+  const { data, query, $, is, fixed, percent, whole, iso, label, words, plural, element, table, pairs, options, faint, ink, axis, draw, nothing, contents, run, finish } = page;
 
   const KINDS = { out_of_sample: "out of sample", in_sample: "filtered, whole-sample parameters", smoothed: "smoothed" };
   const SHADES = ["accent", "mid", "grey", "ink"];
@@ -115,7 +115,7 @@
   // ---- probabilities ------------------------------------------------------------------------------------------
 
   const probability = () => {
-    const of = asset(), k = state();
+    const of = asset(), k = state(), n = of.states;
     const style = { smoothed: { color: faint(ink.grey, 0.9), width: 1.2 }, in_sample: { color: ink.mid, width: 1, dash: "dot" }, out_of_sample: { color: ink.accent, width: 1.6 } };
     const traces = ["smoothed", "in_sample", "out_of_sample"].filter((kind) => there(of, kind)).map((kind) => ({
       type: "scatter", mode: "lines", name: KINDS[kind], x: day, y: probabilities(of, kind)[k].map((p) => (p === null ? null : 100 * p)), line: style[kind], fill: kind === "smoothed" ? "tozeroy" : "none", fillcolor: faint(ink.grey, 0.18),
@@ -123,7 +123,8 @@
     }));
     draw("probability-chart", traces, { showlegend: true, hovermode: "x unified", margin: { l: 52, r: 14, t: 34, b: 40 }, xaxis: axis({ type: "date" }), yaxis: axis({ range: [-2, 102], ticksuffix: " %", title: `P(${nameOf(k, of.states)})` }) });
     const mean = data.run > 1 ? ` Each point is the mean of at most ${plural(data.run, "bar")}.` : "";
-    $("probability-note").textContent = (together() ? "Mean over the assets." : "") + mean;
+    const other = of.known && of.known !== n ? ` Out of sample is not shown: the first refit chose ${plural(of.known, "state")}, the whole sample ${n}.` : "";
+    $("probability-note").textContent = (together() ? "Mean over the assets." : "") + mean + other;
   };
 
   // ---- transitions --------------------------------------------------------------------------------------------
@@ -133,7 +134,7 @@
     const several = together() && data.models.length > 1, alike = data.models.filter((m) => m.states.length === n);
     const matrix = several ? names.map((_, i) => names.map((_, j) => median(alike.map((m) => m.transition[i][j])))) : model().transition;
     const z = matrix.map((row) => row.map((p) => 100 * p));
-    const notes = z.flatMap((row, i) => row.map((p, j) => ({ x: names[j], y: names[i], text: p >= 99.95 || p < 0.05 ? plain(+p.toPrecision(3)) : fixed(p, 1), showarrow: false, font: { color: p > 50 ? ink.page : ink.ink, size: n > 5 ? 10 : 13 } })));
+    const notes = z.flatMap((row, i) => row.map((p, j) => ({ x: names[j], y: names[i], text: p >= 99.95 ? fixed(p, 2) : p > 0 && p < 0.05 ? "&lt; 0.1" : fixed(p, 1), showarrow: false, font: { color: p > 50 ? ink.page : ink.ink, size: n > 5 ? 10 : 13 } })));
     draw("matrix-chart", [{ type: "heatmap", x: names, y: names, z, zmin: 0, zmax: 100, colorscale: [[0, ink.low], [0.5, ink.mid], [1, ink.high]], showscale: false, xgap: 2, ygap: 2, hovertemplate: "from %{y}<br>to %{x}<br>%{z:.3f} %<extra></extra>" }],
       { annotations: n > 10 ? [] : notes, xaxis: axis({ title: "to", type: "category" }), yaxis: axis({ title: "from", type: "category", autorange: "reversed" }) });
     const expected = several ? medians().map((s) => s.duration) : model().states.map((s) => s.duration);

@@ -8,7 +8,7 @@
 use super::{assembled, write_whole};
 use crate::Result;
 use crate::data::Prices;
-use crate::regimes::{OutOfSample, Regimes};
+use crate::regimes::{Causal, OutOfSample, Regimes};
 use ndarray::ArrayView1;
 use rayon::prelude::*;
 use serde::Serialize;
@@ -64,6 +64,8 @@ struct Asset {
     name: String,
     model: usize,
     states: usize,
+    /// States out of sample; 0 where there is none, or where assets differ.
+    known: usize,
     price: Vec<f64>,
     /// Probabilities in thousandths [K−1][points]; −1 where there are none.
     out_of_sample: Vec<Vec<i16>>,
@@ -154,6 +156,7 @@ impl Inputs<'_> {
             name: self.prices.symbols[asset].clone(),
             model,
             states,
+            known: self.out_of_sample.map_or(0, |o| Causal::states(&o.filtered, asset)),
             price: runs.iter().map(|r| super::aggregate::short(f64::from(self.prices.close[[r.end - 1, asset]]))).collect(),
             out_of_sample: thousandths(runs, states, &|bar| self.out_of_sample?.filtered.get(asset, bar)),
             in_sample: thousandths(runs, states, &|bar| self.regimes.filtered.get(asset, bar)),
@@ -188,6 +191,7 @@ impl Inputs<'_> {
             name: format!("all {} assets", assets.len()),
             model: 0,
             states: most,
+            known: 0,
             price: if positive { runs.iter().map(|r| index(r.end - 1)).collect() } else { vec![f64::NAN; runs.len()] },
             out_of_sample: mean(|a| &a.out_of_sample),
             in_sample: mean(|a| &a.in_sample),

@@ -8,8 +8,8 @@
 //! Only [`Causal`] probabilities are taken, so that a change of prices after bar t changes no gate up to t.
 //!
 //! Flow     positions of the sets on the device (`backtest_stitch`) → gates and net returns on the host, in f64 → statistics per set, keys
-//!          per window → choices → stitched series → performance on the device. Slower than a sweep without gates, whose statistics never
-//!          leave the kernel: about 20 million set-bars a second and core.
+//!          per window → choices → stitched series → performance on the device. Weights leave the device, so this is many times slower
+//!          than a sweep without gates, whose statistics are made where the positions are.
 //! Keys     a ratio's key is its f32 in order, so that the largest ratio wins and then the lowest index, as in the sweep.
 
 use super::parts::Row;

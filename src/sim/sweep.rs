@@ -457,7 +457,7 @@ impl<'a> SweepRun<'a> {
         self.start
     }
 
-    /// How many times longer than usual a set-bar takes: gated weights are scored outside the kernel.
+    /// How many times longer than usual a set-bar takes, as a first guess: gated weights are scored outside the kernel.
     pub fn slowness(&self) -> f64 {
         if self.config.regimes.is_some() { 40.0 } else { 1.0 }
     }
@@ -587,6 +587,7 @@ impl<'a> SweepRun<'a> {
         let mut outcome = Outcome::default();
         let returns = self.fill_returns();
         self.positions(columns, &mut |first, few, weights| {
+            // A replay counts as one launch.
             outcome.launches += 1;
             outcome.submits += 1;
             let scored: Vec<Vec<Vec<regime_filter::Scored>>> = few

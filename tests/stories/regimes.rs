@@ -2,6 +2,7 @@
 
 use super::{DAY, Folder, array, chromium, data, date, done, floats, here, numbers_of, opened, rows, run, sweep_json, trace};
 use forback::kernels::philox::{normals, philox4x32, uniform};
+use forback::regimes::{Panel, Refits, RegimeConfig, Train, rolling};
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use serde_json::{Value, json};
 use std::fs::File;
@@ -477,4 +478,31 @@ fn weekly_returns_have_the_likelihood_of_other_packages() {
         assert!((number(&c["log_likelihood"]) - want).abs() < 0.02, "{c}, {want} by hmmlearn");
     }
     assert_eq!(run(&["regimes", "--help"]).code, 0);
+}
+
+#[test]
+fn predictions_carry_filtered_probabilities_forward() {
+    let (closes, _) = two_regimes(900, 51);
+    let close = ndarray::Array2::from_shape_vec((900, 1), closes.iter().map(|&p| p as f32).collect()).unwrap();
+    let symbols = ["AAA".to_string()];
+    let panel = Panel { symbols: &symbols, close: close.view(), columns: Vec::new() };
+    let refits = Refits { every: 200, train: Train::Last(400) };
+    let device = forback::Device::open("cpu").unwrap();
+    let known = rolling(&device, &panel, &RegimeConfig::default(), refits, &mut |_| Ok(())).unwrap();
+    assert_eq!((known.times(), known.first_bar()), (3, Some(401)));
+    assert_eq!(known.predicted(0).unwrap().values().iter().filter(|p| !p.is_nan()).count(), 2 * 499);
+    let (one, far) = (known.predicted(1).unwrap(), known.predicted(5000).unwrap());
+    for bar in [401, 600, 601, 899] {
+        let refit = &known.refits[(bar - 401) / 200];
+        assert!(refit.bar < bar && bar <= refit.bar + 200, "bar {bar} is filtered by the refit before it, at {}", refit.bar);
+        let (p, next, a) = (known.filtered.get(0, bar).unwrap(), one.get(0, bar).unwrap(), &refit.transition);
+        for j in 0..2 {
+            let want = f64::from(p[0]) * a[[0, j]] + f64::from(p[1]) * a[[1, j]];
+            assert!((f64::from(next[j]) - want).abs() < 1e-6, "bar {bar}: {next}, {want}");
+        }
+        // In the long run the chain forgets where it was.
+        let calm = a[[1, 0]] / (a[[1, 0]] + a[[0, 1]]);
+        assert!((f64::from(far.get(0, bar).unwrap()[0]) - calm).abs() < 1e-5);
+    }
+    assert!(known.filtered.get(0, 400).is_none() && known.filtered.get(1, 500).is_none() && known.filtered.get(0, 900).is_none());
 }
