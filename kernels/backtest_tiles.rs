@@ -32,12 +32,12 @@
 //! Source   design of the sweep; composition of maps as in Ladner and Fischer 1980.
 //! Files    shaders/backtest_tiles.wgsl · cuda/backtest_tiles.cu · reference: the `_cpu` functions
 
+use crate::Result;
 use crate::backtest::{BAND, BLOCK, CROSS, LONG, MOMENTUM, OFF, SCALE_BIAS, SHORT, STATS, TILE, sharpe_of};
 use crate::conformance::UNDEFINED;
 use crate::fixed::to_fixed;
 use crate::kernel::{Cost, Cpu, CpuLaunch, Kernel, layout, params_of, reads, reads_u32, writes, writes_u32};
 use crate::real::Real;
-use crate::Result;
 use rayon::prelude::*;
 use std::collections::HashMap;
 
@@ -555,15 +555,7 @@ fn sized_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
 }
 
 /// One set over all spans, with the weight over each bar.
-fn simulate_set<R: Real>(
-    tile: &Tile<'_>,
-    returns: &[R],
-    a: usize,
-    set: u32,
-    weight: &mut dyn FnMut(usize) -> R,
-    parts: &mut [u32],
-    prefix: &mut [u32],
-) {
+fn simulate_set<R: Real>(tile: &Tile<'_>, returns: &[R], a: usize, set: u32, weight: &mut dyn FnMut(usize) -> R, parts: &mut [u32], prefix: &mut [u32]) {
     if set == NONE {
         return;
     }

@@ -928,7 +928,10 @@ fn tiles_and_spans_have_the_sums_of_one_walk() {
                 let launched = got.outcome.launches > 0;
                 for (g, w) in got.stats.iter().flatten().zip(want.stats.iter().flatten()) {
                     let turnover = (g.turnover - w.turnover).abs() <= 1e-5 * w.turnover;
-                    assert!(launched && turnover && g.trades == w.trades && (close_to(g.sharpe, w.sharpe, 2e-6) || g.sharpe.is_nan() && w.sharpe.is_nan()), "{label}: {g:?}, expected {w:?}");
+                    assert!(
+                        launched && turnover && g.trades == w.trades && (close_to(g.sharpe, w.sharpe, 2e-6) || g.sharpe.is_nan() && w.sharpe.is_nan()),
+                        "{label}: {g:?}, expected {w:?}"
+                    );
                     let off = (g.total_return - w.total_return).abs() / (1.0 + w.total_return) + (g.max_drawdown - w.max_drawdown).abs();
                     assert!(off < 2e-5, "{label}: {g:?}, expected {w:?}");
                 }

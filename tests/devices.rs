@@ -9,8 +9,8 @@ mod portfolio;
 
 use common::{Case, DEVICES, Rng, assert_bits, open, open_all, open_with, rolling, variants};
 use forback::kernels::backtest::{BACKTEST_STITCH, BACKTEST_SWEEP, BacktestParams, NO_STOP, OFF, SCALE_BIAS, SET_WORDS, STATS, TILE};
-use forback::kernels::backtest_tiles::{BACKTEST_BAND, BACKTEST_BAND_STATES, BACKTEST_CROSS, BACKTEST_JOIN, BACKTEST_SIZED, KEYS_BY_ROW, TilesParams};
 use forback::kernels::backtest_sweep::{Chunk, Outcome, SetStats, Strategy, Sweep};
+use forback::kernels::backtest_tiles::{BACKTEST_BAND, BACKTEST_BAND_STATES, BACKTEST_CROSS, BACKTEST_JOIN, BACKTEST_SIZED, KEYS_BY_ROW, TilesParams};
 use forback::kernels::block_bootstrap::{self, BLOCK_BOOTSTRAP, Bootstrap, BootstrapParams, bootstrap_sharpe};
 use forback::kernels::ceilings::{CEILING_MULTIPLY_ADD, CeilingParams};
 use forback::kernels::fixed::exponent;

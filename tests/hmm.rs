@@ -4,24 +4,23 @@
 
 mod common;
 
-#[path = "hmm/forward_backward.rs"]
-mod forward_backward;
-#[path = "hmm/forecast.rs"]
-mod forecast;
-
 #[path = "hmm/baum_welch.rs"]
 mod baum_welch;
+#[path = "hmm/forecast.rs"]
+mod forecast;
+#[path = "hmm/forward_backward.rs"]
+mod forward_backward;
 #[path = "hmm/gradient.rs"]
 mod gradient;
 #[path = "hmm/oracle.rs"]
 mod oracle;
+#[path = "hmm/paths.rs"]
+mod paths;
 #[path = "hmm/sample.rs"]
 mod sample;
 #[path = "hmm/scan.rs"]
 mod scan;
-#[path = "hmm/viterbi.rs"]
-mod viterbi;
-#[path = "hmm/paths.rs"]
-mod paths;
 #[path = "hmm/switching.rs"]
 mod switching;
+#[path = "hmm/viterbi.rs"]
+mod viterbi;

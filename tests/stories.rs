@@ -6,6 +6,8 @@
 #![cfg(feature = "cli")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
 
+#[path = "stories/regimes.rs"]
+mod regimes;
 #[path = "common/signals.rs"]
 mod signals;
 

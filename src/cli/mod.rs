@@ -8,6 +8,9 @@ mod kernels;
 mod merge;
 mod plan;
 mod print;
+mod regime_files;
+mod regime_filter;
+mod regimes;
 mod replay;
 mod results;
 mod signals;
@@ -33,6 +36,8 @@ struct Cli {
 enum Command {
     /// Back-test a grid of strategies walk-forward on a price file, or on a synthetic market without one.
     Sweep(Box<sweep::Args>),
+    /// Fit market regimes: hidden Markov models on returns, over the whole sample and refitted as time goes on.
+    Regimes(Box<regimes::Args>),
     /// Put the shards of a sweep together.
     Merge(merge::Args),
     /// List the devices of this machine, and why the missing ones are missing.
@@ -114,6 +119,7 @@ pub fn main() -> ExitCode {
     };
     let result = match &command {
         Command::Sweep(args) => sweep::run(args, &options),
+        Command::Regimes(args) => regimes::run(args),
         Command::Merge(args) => merge::run(args),
         Command::Devices(args) => devices::run(args),
         Command::Kernels(args) => kernels::run(args),

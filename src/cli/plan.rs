@@ -40,7 +40,7 @@ impl Cutter {
     pub(super) fn of(run: &SweepRun<'_>, device: &Device, fixed: Option<usize>, keep: bool) -> Cutter {
         let rows_per_set = run.assets() * run.config().cost_bps.len();
         let most = if keep { (MOST_ROWS / rows_per_set.max(1)).max(1) } else { usize::MAX };
-        Cutter { fixed, most, per_set: run.work_per_set(), rate: guess(device), measured: false }
+        Cutter { fixed, most, per_set: run.work_per_set(), rate: guess(device) / run.slowness(), measured: false }
     }
 
     fn sets_in(&self, seconds: f64) -> usize {

@@ -58,6 +58,9 @@ impl Printed<'_> {
             report.work() / self.seconds
         ));
         say(&format!("         {} after a warm-up of {} bars, {} bp one way", self.args.execution, report.start, costs(&self.prepared.config.cost_bps)));
+        if let Some(regimes) = &self.prepared.regimes {
+            regimes.say(prices);
+        }
         self.ranking();
         if let Some(luck) = self.luck {
             say("\nwhat luck explains");

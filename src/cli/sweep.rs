@@ -7,7 +7,7 @@ use super::plan::{Cutter, Estimate, Progress};
 use super::print::{Printed, json_of_set};
 use super::results::{Rows, Subject};
 use super::store::{Job, Store, difference, hex, sha256};
-use super::{Common, catch_interrupts, replay, results, say, signals};
+use super::{Common, catch_interrupts, is_interrupted, regime_filter, replay, results, say, signals};
 use crate::data::{Missing, Prices, ReadOptions, read_prices};
 use crate::kernels::backtest_sweep::{Execution, Strategy};
 use crate::kernels::multiple_testing::expected_max_sharpe;
@@ -18,7 +18,7 @@ use crate::sim::grid::Grid;
 use crate::sim::luck::{Evidence, Luck, LuckConfig, TrialRatios, luck};
 use crate::sim::market;
 use crate::sim::parts::{Fold, shard};
-use crate::sim::sweep::{MOST_SETS, Random, RankBy, Select, SweepConfig, SweepReport, SweepRun, first_return};
+use crate::sim::sweep::{MOST_SETS, Random, RankBy, Select, SweepConfig, SweepReport, SweepRun};
 use crate::sim::walk_forward::WalkForward;
 use crate::{Error, Result};
 use ndarray::ArrayView2;
@@ -118,6 +118,8 @@ pub(super) struct Args {
     #[command(flatten)]
     signals: signals::SignalArgs,
     #[command(flatten)]
+    regimes: regime_filter::RegimeArgs,
+    #[command(flatten)]
     pub(super) common: Common,
 }
 
@@ -126,6 +128,7 @@ pub(super) struct Prepared {
     pub(super) device: Device,
     pub(super) prices: Prices,
     pub(super) config: SweepConfig,
+    pub(super) regimes: Option<regime_filter::Regimes>,
     provenance: Value,
 }
 
@@ -145,12 +148,12 @@ impl Prepared {
         let rebalance = args.signals.rebalance_of(portfolios.len())?;
         let (device, prices, periods_per_year) = open(args, missing)?;
         refuse_absurd(&grid, &device, &prices, args)?;
-        let walk_forward = fitting(scheme, &grid, &prices, args)?;
+        let regimes = args.regimes.gates(&device, &prices, args.common.seed, periods_per_year)?;
         let random = args.random.map(|sets| Random { sets, seed: args.common.seed });
         let config = SweepConfig {
             cost_bps: args.cost_bps.clone(),
             execution,
-            walk_forward,
+            regimes: regimes.as_ref().map(|regimes| regimes.gates.clone()),
             select,
             rank_by,
             periods_per_year,
@@ -160,8 +163,11 @@ impl Prepared {
             limit: MOST_SETS,
             ..SweepConfig::new(grid)
         };
-        let provenance = provenance(args, &device, &prices, &config);
-        Ok(Prepared { device, prices, config, provenance })
+        let walk_forward = fitting(scheme, &config, &prices, args)?;
+        let config = SweepConfig { walk_forward, ..config };
+        let mut provenance = provenance(args, &device, &prices, &config);
+        provenance["regime_filter"] = regimes.as_ref().map_or(Value::Null, regime_filter::Regimes::json);
+        Ok(Prepared { device, prices, config, regimes, provenance })
     }
 
     pub(super) fn run(&self) -> Result<SweepRun<'_>> {
@@ -197,7 +203,7 @@ impl Prepared {
             "version": env!("CARGO_PKG_VERSION"), "device": self.device.info().kind.name(), "data": data, "assets": prices.n_assets(),
             "bars": prices.n_bars(), "panel": hex(panel.finalize().as_slice()), "strategy": p["strategy"], "grid": p["grid"], "random": p["random"],
             "cost_bps": p["cost_bps"], "execution": p["execution"], "walk_forward": p["walk_forward"], "select": p["select"], "portfolio": p["portfolio"],
-            "periods_per_year": p["periods_per_year"],
+            "periods_per_year": p["periods_per_year"], "regime_filter": p["regime_filter"],
         })
     }
 }
@@ -339,6 +345,9 @@ fn run_parts(
         let mut next = gap.start;
         while next < gap.end {
             let start = Instant::now();
+            if is_interrupted() {
+                return Err(Error::Interrupted { message: "stopped".into() });
+            }
             let mut part = run.part(cutter.next(next, gap.end), store.is_some(), &mut |chunk| progress.visit(chunk))?;
             let seconds = start.elapsed().as_secs_f64();
             cutter.observe(part.sets.len(), seconds);
@@ -558,7 +567,7 @@ fn strategy(name: &str) -> Result<Strategy> {
 }
 
 /// An unknown name among few.
-fn unknown<const K: usize>(kind: &'static str, name: &str, known: [&str; K]) -> Error {
+pub(super) fn unknown<const K: usize>(kind: &'static str, name: &str, known: [&str; K]) -> Error {
     Error::Unknown { kind, given: name.into(), suggestion: crate::data::nearest(name, known), known: known.map(String::from).to_vec() }
 }
 
@@ -585,8 +594,8 @@ fn walk_forward(text: Option<&str>) -> Result<(Option<WalkForward>, bool)> {
 }
 
 /// The default scheme gives way to a short history; one that was asked for does not.
-fn fitting((scheme, asked): (Option<WalkForward>, bool), grid: &Grid, prices: &Prices, args: &Args) -> Result<Option<WalkForward>> {
-    let (first, returns) = (first_return(grid, prices.n_bars())?, prices.n_bars().saturating_sub(1) as u32);
+fn fitting((scheme, asked): (Option<WalkForward>, bool), config: &SweepConfig, prices: &Prices, args: &Args) -> Result<Option<WalkForward>> {
+    let (first, returns) = (config.first_return(prices.n_bars())?, prices.n_bars().saturating_sub(1) as u32);
     match scheme {
         Some(scheme) => match scheme.windows(first, returns) {
             Ok(_) => Ok(Some(scheme)),
@@ -596,7 +605,7 @@ fn fitting((scheme, asked): (Option<WalkForward>, bool), grid: &Grid, prices: &P
                     eprintln!(
                         "note: {} bars are too few for the default walk-forward ({scheme}) after a warm-up of {} bars; swept in sample only (set --walk-forward)",
                         prices.n_bars(),
-                        grid.warm_up()
+                        first
                     );
                 }
                 Ok(None)
@@ -614,6 +623,7 @@ fn read(args: &Args, missing: Missing) -> Result<Prices> {
         from: args.from.clone(),
         to: args.to.clone(),
         missing,
+        any_sign: false,
     };
     read_prices(&args.files, &options)
 }
@@ -630,14 +640,19 @@ fn synthetic(args: &Args) -> Result<Prices> {
         let help = "needs a price file: forback sweep prices.csv".into();
         return Err(Error::Parameter { op: "sweep", name: (*name).into(), value: "given".into(), help });
     }
-    let market = market::synthetic(args.bars, args.assets, args.common.seed)?;
+    synthetic_prices(args.bars, args.assets, args.common.seed)
+}
+
+/// A seeded market without a file.
+pub(super) fn synthetic_prices(bars: usize, assets: usize, seed: u64) -> Result<Prices> {
+    let market = market::synthetic(bars, assets, seed)?;
     Ok(Prices {
         symbols: market.symbols,
         times: market.dates,
         has_time_of_day: false,
         close: market.close,
         open: None,
-        sources: vec![format!("synthetic regime-switching market, seed {}", args.common.seed)],
+        sources: vec![format!("synthetic regime-switching market, seed {seed}")],
         sha256: String::new(),
         dropped: Vec::new(),
         filled: Vec::new(),
@@ -698,7 +713,7 @@ fn provenance(args: &Args, device: &Device, prices: &Prices, config: &SweepConfi
             "first": prices.times.first().map(|t| prices.format_time(*t)), "last": prices.times.last().map(|t| prices.format_time(*t)),
             "dropped": prices.dropped.iter().map(|d| json!({ "symbol": d.symbol, "reason": d.reason })).collect::<Vec<_>>(),
             "filled": prices.filled.iter().map(|(s, n)| json!({ "symbol": s, "cells": n })).collect::<Vec<_>>(), "notes": prices.notes },
-        "strategy": config.grid.strategy().name, "grid": config.grid.to_string(), "random": config.random.map(|r| json!({ "sets": r.sets, "seed": r.seed })), "sets": config.random.map_or(config.grid.len(), |r| r.sets),
+        "strategy": config.grid.strategy().name, "grid": config.grid.to_string(), "random": config.random.map(|r| json!({ "sets": r.sets, "seed": r.seed })), "sets": config.random.map_or(config.grid.len(), |r| r.sets) * config.regimes.as_ref().map_or(1, |gates| gates.thresholds().len() as u64),
         "cost_bps": config.cost_bps,
         "execution": args.execution, "walk_forward": config.walk_forward.map(|w| w.to_string()), "select": args.select,
         "portfolio": args.portfolio.iter().map(|shares| json!({ "shares": shares, "rebalance": args.signals.text() })).collect::<Vec<_>>(),

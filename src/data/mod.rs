@@ -166,6 +166,8 @@ pub struct ReadOptions {
     pub to: Option<String>,
     /// What to do with missing cells.
     pub missing: Missing,
+    /// Take any finite number, of any sign, for a price: for columns that are none.
+    pub any_sign: bool,
 }
 
 /// Reads price files into one panel.
@@ -186,6 +188,7 @@ pub fn read_prices(paths: &[PathBuf], options: &ReadOptions) -> Result<Prices> {
     }
     let (from, to) = range(options)?;
     let mut collector = Collector::new(options.symbols.as_deref(), from, to);
+    collector.any_sign = options.any_sign;
     let mut hasher = Sha256::new();
     let sources: Vec<String> = paths.iter().map(|path| path.display().to_string()).collect();
     for (path, name) in paths.iter().zip(&sources) {

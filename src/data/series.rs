@@ -53,6 +53,8 @@ pub(super) struct Collector<'a> {
     covered: Option<(i64, i64)>,
     /// Name of the price column, from the first long file.
     pub(super) price_column: Option<String>,
+    /// Any finite number is a price.
+    pub(super) any_sign: bool,
 }
 
 impl<'a> Collector<'a> {
@@ -69,6 +71,7 @@ impl<'a> Collector<'a> {
             known_set: HashSet::new(),
             covered: None,
             price_column: None,
+            any_sign: false,
         }
     }
 
@@ -130,6 +133,7 @@ impl<'a> Collector<'a> {
     pub(super) fn push(&mut self, slot: usize, time: i64, price: Option<f64>, open: Option<f64>, row: u64, column: &str) -> Result<()> {
         let price = match price {
             None => f32::NAN,
+            Some(value) if self.any_sign && (value as f32).is_finite() => value as f32,
             Some(value) => check_price(value).map_err(|(message, help)| {
                 let message = format!("{} on {}: {message}", self.series[slot].symbol, format_short(time));
                 self.cell_error(row, column, Some(value.to_string()), message, help.into())

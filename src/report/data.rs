@@ -219,6 +219,7 @@ impl ReportData {
         };
         let (axes, surfaces) = surfaces(&report.sets.names, &report.sets.columns, &statistics);
         let (train_test, train_test_missing) = match train_test(inputs) {
+            Ok(None) if config.regimes.is_some() && !report.windows.is_empty() => (None, Some("sets behind a regime filter are not sampled".into())),
             Ok(found) => (found, None),
             Err(error @ (Error::TooLarge { .. } | Error::Unsupported { .. })) => (None, Some(error.to_string())),
             Err(error) => return Err(error),
@@ -320,6 +321,12 @@ fn facts(inputs: &Inputs<'_>) -> Vec<(String, String)> {
         Some(scheme) => format!("{scheme}: {} windows, {} stitched bars", thousands(report.windows.len()), thousands(report.stitched_bars.len())),
         None => "none: everything below is in sample".into(),
     };
+    let filter = inputs.provenance["regime_filter"].as_object().map(|_| {
+        let gates = |gates: &crate::sim::regime_filter::Gates| gates.thresholds().iter().map(f32::to_string).collect::<Vec<_>>().join(", ");
+        let (states, of) = (&inputs.provenance["regime_filter"]["traded"], &inputs.provenance["regime_filter"]["states"]);
+        let above = config.regimes.as_ref().map(gates).unwrap_or_default();
+        ("Regimes", format!("trades only where states {states} of {of} are likelier than {above}; filtered probabilities of refits on the past"))
+    });
     let facts = [
         ("Data", prices.sources.join(", ")),
         ("Dates", format!("{} to {}", time(prices.times.first()), time(prices.times.last()))),
@@ -328,7 +335,7 @@ fn facts(inputs: &Inputs<'_>) -> Vec<(String, String)> {
         ("Costs", format!("{costs} bp one way; sets are ranked at {} bp", config.cost_bps.first().copied().unwrap_or(0.0))),
         ("Device", inputs.device.info().to_string()),
     ];
-    facts.into_iter().map(|(label, text)| (label.to_string(), text)).collect()
+    facts.into_iter().chain(filter).map(|(label, text)| (label.to_string(), text)).collect()
 }
 
 /// What a reader should take away, from the curves alone.

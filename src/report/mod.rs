@@ -8,10 +8,12 @@
 //! Size     about 1.5 MB of plotting library, at most some megabytes of numbers, whatever the sweep.
 //! Library  plotly.js, cartesian bundle 3.7.0 (MIT, plotly-LICENSE.txt), as published on npm (plotly.js-cartesian-dist-min). The crate
 //!          `plotly` embeds the complete bundle and a formula typesetter: 6.8 MB a page.
-//! Files    report.html · report.css · report.js · plotly-cartesian.min.js
+//! Files    report.html · report.css · page.js (what all pages share) · report.js · plotly-cartesian.min.js; regimes.html and regimes.js are the
+//!          page of `forback regimes`
 
 mod aggregate;
 mod data;
+pub mod regimes;
 mod replay;
 
 pub use aggregate::{Axis, BINS, Fit, Histogram, MOST_BARS, MOST_POINTS, STATISTICS, Surface};
@@ -26,6 +28,7 @@ use std::path::Path;
 
 const TEMPLATE: &str = include_str!("report.html");
 const STYLE: &str = include_str!("report.css");
+const SHARED: &str = include_str!("page.js");
 const SCRIPT: &str = include_str!("report.js");
 const LICENCE: &str = include_str!("plotly-LICENSE.txt");
 const PLOTLY: &str = include_str!("plotly-cartesian.min.js");
@@ -52,7 +55,10 @@ pub struct Inputs<'a> {
 /// # Errors
 /// `Io` where the file cannot be written.
 pub fn write(path: &Path, data: &ReportData) -> Result<()> {
-    let page = page(data)?;
+    write_whole(path, &page(data)?)
+}
+
+fn write_whole(path: &Path, page: &str) -> Result<()> {
     let io = |at: &Path, e: std::io::Error| Error::Io { path: at.display().to_string(), message: format!("cannot be written: {e}") };
     let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     let partial = path.with_file_name(format!(".{name}.{}", std::process::id()));
@@ -68,16 +74,20 @@ pub fn write(path: &Path, data: &ReportData) -> Result<()> {
 /// # Errors
 /// `Internal` if the data cannot be serialised.
 pub fn page(data: &ReportData) -> Result<String> {
+    assembled(TEMPLATE, &format!("forback: {}, {}", data.strategy, data.subtitle), data, SCRIPT)
+}
+
+/// A template with its title, the style, the numbers, the library and the scripts in their places.
+fn assembled(template: &str, title: &str, data: &impl serde::Serialize, script: &str) -> Result<String> {
     // Inside a script block only `<` can end the block; in JSON it stands in texts alone, where it has an escape.
     let json = serde_json::to_string(data).map_err(|e| Error::Internal(e.to_string()))?.replace('<', "\\u003c");
-    let title = format!("forback: {}, {}", data.strategy, data.subtitle);
-    let parts =
-        [("title", escape(&title)), ("style", STYLE.into()), ("data", json), ("licence", LICENCE.into()), ("plotly", PLOTLY.into()), ("script", SCRIPT.into())];
-    let mut page = String::with_capacity(parts.iter().map(|p| p.1.len()).sum::<usize>() + TEMPLATE.len());
-    let mut rest = TEMPLATE;
+    let script = format!("{SHARED}{script}");
+    let parts = [("title", escape(title)), ("style", STYLE.into()), ("data", json), ("licence", LICENCE.into()), ("plotly", PLOTLY.into()), ("script", script)];
+    let mut page = String::with_capacity(parts.iter().map(|p| p.1.len()).sum::<usize>() + template.len());
+    let mut rest = template;
     for (name, text) in &parts {
         let mark = format!("{{{{{name}}}}}");
-        let (before, after) = rest.split_once(&mark).ok_or_else(|| Error::Internal(format!("report.html has no {mark} in its place")))?;
+        let (before, after) = rest.split_once(&mark).ok_or_else(|| Error::Internal(format!("a page's template has no {mark} in its place")))?;
         page.push_str(before);
         page.push_str(text);
         rest = after;

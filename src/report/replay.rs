@@ -4,7 +4,7 @@
 use super::Inputs;
 use super::aggregate::{Fit, evenly, short};
 use crate::kernels::backtest_sweep::{Chunk, Outcome, Strategy, Sweep};
-use crate::sim::sweep::OutOfSample;
+use crate::sim::sweep::{OutOfSample, SweepRun};
 use crate::{Error, Result};
 use serde::Serialize;
 
@@ -87,7 +87,8 @@ struct Wanted {
 pub(super) fn train_test(inputs: &Inputs<'_>) -> Result<Option<TrainTest>> {
     let report = inputs.report;
     let (windows, assets) = (report.windows.len(), report.assets);
-    let Some(level) = report.costs.first().filter(|_| windows > 0) else { return Ok(None) };
+    // The op knows no gates.
+    let Some(level) = report.costs.first().filter(|_| windows > 0 && inputs.config.regimes.is_none()) else { return Ok(None) };
     let most = (SCORES / (windows * assets).max(1)).clamp(FEWEST_SAMPLED, MOST_SAMPLED);
     let sampled: Vec<u32> = evenly(report.sets.len(), most).into_iter().map(|s| s as u32).collect();
     let selections: Vec<(&'static str, &OutOfSample)> =
@@ -158,6 +159,9 @@ fn add(point: &mut Point, (train, test): (f64, f64)) {
 /// Returns of one set over all counted bars, mean over assets, at each cost.
 pub(super) fn of_one_set(inputs: &Inputs<'_>, set: usize) -> Result<Vec<Vec<f32>>> {
     let report = inputs.report;
+    if inputs.config.regimes.is_some() {
+        return of_one_gated_set(inputs, set);
+    }
     let returns = report.bars.saturating_sub(1) as u32;
     let whole = [[report.start, returns, report.start, returns]];
     let outcome = run(inputs, &[set as u32], &whole, &inputs.config.cost_bps, false, &mut |_| Ok(()))?;
@@ -165,6 +169,16 @@ pub(super) fn of_one_set(inputs: &Inputs<'_>, set: usize) -> Result<Vec<Vec<f32>
     let mean =
         |series: &[f32]| (0..bars).map(|k| (series.iter().skip(k).step_by(bars).map(|&x| f64::from(x)).sum::<f64>() / report.assets as f64) as f32).collect();
     Ok(outcome.per_asset.iter().map(|selected| mean(&selected.stitched)).collect())
+}
+
+/// The same behind gates.
+fn of_one_gated_set(inputs: &Inputs<'_>, set: usize) -> Result<Vec<Vec<f32>>> {
+    let run = SweepRun::new(inputs.device, inputs.prices.close.view(), inputs.config)?;
+    let run = match &inputs.prices.open {
+        Some(open) => run.with_open(open.view()),
+        None => run,
+    };
+    (0..inputs.config.cost_bps.len()).map(|cost| run.portfolios(cost, &[set])).collect()
 }
 
 /// The op over some of the sweep's sets.

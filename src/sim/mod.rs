@@ -5,6 +5,7 @@ pub mod luck;
 pub mod market;
 pub mod parts;
 pub mod portfolio;
+pub mod regime_filter;
 pub mod replay;
 pub mod sample;
 pub mod sweep;

@@ -10,6 +10,7 @@
 use super::grid::{Grid, ParameterSets};
 use super::parts::{Fold, Part, Row, SetSum, Winner, Winners};
 use super::portfolio::{Pooled, Pooling, portfolio_of};
+use super::regime_filter::{self, Gates};
 use super::sample::{LISTED, sample};
 use super::walk_forward::WalkForward;
 use crate::kernels::backtest_sweep::{Chunk, Execution, Outcome, Selected, Strategy, Sweep};
@@ -17,6 +18,7 @@ use crate::kernels::performance::{Performance, finish, performance_read};
 use crate::kernels::portfolio_sweep::{Rebalance, Scheme};
 use crate::{Device, Error, Result};
 use ndarray::{Array2, Array3, ArrayView2, Axis, Slice};
+use rayon::prelude::*;
 use std::borrow::Cow;
 use std::cmp::Ordering;
 use std::ops::Range;
@@ -48,6 +50,8 @@ pub struct SweepConfig {
     pub portfolios: Vec<Scheme>,
     /// When and how far they trade.
     pub rebalance: Rebalance,
+    /// Trade in some regimes only; every set runs at every threshold.
+    pub regimes: Option<Gates>,
     /// Sets drawn from the grid, instead of all.
     pub random: Option<Random>,
     /// Most sets to run.
@@ -68,6 +72,7 @@ impl SweepConfig {
             rank_by: RankBy::default(),
             portfolios: Vec::new(),
             rebalance: Rebalance::default(),
+            regimes: None,
             periods_per_year: 252.0,
             random: None,
             limit: MOST_SETS,
@@ -272,6 +277,22 @@ pub fn first_return(grid: &Grid, bars: usize) -> Result<u32> {
     Err(Error::Parameter { op: "sweep", name: "grid".into(), value: grid.to_string(), help })
 }
 
+impl SweepConfig {
+    /// First counted return: the longest warm-up of the grid, and the first decision with a regime probability where there are gates.
+    /// # Errors
+    /// As [`first_return`]; `Parameter` if the gates leave fewer than two returns.
+    pub fn first_return(&self, bars: usize) -> Result<u32> {
+        let first = first_return(&self.grid, bars)?;
+        let Some(gates) = &self.regimes else { return Ok(first) };
+        let known = gates.first_bar() + regime_filter::lag(self.execution);
+        if known + 3 > bars {
+            let help = format!("the first probability is there at bar {} of {bars}: use more bars, or an earlier first refit", gates.first_bar());
+            return Err(Error::Parameter { op: "sweep", name: "regimes".into(), value: "too late".into(), help });
+        }
+        Ok(first.max(known as u32))
+    }
+}
+
 /// Sweeps a panel of closes [T,N].
 ///
 /// # Errors
@@ -284,6 +305,9 @@ pub fn sweep(device: &Device, close: ArrayView2<'_, f32>, config: &SweepConfig) 
 fn slice_of(prices: ArrayView2<'_, f32>) -> Cow<'_, [f32]> {
     prices.to_slice().map_or_else(|| Cow::Owned(prices.iter().copied().collect()), Cow::Borrowed)
 }
+
+/// Gated weights that are held at once: 64 MiB.
+const GATED_VALUES: usize = 16 << 20;
 
 /// Values that portfolios are averaged from at once.
 const PORTFOLIO_VALUES: usize = 1 << 23;
@@ -326,6 +350,27 @@ pub struct SweepRun<'a> {
     windows: Vec<[u32; 4]>,
 }
 
+/// Every set at every threshold, which varies fastest.
+fn gated(mut columns: ParameterSets, chosen: Chosen, thresholds: &[f32], limit: u64) -> Result<(ParameterSets, Chosen)> {
+    let (sets, g) = (columns.len(), thresholds.len());
+    let needed = (sets * g) as u64;
+    if needed > limit.min(u64::from(u32::MAX)) {
+        let help = "use fewer thresholds, or wider steps in the grid".into();
+        return Err(Error::TooLarge { what: format!("{sets} sets at {g} thresholds"), needed, limit, unit: "sets", help });
+    }
+    for column in &mut columns.columns {
+        *column = column.iter().flat_map(|&x| std::iter::repeat_n(x, g)).collect();
+    }
+    columns.names.push(regime_filter::PARAMETER);
+    columns.columns.push(thresholds.iter().copied().cycle().take(sets * g).collect());
+    let chosen = match chosen {
+        Chosen::All => Chosen::All,
+        Chosen::Picked(ids) => Chosen::Picked(ids.iter().flat_map(|&id| (0..g as u32).map(move |t| id * g as u32 + t)).collect()),
+        Chosen::Drawn(ids) => Chosen::Drawn(ids.iter().flat_map(|&id| (0..g as u64).map(move |t| id * g as u64 + t)).collect()),
+    };
+    Ok((columns, chosen))
+}
+
 /// What some sets gave.
 struct Executed {
     sums: Vec<Vec<SetSum>>,
@@ -339,12 +384,17 @@ impl<'a> SweepRun<'a> {
     /// `Parameter` if the history is too short for the grid's windows or a walk-forward window; `TooLarge` above the config's limit.
     pub fn new(device: &'a Device, close: ArrayView2<'a, f32>, config: &'a SweepConfig) -> Result<SweepRun<'a>> {
         let (bars, assets) = close.dim();
-        let start = first_return(&config.grid, bars)?;
+        let start = config.first_return(bars)?;
+        if let Some(gates) = config.regimes.as_ref().filter(|gates| gates.dim() != (assets, bars)) {
+            let (n, t) = gates.dim();
+            let expected = format!("of the closes' [{bars},{assets}]");
+            return Err(Error::Shape { op: "sweep", arg: "regimes".into(), expected, got: format!("[{t},{n}]") });
+        }
         let windows = match &config.walk_forward {
             Some(scheme) => scheme.windows(start, bars.saturating_sub(1) as u32)?,
             None => Vec::new(),
         };
-        let (columns, chosen) = match config.random {
+        let (mut columns, mut chosen) = match config.random {
             None => (config.grid.sets(config.limit)?, Chosen::All),
             Some(Random { sets, seed }) => {
                 let drawn = sample(&config.grid, sets, seed, config.limit)?;
@@ -356,6 +406,9 @@ impl<'a> SweepRun<'a> {
                 }
             }
         };
+        if let Some(gates) = &config.regimes {
+            (columns, chosen) = gated(columns, chosen, gates.thresholds(), config.limit)?;
+        }
         let close = slice_of(close);
         let strategy = Strategy::named(columns.strategy.name)?;
         Ok(SweepRun { device, config, close, open: None, bars, assets, strategy, columns, chosen, start, windows })
@@ -404,6 +457,11 @@ impl<'a> SweepRun<'a> {
         self.start
     }
 
+    /// How many times longer than usual a set-bar takes, as a first guess: gated weights are scored outside the kernel.
+    pub fn slowness(&self) -> f64 {
+        if self.config.regimes.is_some() { 40.0 } else { 1.0 }
+    }
+
     /// Set-bars of one set: assets × returns × cost levels.
     pub fn work_per_set(&self) -> f64 {
         self.assets as f64 * self.bars.saturating_sub(1) as f64 * self.config.cost_bps.len() as f64
@@ -436,7 +494,7 @@ impl<'a> SweepRun<'a> {
     pub fn sets(&self) -> ParameterSets {
         match &self.chosen {
             Chosen::Picked(ids) => {
-                let mut sets = self.config.grid.no_sets();
+                let mut sets = ParameterSets { columns: vec![Vec::new(); self.columns.columns.len()], ..self.columns.clone() };
                 for (to, from) in sets.columns.iter_mut().zip(&self.columns.columns) {
                     to.extend(ids.iter().map(|&id| from[id as usize]));
                 }
@@ -492,6 +550,10 @@ impl<'a> SweepRun<'a> {
             (None, _) => None,
         };
         let (sets, assets, costs) = (positions.map_or(self.len(), <[u32]>::len), self.assets, self.config.cost_bps.len());
+        if let Some(gates) = &self.config.regimes {
+            let columns = only.unwrap_or_else(|| (0..self.columns.len() as u32).collect());
+            return self.execute_gated(gates, &columns, stitch, keep);
+        }
         let mut sums = vec![vec![SetSum::default(); sets]; costs];
         let mut rows = keep.then(|| Array3::from_elem((costs, sets, assets), Row::default()));
         let mut outcome = self.job(only.as_deref(), stitch, |job| {
@@ -512,6 +574,143 @@ impl<'a> SweepRun<'a> {
             *best = self.position_of_column(*best);
         }
         Ok(Executed { sums, rows, outcome })
+    }
+
+    /// The same with gates: sets that differ in the threshold alone share their positions.
+    fn execute_gated(&self, gates: &Gates, columns: &[u32], stitch: bool, keep: bool) -> Result<Executed> {
+        let (n, costs, w) = (self.assets, self.config.cost_bps.len(), self.windows.len());
+        let mut sums = vec![vec![SetSum::default(); columns.len()]; costs];
+        let mut rows = keep.then(|| Array3::from_elem((costs, columns.len(), n), Row::default()));
+        let (per_asset, pooled) = (self.config.select != Select::Pooled && w > 0, self.config.select != Select::PerAsset && w > 0);
+        let mut keys = vec![vec![Vec::new(); columns.len()]; costs];
+        let mut pooled_keys = keys.clone();
+        let mut outcome = Outcome::default();
+        let returns = self.fill_returns();
+        self.positions(columns, &mut |first, few, weights| {
+            // A replay counts as one launch.
+            outcome.launches += 1;
+            outcome.submits += 1;
+            let scored: Vec<Vec<Vec<regime_filter::Scored>>> = few
+                .par_iter()
+                .enumerate()
+                .map(|(s, &column)| {
+                    let of = |asset: usize| {
+                        let gated = self.gated_weights(gates, column, asset, &weights(s, asset));
+                        let score = |bps: &f64| {
+                            let net = regime_filter::net(&gated, &returns[asset], bps * 1e-4);
+                            regime_filter::score(&gated, &net, self.start as usize, &self.windows, self.config.periods_per_year)
+                        };
+                        self.config.cost_bps.iter().map(score).collect()
+                    };
+                    (0..n).map(of).collect()
+                })
+                .collect();
+            for (s, by_asset) in scored.iter().enumerate() {
+                for (asset, by_cost) in by_asset.iter().enumerate() {
+                    for (cost, scored) in by_cost.iter().enumerate() {
+                        sums[cost][first + s].add(&scored.row);
+                        if let Some(rows) = &mut rows {
+                            rows[[cost, first + s, asset]] = scored.row;
+                        }
+                        if per_asset {
+                            keys[cost][first + s].extend(scored.train.iter().map(|m| regime_filter::key(m.sharpe())));
+                        }
+                    }
+                }
+                for cost in (0..costs).filter(|_| pooled) {
+                    let all = |i: usize| by_asset.iter().fold(regime_filter::Moments::default(), |sum, by_cost| sum.and(by_cost[cost].train[i]));
+                    pooled_keys[cost][first + s] = (0..w).map(|i| regime_filter::key(all(i).sharpe())).collect();
+                }
+            }
+            Ok(())
+        })?;
+        outcome.stitched_bars = regime_filter::stitched(&self.windows).into_iter().flatten().map(|j| j as u32).collect();
+        for (wanted, keys, count, all) in
+            [(self.config.select != Select::Pooled, &keys, n * w, true), (self.config.select != Select::PerAsset, &pooled_keys, w, false)]
+        {
+            if !wanted {
+                continue;
+            }
+            let mut list = Vec::with_capacity(costs);
+            for (keys, &bps) in keys.iter().zip(&self.config.cost_bps) {
+                let mut selected = regime_filter::selected(if w > 0 { regime_filter::winners(keys, count) } else { Vec::new() });
+                selected.performance = regime_filter::nothing(n);
+                if stitch && w > 0 {
+                    self.stitch_gated(gates, columns, &returns, bps, &mut selected)?;
+                }
+                for best in &mut selected.best {
+                    *best = self.position_of_column(columns[*best as usize]);
+                }
+                list.push(selected);
+            }
+            if all { outcome.per_asset = list } else { outcome.pooled = list }
+        }
+        Ok(Executed { sums, rows, outcome })
+    }
+
+    /// The stitched series of a choice among `columns`, and their performance.
+    fn stitch_gated(&self, gates: &Gates, columns: &[u32], returns: &[Vec<f32>], bps: f64, selected: &mut Selected) -> Result<()> {
+        let mut chosen: Vec<u32> = selected.best.iter().map(|&best| columns[best as usize]).collect();
+        chosen.sort_unstable();
+        chosen.dedup();
+        let mut held = std::collections::HashMap::new();
+        self.positions(&chosen, &mut |_, few, weights| {
+            for (s, &column) in few.iter().enumerate() {
+                held.insert(column, (0..self.assets).map(|asset| self.gated_weights(gates, column, asset, &weights(s, asset))).collect::<Vec<_>>());
+            }
+            Ok(())
+        })?;
+        let series = |set: u32, asset: usize| {
+            let weights =
+                held.get(&columns[set as usize]).map(|assets| assets[asset].clone()).ok_or_else(|| Error::Internal("a chosen set did not run".into()))?;
+            let net = regime_filter::net(&weights, &returns[asset], bps * 1e-4);
+            Ok((weights, net))
+        };
+        regime_filter::stitch(selected, self.assets, &self.windows, &series)?;
+        let compare = Comparison { device: self.device, assets: self.assets, periods_per_year: self.config.periods_per_year };
+        if !selected.stitched.is_empty() {
+            selected.performance = compare.performance(&selected.stitched, self.assets)?;
+        }
+        Ok(())
+    }
+
+    /// Ungated weights of columns at ascending indices, some at a time: `use_them(first, columns, weights of (i, asset))`.
+    fn positions(&self, columns: &[u32], use_them: &mut dyn FnMut(usize, &[u32], &(dyn Fn(usize, usize) -> Vec<f32> + Sync)) -> Result<()>) -> Result<()> {
+        let g = self.config.regimes.as_ref().map_or(1, |gates| gates.thresholds().len()) as u32;
+        let bars = self.bars.saturating_sub(1);
+        let most = (GATED_VALUES / (bars * self.assets).max(1)).max(1);
+        let mut first = 0;
+        while first < columns.len() {
+            let end = columns.len().min(first + most);
+            let few = &columns[first..end];
+            // A threshold has no part in a position: the first set of those that differ in it alone stands for all.
+            let mut bases: Vec<u32> = few.iter().map(|column| column / g * g).collect();
+            bases.dedup();
+            let replay = self.job(None, true, |job| job.replay(self.device, 0, &bases))?;
+            let at = |i: usize, asset: usize| {
+                let base = bases.binary_search(&(few[i] / g * g)).unwrap_or(0);
+                replay.weight[(asset * bases.len() + base) * bars..][..bars].to_vec()
+            };
+            use_them(first, few, &at)?;
+            first = end;
+        }
+        Ok(())
+    }
+
+    /// Weights of a column on an asset behind its gate.
+    fn gated_weights(&self, gates: &Gates, column: u32, asset: usize, weights: &[f32]) -> Vec<f32> {
+        let threshold = self.columns.columns.last().map_or(0.0, |thresholds| thresholds[column as usize]);
+        let mut weights = weights.to_vec();
+        gates.close(threshold, asset, regime_filter::lag(self.config.execution), &mut weights);
+        weights[..(self.start as usize).min(self.bars - 1)].fill(0.0);
+        weights
+    }
+
+    /// Returns of each asset between its fills [N][T−1].
+    fn fill_returns(&self) -> Vec<Vec<f32>> {
+        let (fills, n) = (self.fills(), self.assets);
+        let price = |j: usize, a: usize| f64::from(fills[j * n + a]);
+        (0..n).map(|a| (0..self.bars.saturating_sub(1)).map(|j| (price(j + 1, a) / price(j, a) - 1.0) as f32).collect()).collect()
     }
 
     /// Runs all sets at once. `visit` sees every chunk of statistics once, as soon as it is there; `keep` hands out the rows
@@ -565,6 +764,21 @@ impl<'a> SweepRun<'a> {
     pub fn returns(&self, cost: usize, positions: &[usize]) -> Result<(Array3<f32>, Array3<f32>)> {
         let (n, bars) = (self.assets, self.bars.saturating_sub(1));
         let (mut net, mut weight) = (Array3::zeros((n, positions.len(), bars)), Array3::zeros((n, positions.len(), bars)));
+        if let Some(gates) = &self.config.regimes {
+            let columns: Vec<u32> = positions.iter().map(|&position| self.column(position)).collect();
+            let (returns, bps) = (self.fill_returns(), self.config.cost_bps[cost]);
+            self.positions(&columns, &mut |first, few, weights| {
+                for (s, asset) in (0..few.len()).flat_map(|s| (0..n).map(move |asset| (s, asset))) {
+                    let gated = self.gated_weights(gates, few[s], asset, &weights(s, asset));
+                    let earned = regime_filter::net(&gated, &returns[asset], bps * 1e-4);
+                    for j in 0..bars {
+                        (net[[asset, first + s, j]], weight[[asset, first + s, j]]) = (earned[j], gated[j]);
+                    }
+                }
+                Ok(())
+            })?;
+            return Ok((net, weight));
+        }
         let most = (REPLAYED_BARS / bars.max(1)).max(1);
         for (i, few) in positions.chunks(most).enumerate() {
             let columns: Vec<u32> = few.iter().map(|&position| self.column(position)).collect();
