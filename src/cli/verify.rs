@@ -1,5 +1,6 @@
 //! `forback verify`: every conformance file under the paths, a row each.
 
+use super::say;
 use crate::Result;
 use crate::kernels::conformance::{Case, Verdict, files, verify};
 use crate::kernels::{Device, Error};
@@ -24,8 +25,8 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         return Err(Error::Io { path: args.paths[0].display().to_string(), message: "no .safetensors file here".into() });
     }
     if !args.common.json {
-        println!("device {}", device.info());
-        println!("{:<22} {:<28} {:>8} {:>12} {:>10}  worst", "kernel", "case", "launches", "of tolerance", "ms");
+        say(&format!("device {}", device.info()));
+        say(&format!("{:<22} {:<28} {:>8} {:>12} {:>10}  worst", "kernel", "case", "launches", "of tolerance", "ms"));
     }
     let mut failed = 0;
     for path in &files {
@@ -40,7 +41,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     if args.common.json {
         eprintln!("{line}");
     } else {
-        println!("{line}");
+        say(&line);
     }
     Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }
@@ -55,12 +56,11 @@ fn print(verdict: &Verdict, device: &Device, json: bool) {
     if json {
         let number = |x: f64| if x.is_finite() { json!(x) } else { Value::Null };
         let device = device.info().kind.name();
-        println!(
-            "{}",
-            json!({ "kernel": kernel, "case": case, "device": device, "launches": launches, "passed": failure.is_none(),
-                "share": number(*share), "worst": worst, "ms": number(*ms), "failure": failure })
-        );
+        let row = json!({ "kernel": kernel, "case": case, "device": device, "launches": launches, "passed": failure.is_none(),
+            "share": number(*share), "worst": worst, "ms": number(*ms), "failure": failure });
+        say(&row.to_string());
     } else {
-        println!("{kernel:<22} {case:<28} {launches:>8} {share:>12.4} {ms:>10.2}  {}", failure.as_deref().map_or(worst.clone(), |f| format!("FAILED: {f}")));
+        let result = failure.as_deref().map_or(worst.clone(), |f| format!("FAILED: {f}"));
+        say(&format!("{kernel:<22} {case:<28} {launches:>8} {share:>12.4} {ms:>10.2}  {result}"));
     }
 }
