@@ -37,6 +37,7 @@ pub mod philox;
 pub mod portfolio;
 pub mod portfolio_sweep;
 pub mod real;
+pub mod strategies;
 pub mod walk_forward_select;
 pub mod walk_forward_sharpe;
 
