@@ -99,41 +99,6 @@ fn observed_width() -> u32 {
 
 // ---- functions --------------------------------------------------------------------------------------------------
 
-// Natural logarithm of a normal positive number.
-fn log_of(x: f32) -> f32 {
-    let bits = bitcast<u32>(x);
-    var e = f32(i32(bits >> 23u) - 127);
-    var m = bitcast<f32>((bits & 0x7fffffu) | 0x3f800000u);
-    if m > 1.4142135 {
-        m = m * 0.5;
-        e += 1.0;
-    }
-    let s = (m - 1.0) / (m + 1.0);
-    let q = s * s;
-    let tail = q * (0.33333334 + q * (0.2 + q * (0.14285715 + q * 0.11111111)));
-    return e * 0.69314575 + (e * 1.4286068e-6 + 2.0 * (s + s * tail));
-}
-
-// ln(1 + x) for x ≥ 0; the rounding of 1 + x is put right.
-fn log_1p_of(x: f32) -> f32 {
-    let y = 1.0 + x;
-    return log_of(y) + (x - (y - 1.0)) / y;
-}
-
-// e^x for x ≤ 0; zero below −87.
-fn exp4_of(x: vec4<f32>) -> vec4<f32> {
-    let y = max(x, vec4<f32>(-87.0));
-    let n = round(y * 1.442695);
-    let r = (y - n * 0.69314575) - n * 1.4286068e-6;
-    let p = 1.0 + r * (1.0 + r * (0.5 + r * (0.16666667 + r * (0.041666668 + r * (0.008333334 + r * (0.0013888889 + r * 0.0001984127))))));
-    let scaled = p * bitcast<vec4<f32>>(vec4<u32>(vec4<i32>(n) + 127) << vec4<u32>(23u));
-    return select(scaled, vec4<f32>(0.0), x < vec4<f32>(-87.0));
-}
-
-fn exp_of(x: f32) -> f32 {
-    return exp4_of(vec4<f32>(x)).x;
-}
-
 // ln x! of a count: a table below 8, Stirling's series from there.
 fn log_factorial(x: f32) -> f32 {
     if x < 7.5 {
@@ -142,12 +107,12 @@ fn log_factorial(x: f32) -> f32 {
     }
     let z = x + 1.0;
     let w = 1.0 / z;
-    return (z - 0.5) * log_of(z) - z + HALF_LOG_TAU + w * (0.083333336 - w * w * (0.0027777778 - w * w * 0.0007936508));
+    return (z - 0.5) * log_f32(z) - z + HALF_LOG_TAU + w * (0.083333336 - w * w * (0.0027777778 - w * w * 0.0007936508));
 }
 
 fn log_probability(x: f32) -> f32 {
     if x >= TINY {
-        return log_of(x);
+        return log_f32(x);
     }
     return LOG_ZERO;
 }
@@ -214,7 +179,7 @@ fn log_density(at: u32, x: u32, s: u32) -> f32 {
             value = model[at + 4u * k * d + s];
             for (var i = 0u; i < d; i++) {
                 let z = clamp((obs[x + i] - model[at + s * d + i]) * model[at + (k + s) * d + i], -1e14, 1e14);
-                value -= model[at + (2u * k + s) * d + i] * log_1p_of(z * z * model[at + (3u * k + s) * d + i]);
+                value -= model[at + (2u * k + s) * d + i] * log_1p(z * z * model[at + (3u * k + s) * d + i]);
             }
         }
         case 4u: {
@@ -357,10 +322,10 @@ fn hmm_expectation(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroup
                 failed = f32(t);
                 break;
             }
-            alpha = select(vec4<f32>(0.0), mantissa * exp4_of(level - shift), possible);
+            alpha = select(vec4<f32>(0.0), mantissa * exp_vec4(level - shift), possible);
             total = sum4(alpha);
             store4(job, t, alpha);
-            sum = compensated(compensated(sum, shift), log_of(total));
+            sum = compensated(compensated(sum, shift), log_f32(total));
         }
         statistics[summary] = select(sum.x, LOG_ZERO, failed >= 0.0);
         statistics[summary + 1u] = select(sum.y, 0.0, failed >= 0.0);
@@ -481,7 +446,7 @@ fn hmm_expectation_lanes(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_wor
                         total += sh_alpha[base + i];
                     }
                     if t > params.begin {
-                        sum = compensated(sum, log_of(total));
+                        sum = compensated(sum, log_f32(total));
                     }
                 }
                 for (var j = lane; j < k; j += lanes) {
@@ -515,7 +480,7 @@ fn hmm_expectation_lanes(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_wor
                 } else {
                     sum = compensated(sum, shift);
                     for (var j = lane; j < k; j += lanes) {
-                        let alpha = sh_other[base + j] * exp_of(sh_level[base + j] - shift);
+                        let alpha = sh_other[base + j] * exp_f32(sh_level[base + j] - shift);
                         sh_alpha[base + j] = alpha;
                         states[section + own + t * k + j] = alpha;
                     }
@@ -529,7 +494,7 @@ fn hmm_expectation_lanes(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_wor
                 for (var i = 0u; i < k; i++) {
                     total += sh_alpha[base + i];
                 }
-                sum = compensated(sum, log_of(total));
+                sum = compensated(sum, log_f32(total));
             }
             statistics[summary] = select(sum.x, LOG_ZERO, failed >= 0.0);
             statistics[summary + 1u] = select(sum.y, 0.0, failed >= 0.0);
@@ -657,7 +622,7 @@ fn moment(at: u32, x: u32, s: u32, q: u32) -> f32 {
                 case 0u: { return weight; }
                 case 1u: { return weight * dev; }
                 case 2u: { return weight * dev * dev; }
-                default: { return log_1p_of(square / freedom); }
+                default: { return log_1p(square / freedom); }
             }
         }
         case 4u: { return obs[x + e]; }
@@ -978,7 +943,7 @@ fn inverse_factor(c: u32, f: u32, guard: u32) -> f32 {
             next_model[f + triangle_at(i, j)] = -sum * inverse;
         }
         next_model[f + triangle_at(i, i)] = inverse;
-        logs += log_of(inverse);
+        logs += log_f32(inverse);
     }
     return logs;
 }
@@ -995,7 +960,7 @@ fn pack_state(s: u32, at: u32, to: u32, guard: u32) {
                 let inverse = 1.0 / sqrt(max(next_parameters[at + (k + s) * d + i], guards[guard + i]));
                 next_model[to + s * d + i] = next_parameters[at + s * d + i];
                 next_model[to + (k + s) * d + i] = inverse;
-                logs += log_of(inverse);
+                logs += log_f32(inverse);
             }
             next_model[to + 2u * k * d + s] = logs - f32(d) * HALF_LOG_TAU;
         }
@@ -1016,14 +981,14 @@ fn pack_state(s: u32, at: u32, to: u32, guard: u32) {
                 next_model[to + (k + s) * d + i] = 1.0 / scale;
                 next_model[to + (2u * k + s) * d + i] = 0.5 * (freedom + 1.0);
                 next_model[to + (3u * k + s) * d + i] = 1.0 / freedom;
-                constant += next_parameters[at + (3u * k + s) * d + i] - log_of(scale);
+                constant += next_parameters[at + (3u * k + s) * d + i] - log_f32(scale);
             }
             next_model[to + 4u * k * d + s] = constant;
         }
         case 4u: {
             var total = 0.0;
             for (var i = 0u; i < d; i++) {
-                next_model[to + s * d + i] = log_of(next_parameters[at + s * d + i]);
+                next_model[to + s * d + i] = log_f32(next_parameters[at + s * d + i]);
                 total += next_parameters[at + s * d + i];
             }
             next_model[to + k * d + s] = -total;
@@ -1040,7 +1005,7 @@ fn pack_state(s: u32, at: u32, to: u32, guard: u32) {
                 next_model[to + s * r + i] = next_parameters[at + s * r + i];
             }
             next_model[to + k * r + s] = inverse;
-            next_model[to + k * r + k + s] = log_of(inverse) - HALF_LOG_TAU;
+            next_model[to + k * r + k + s] = log_f32(inverse) - HALF_LOG_TAU;
         }
     }
 }

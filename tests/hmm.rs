@@ -3,10 +3,11 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test that cannot go on fails")]
 
 mod common;
+
+#[path = "hmm/baum_welch.rs"]
+mod baum_welch;
 #[path = "hmm/gradient.rs"]
 mod gradient;
 #[path = "hmm/oracle.rs"]
 mod oracle;
 
-#[path = "hmm/baum_welch.rs"]
-mod baum_welch;

@@ -191,6 +191,9 @@ fn textbook(p: &Problem, group: usize, theta: &mut [f64]) -> f64 {
 fn emission_step(p: &Problem, rows: &[(Vec<f64>, Vec<f64>)], s: usize, e: &mut [f64]) {
     let (k, d) = (p.k, p.width);
     let weight: f64 = rows.iter().map(|r| r.1[s]).sum();
+    if weight < 1e-3 {
+        return;
+    }
     let mean = |f: &dyn Fn(&[f64]) -> f64| rows.iter().map(|(x, g)| g[s] * f(x)).sum::<f64>() / weight;
     match p.emission {
         Emission::LogProbabilities => {}
@@ -285,7 +288,7 @@ fn problem(seed: u32, emission: Emission, k: usize, width: usize, groups: usize,
 fn start_of(rng: &mut Rng, emission: Emission, k: usize, d: usize, spread: &dyn Fn(usize) -> f64) -> Vec<f64> {
     let exact = |x: f64| f64::from(x as f32);
     let mut theta: Vec<f64> = Vec::new();
-    let mut row = |rng: &mut Rng, width: usize, favourite: usize| {
+    let row = |rng: &mut Rng, width: usize, favourite: usize| {
         let x: Vec<f64> = (0..width).map(|j| 0.3 + rng.unit() + if j == favourite { 2.0 } else { 0.0 }).collect();
         let total: f64 = x.iter().sum();
         x.into_iter().map(|x| x / total).collect::<Vec<f64>>()
@@ -327,7 +330,7 @@ fn problems() -> Vec<(&'static str, Problem)> {
         ("diagonal K=1", problem(1, Emission::GaussianDiagonal, 1, 1, 2, 1, 1, 40)),
         ("diagonal K=2", problem(2, Emission::GaussianDiagonal, 2, 1, 3, 2, 2, 150)),
         ("diagonal K=3 D=2", problem(3, Emission::GaussianDiagonal, 3, 2, 2, 3, 1, 130)),
-        ("diagonal K=4, 70 models", problem(4, Emission::GaussianDiagonal, 4, 1, 70, 1, 1, 65)),
+        ("diagonal K=4, 70 models", problem(4, Emission::GaussianDiagonal, 4, 1, 70, 1, 1, 200)),
         ("diagonal K=5", problem(5, Emission::GaussianDiagonal, 5, 1, 3, 1, 3, 120)),
         ("diagonal K=33", problem(6, Emission::GaussianDiagonal, 33, 1, 2, 1, 1, 90)),
         ("diagonal K=70", problem(7, Emission::GaussianDiagonal, 70, 1, 1, 2, 1, 60)),
@@ -378,11 +381,394 @@ fn every_emission_takes_the_textbook_steps() {
         }
         for device in &devices {
             let got = p.run(device, &p.settings(), iterations).unwrap();
+            let off = |m: usize| worst(&got.parameters[m], &ran.parameters[m]);
+            eprintln!("{name}, {}: parameters within {:.1e}", device.info().kind.name(), (0..want.len()).map(off).fold(0.0, f64::max));
             for m in 0..want.len() {
                 let (path, off) = (worst(&got.path[m], &ran.path[m]), worst(&got.parameters[m], &ran.parameters[m]));
-                eprintln!("{name}, model {m}, {}: path {path:.1e}, parameters {off:.1e}", device.info().kind.name());
-                assert!(path < 2e-6 && off < 3e-3, "{name}, model {m}, {device:?}: path {path:e}, parameters {off:e}");
+                assert!(path < 1e-6 && off < 1e-4, "{name}, model {m}, {device:?}: path {path:e}, parameters {off:e}");
             }
+        }
+    }
+}
+
+// ---- what must hold whatever the numbers are --------------------------------------------------------------------------------
+
+/// The same problem with models `from..to` alone.
+fn part(p: &Problem, from: usize, to: usize) -> Problem {
+    let n = from * p.per_model..to * p.per_model;
+    let steps = n.start * p.t..n.end * p.t;
+    Problem {
+        groups: to - from,
+        obs: p.obs[steps.start * p.width..steps.end * p.width].to_vec(),
+        lengths: p.lengths[n].to_vec(),
+        observed: p.observed.as_ref().map(|o| o[steps].to_vec()),
+        start: p.start[from * p.restarts..to * p.restarts].to_vec(),
+        ..p.clone()
+    }
+}
+
+#[test]
+fn a_split_batch_and_a_split_pass_change_no_bit() {
+    for device in open_all(&DEVICES) {
+        for k in [3, 6] {
+            let p = problem(30 + k as u32, Emission::GaussianDiagonal, k, 1, 5, 2, 2, 90);
+            let settings = Settings { tolerance: 0.5, ..p.settings() };
+            let whole = p.run(&device, &settings, 12).unwrap();
+            let mut split = Vec::new();
+            for (from, to) in [(0, 1), (1, 4), (4, 5)] {
+                split.extend(part(&p, from, to).run(&device, &settings, 12).unwrap().parameters);
+            }
+            assert_eq!(whole.parameters, split, "{device:?}, K = {k}");
+            // The same iterations in three passes.
+            let mut fit = BaumWelch::new(&device, &p.data(), &settings, &p.start(), &p.guards(), 12).unwrap();
+            for iterations in [5, 4, 3] {
+                let mut pass = device.pass("part");
+                fit.record(&mut pass, iterations).unwrap();
+                pass.submit().unwrap();
+            }
+            let mut pass = device.pass("rest");
+            fit.finish(&mut pass).unwrap();
+            let again = read(pass, &fit, 10).unwrap();
+            assert_eq!(whole.parameters, again.parameters, "{device:?}, K = {k}");
+            assert_eq!(whole.path, again.path, "{device:?}, K = {k}");
+        }
+    }
+}
+
+#[test]
+fn schedules_and_checks_change_no_bit() {
+    let p = problem(41, Emission::GaussianDiagonal, 5, 2, 3, 2, 1, 50);
+    for spec in ["wgpu", "cuda-host"] {
+        let runs: Vec<Ran> = variants(spec).iter().filter_map(|o| open_with(spec, o)).map(|d| p.run(&d, &p.settings(), 3).unwrap()).collect();
+        assert!(runs.windows(2).all(|r| r[0].parameters == r[1].parameters), "{spec}");
+    }
+}
+
+#[test]
+fn stretches_of_time_join_up() {
+    for (k, emission) in [(3, Emission::GaussianDiagonal), (6, Emission::StudentT)] {
+        let p = problem(50 + k as u32, emission, k, 1, 2, 1, 1, 301);
+        for spec in ["wgpu", "cuda-host", "cuda"] {
+            let Some(device) = open(spec) else { continue };
+            let whole = p.run(&device, &p.settings(), 3).unwrap();
+            // Room for 300, 77 and one step a launch.
+            for steps in [300, 77, 1] {
+                let work = 2 * (200 + 4 * k * k) as u64 * steps;
+                let device = open_with(spec, &OpenOptions { work_per_launch: Some(work), ..OpenOptions::default() }).unwrap();
+                let cut = p.run(&device, &p.settings(), if steps == 1 { 1 } else { 3 }).unwrap();
+                for m in 0..2 {
+                    if steps > 1 {
+                        assert!(worst(&cut.parameters[m], &whole.parameters[m]) < 2e-6, "{spec}, K = {k}, {steps} steps, model {m}");
+                    }
+                    assert!(worst(&cut.path[m], &whole.path[m]) < 2e-7, "{spec}, K = {k}, {steps} steps: {:?}, {:?}", cut.path[m], whole.path[m]);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn likelihood_never_falls_and_stopped_models_stand_still() {
+    for device in open_all(&DEVICES) {
+        for (name, p) in problems() {
+            if p.k > 10 {
+                continue;
+            }
+            let settings = Settings { tolerance: 0.05, ..p.settings() };
+            let ran = p.run(&device, &settings, 40).unwrap();
+            for (m, path) in ran.path.iter().enumerate() {
+                let scale = path[0].abs();
+                assert!(path.windows(2).all(|x| x[1] >= x[0] - 3e-6 * scale), "{name}, model {m}, {device:?}: {path:?}");
+                assert!(matches!(ran.status[m], Status::Converged | Status::Running), "{name}, model {m}, {device:?}: {:?}", ran.status[m]);
+                if ran.status[m] == Status::Converged {
+                    let stop = path.windows(2).position(|x| x[1] - x[0] < 0.05).unwrap() + 1;
+                    assert!(path[stop..].iter().all(|x| *x == path[stop]), "{name}, model {m}, {device:?}: {path:?}");
+                }
+            }
+            if name == "diagonal K=2" {
+                assert!(ran.status.contains(&Status::Converged), "{device:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn hard_zeros_stay_and_impossible_models_stop_alone() {
+    for device in open_all(&DEVICES) {
+        for k in [3, 5] {
+            let mut p = problem(60, Emission::Categorical { symbols: 4 }, k, 1, 3, 1, 1, 80);
+            p.observed = None;
+            for theta in &mut p.start {
+                // left to right
+                theta[1..k].fill(0.0);
+                (0..k).for_each(|i| theta[k + i * k..k + i * k + i].fill(0.0));
+            }
+            // No state of model 1 gives symbol 2.
+            (0..k).for_each(|s| p.start[1][k + k * k + 4 * s + 2] = 0.0);
+            let ran = p.run(&device, &p.settings(), 5).unwrap();
+            assert_eq!(ran.status, [Status::Running, Status::Impossible, Status::Running], "{device:?}");
+            for m in [0, 2] {
+                let theta = &ran.parameters[m];
+                assert!(theta.iter().all(|x| x.is_finite()) && theta[1..k].iter().all(|x| *x == 0.0), "{device:?}: {theta:?}");
+                assert!((0..k).all(|i| (0..i).all(|j| theta[k + i * k + j] == 0.0)), "{device:?}: {theta:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn guards_hold() {
+    for device in open_all(&DEVICES) {
+        for emission in [Emission::GaussianDiagonal, Emission::GaussianFull, Emission::StudentT] {
+            let p = problem(70, emission, 2, 2, 1, 2, 1, 120);
+            let run = |settings: Settings, floor: f32| {
+                let mut pass = device.pass("test");
+                let guards = [floor, floor, 3.0, -4.0];
+                let fit = hmm_baum_welch(&mut pass, &p.data(), &settings, &p.start(), &guards, 4).unwrap();
+                read(pass, &fit, 1).unwrap().parameters.remove(0)
+            };
+            let plain = run(p.settings(), 1e-12);
+            let floored = run(p.settings(), 50.0);
+            let spread: Vec<f64> =
+                if emission == Emission::GaussianFull { vec![floored[10], floored[12], floored[13], floored[15]] } else { floored[10..14].to_vec() };
+            let least = if emission == Emission::StudentT { 50f64.sqrt() } else { 50.0 };
+            assert!(spread.iter().all(|v| *v >= least * (1.0 - 1e-6)), "{device:?} {emission:?}: {spread:?}");
+            let even = run(Settings { transition_prior: 1e6, init_prior: 1e6, ..p.settings() }, 1e-12);
+            assert!(even[..6].iter().all(|x| (x - 0.5).abs() < 1e-3), "{device:?}: {even:?}");
+            let sticky = run(Settings { sticky: 1e6, ..p.settings() }, 1e-12);
+            assert!(sticky[2] > 0.999 && sticky[5] > 0.999, "{device:?}: {sticky:?}");
+            let drawn = run(Settings { mean_weight: 1e7, ..p.settings() }, 1e-12);
+            assert!((0..4).all(|e| (drawn[6 + e] - [3.0, -4.0][e % 2]).abs() < 0.01), "{device:?}: {drawn:?}");
+            assert!((plain[6] - 3.0).abs() > 1.0, "{plain:?}");
+        }
+        // A state that explains nothing keeps what it had.
+        let mut p = problem(71, Emission::GaussianDiagonal, 3, 1, 1, 1, 1, 100);
+        p.start[0][12 + 2] = 1e6;
+        let ran = p.run(&device, &p.settings(), 3).unwrap();
+        assert_eq!(ran.parameters[0][14], 1e6, "{device:?}: {:?}", ran.parameters[0]);
+        assert!(ran.parameters[0].iter().all(|x| x.is_finite()), "{device:?}");
+    }
+}
+
+#[test]
+fn permuted_states_give_permuted_results() {
+    let device = open("reference").unwrap();
+    let p = problem(80, Emission::GaussianDiagonal, 3, 1, 1, 2, 1, 100);
+    let order = [2, 0, 1];
+    let permuted = |x: &[f64]| -> Vec<f64> {
+        let trans = order.iter().flat_map(|&i| order.map(|j| x[3 + 3 * i + j]));
+        order.iter().map(|&i| x[i]).chain(trans).chain(order.iter().map(|&i| x[12 + i])).chain(order.iter().map(|&i| x[15 + i])).collect()
+    };
+    let q = Problem { start: vec![permuted(&p.start[0])], ..p.clone() };
+    let (a, b) = (p.run(&device, &p.settings(), 5).unwrap(), q.run(&device, &q.settings(), 5).unwrap());
+    assert!(worst(&permuted(&a.parameters[0]), &b.parameters[0]) < 1e-6);
+}
+
+// ---- the fit ------------------------------------------------------------------------------------------------------------------
+
+/// Returns that are calm (deviation 0.5) or wild (2), staying 50 steps on average, and the true state.
+fn regimes(seed: u32, t: usize) -> (Vec<f32>, Vec<usize>) {
+    let mut rng = Rng::new(seed);
+    let mut state = 0;
+    (0..t)
+        .map(|_| {
+            if rng.unit() < 0.02 {
+                state = 1 - state;
+            }
+            ((0.05 - 0.1 * state as f64 + [0.5, 2.0][state] * rng.normal()) as f32, state)
+        })
+        .unzip()
+}
+
+#[test]
+fn fit_finds_the_regimes_and_how_many_there_are() {
+    for device in open_all(&DEVICES) {
+        let (n, t) = (3, 1200);
+        let series: Vec<(Vec<f32>, Vec<usize>)> = (0..n).map(|i| regimes(90 + i as u32, t)).collect();
+        let obs: Vec<f32> = series.iter().flat_map(|s| s.0.clone()).collect();
+        let data = Observations::new(&obs, n, t, 1);
+        let options = FitOptions { states: vec![1, 2, 3], restarts: 3, iterations: 100, ..FitOptions::default() };
+        let fits = fit(&device, &data, &options).unwrap();
+        assert_eq!(fits.len(), n);
+        for (fit, (_, truth)) in fits.iter().zip(&series) {
+            assert_eq!(fit.parameters.k, 2, "{device:?}: {:?}", fit.candidates);
+            assert!(fit.converged && fit.iterations > 1 && fit.path.len() == fit.iterations + 1 && fit.restarts.len() == 3, "{device:?}");
+            assert_eq!(fit.path[fit.iterations], fit.log_likelihood);
+            assert!(fit.restarts.iter().all(|r| r.log_likelihood <= fit.log_likelihood));
+            let fit = fit.reordered(&fit.parameters.by_volatility(0));
+            let sd = fit.parameters.deviations(0);
+            assert!((sd[0] - 0.5).abs() < 0.1 && (sd[1] - 2.0).abs() < 0.3, "{device:?}: {sd:?}");
+            assert!(fit.parameters.durations().iter().all(|d| (15.0..250.0).contains(d)), "{device:?}: {:?}", fit.parameters.trans);
+            let wild = truth.iter().filter(|s| **s == 1).count() as f64 / t as f64;
+            assert!((fit.occupancy()[1] - wild).abs() < 0.05, "{device:?}: {:?}, {wild}", fit.occupancy());
+            assert!((fit.weights.iter().sum::<f64>() - t as f64).abs() < 0.01);
+        }
+        let pooled = fit(&device, &data, &FitOptions { pooled: true, ..options.clone() }).unwrap();
+        assert_eq!((pooled.len(), pooled[0].parameters.k, pooled[0].observations), (1, 2, n * t), "{device:?}: {:?}", pooled[0].candidates);
+        assert!(pooled[0].log_likelihood <= fits.iter().map(|f| f.log_likelihood).sum::<f64>() + 1.0);
+        // From where it ended it goes nowhere.
+        let start = vec![fits[0].parameters.clone()];
+        let again = fit(&device, &data.clone_first(), &FitOptions { states: vec![2], restarts: 1, start, ..options }).unwrap();
+        assert!((again[0].log_likelihood - fits[0].log_likelihood).abs() < 0.02 && again[0].iterations <= 2, "{device:?}: {:?}", again[0].path);
+    }
+}
+
+trait First<'a> {
+    fn clone_first(&self) -> Observations<'a>;
+}
+
+impl<'a> First<'a> for Observations<'a> {
+    fn clone_first(&self) -> Observations<'a> {
+        Observations::new(&self.obs[..self.t * self.width], 1, self.t, self.width)
+    }
+}
+
+/// Every path of a short sequence: its probability with the observations.
+fn paths(p: &Problem, theta: &[f64]) -> Vec<f64> {
+    let (k, t) = (p.k, p.t);
+    (0..k.pow(t as u32))
+        .map(|code| {
+            let z = |s: usize| code / k.pow(s as u32) % k;
+            let x = |s: usize| p.obs[s * p.width..(s + 1) * p.width].iter().map(|&x| f64::from(x)).collect::<Vec<f64>>();
+            let chain: f64 = theta[z(0)].ln() + (1..t).map(|s| theta[k + k * z(s - 1) + z(s)].ln()).sum::<f64>();
+            (chain + (0..t).map(|s| log_density(p, &theta[k + k * k..], &x(s), z(s))).sum::<f64>()).exp()
+        })
+        .collect()
+}
+
+#[test]
+fn the_entropy_of_icl_is_that_of_all_paths() {
+    let device = open("reference").unwrap();
+    let emissions = [
+        (Emission::GaussianDiagonal, 2),
+        (Emission::GaussianFull, 2),
+        (Emission::StudentT, 1),
+        (Emission::Poisson, 1),
+        (Emission::Categorical { symbols: 3 }, 1),
+        (Emission::Regression, 3),
+    ];
+    for (emission, width) in emissions {
+        let mut p = problem(100, emission, 2, width, 1, 1, 1, 9);
+        (p.lengths, p.observed) = (vec![9], None);
+        let options = FitOptions { emission, iterations: 2, restarts: 1, minimum_variance: 0.05, freedom: 4.0, ..FitOptions::default() };
+        let fit = &fit(&device, &p.data(), &options).unwrap()[0];
+        let natural = natural_of(&fit.parameters);
+        let joint = paths(&p, &natural);
+        let total: f64 = joint.iter().sum();
+        let entropy: f64 = joint.iter().map(|j| j / total).filter(|p| *p > 0.0).map(|p| -p * p.ln()).sum();
+        assert!((total.ln() - fit.log_likelihood).abs() < 1e-6, "{emission:?}: {}, {}", total.ln(), fit.log_likelihood);
+        let got = 0.5 * (fit.criteria.icl.unwrap() - fit.criteria.bic);
+        assert!((got - entropy).abs() < 1e-5, "{emission:?}: {got}, {entropy}");
+        let free = fit.candidates[0].free as f64;
+        assert!((fit.criteria.bic - (-2.0 * fit.log_likelihood + free * 9f64.ln())).abs() < 1e-9);
+        assert!((fit.criteria.aic - (-2.0 * fit.log_likelihood + 2.0 * free)).abs() < 1e-9);
+    }
+}
+
+fn natural_of(p: &Parameters) -> Vec<f64> {
+    let d = p.d;
+    let rest: Vec<f64> = match &p.emission {
+        EmissionParameters::GaussianDiagonal { mean, variance } => [mean.clone(), variance.clone()].concat(),
+        EmissionParameters::GaussianFull { mean, covariance } => {
+            let triangle = covariance.chunks_exact(d * d).flat_map(|c| (0..d).flat_map(move |i| (0..=i).map(move |j| c[i * d + j])));
+            mean.iter().copied().chain(triangle).collect()
+        }
+        EmissionParameters::StudentT { location, scale, freedom } => [location.clone(), scale.clone(), freedom.clone()].concat(),
+        EmissionParameters::Poisson { rate } => rate.clone(),
+        EmissionParameters::Categorical { probability } => probability.clone(),
+        EmissionParameters::Regression { coefficients, variance } => [coefficients.clone(), variance.clone()].concat(),
+        EmissionParameters::LogProbabilities => Vec::new(),
+    };
+    [p.init.clone(), p.trans.clone(), rest].concat()
+}
+
+#[test]
+fn every_emission_fits_and_packs() {
+    for device in open_all(&["cpu", "wgpu", "cuda-host"]) {
+        for (name, p) in problems() {
+            if p.k > 6 {
+                continue;
+            }
+            let options =
+                FitOptions { emission: p.emission, states: vec![1, p.k], criterion: Criterion::Icl, iterations: 24, restarts: 2, ..FitOptions::default() };
+            let options = if p.emission == Emission::LogProbabilities { FitOptions { states: vec![p.k], ..options } } else { options };
+            let fits = fit(&device, &p.data(), &options).unwrap();
+            assert_eq!(fits.len(), p.groups * p.per_model, "{name}");
+            for f in &fits {
+                assert!(f.log_likelihood.is_finite() && f.status != Status::Fell && f.status != Status::Impossible, "{name}, {device:?}: {f:?}");
+                let (model, log_trans) = f.parameters.pack().unwrap_or_else(|e| panic!("{name}, {device:?}: {e}"));
+                assert!(model.iter().chain(&log_trans).all(|x| x.is_finite()), "{name}, {device:?}");
+                assert!(f.restarts.iter().all(|r| r.log_likelihood.is_finite()), "{name}, {device:?}: {:?}", f.restarts);
+            }
+        }
+    }
+}
+
+#[test]
+fn bad_input_is_named() {
+    let device = open("cpu").unwrap();
+    let (series, _) = regimes(7, 60);
+    let says = |data: &Observations<'_>, options: &FitOptions, words: &[&str]| {
+        let error = fit(&device, data, options).expect_err("bad input").to_string();
+        assert!(words.iter().all(|w| error.contains(w)), "{error}: {words:?} expected");
+    };
+    let options = FitOptions::default();
+    let mut gap = [series.clone(), series.clone()].concat();
+    gap[77] = f32::NAN;
+    says(&Observations::new(&gap, 2, 60, 1), &options, &["sequence 1", "step 17", "NaN", "observed"]);
+    let mut observed = vec![true; 120];
+    observed[77] = false;
+    let masked = Observations { observed: Some(&observed), ..Observations::new(&gap, 2, 60, 1) };
+    assert!(fit(&device, &masked, &options).unwrap().iter().all(|f| f.log_likelihood.is_finite()));
+    says(&Observations { lengths: Some(&[60, 61]), ..Observations::new(&gap, 2, 60, 1) }, &options, &["lengths", "61", "sequence 1"]);
+    says(&Observations::new(&series[..3], 1, 3, 1), &FitOptions { states: vec![4], ..options.clone() }, &["4", "3 observed steps"]);
+    says(&Observations::new(&[2.5; 40], 1, 40, 1), &options, &["column 0", "series 0", "constant", "2.5"]);
+    says(&Observations::new(&series, 1, 60, 1), &FitOptions { states: vec![0], ..options.clone() }, &["states"]);
+    says(&Observations::new(&series, 1, 60, 1), &FitOptions { states: vec![], ..options.clone() }, &["states"]);
+    says(&Observations::new(&series, 1, 60, 1), &FitOptions { sticky: f64::NAN, ..options.clone() }, &["sticky"]);
+    says(&Observations::new(&series, 2, 60, 1), &options, &["obs", "[2,60,1]"]);
+    says(&Observations::new(&series, 1, 60, 1), &FitOptions { emission: Emission::Poisson, ..options.clone() }, &["step", "counts"]);
+    let symbols = Emission::Categorical { symbols: 2 };
+    says(&Observations::new(&[0.0, 1.0, 2.0], 1, 3, 1), &FitOptions { emission: symbols, states: vec![1], ..options.clone() }, &["step 2", "0 to 1"]);
+    let zero = [0.0, -1.0, f32::NEG_INFINITY, f32::NEG_INFINITY, -1.0, -2.0];
+    says(&Observations::new(&zero, 1, 3, 2), &FitOptions { emission: Emission::LogProbabilities, ..options }, &["sequence 0", "step 1", "impossible"]);
+}
+
+// TEMPORARY
+#[test]
+#[ignore = "a measurement"]
+fn timing() {
+    let spec = std::env::var("SPEC").unwrap();
+    let k: usize = std::env::var("K").unwrap().parse().unwrap();
+    let (n, t) = (1024, 1000);
+    let device = open(&spec).unwrap();
+    let obs: Vec<f32> = (0..n).flat_map(|i| regimes(i as u32, t).0).collect();
+    let data = Observations::new(&obs, n, t, 1);
+    let init = vec![1.0 / k as f32; k];
+    let trans: Vec<f32> = (0..k * k).map(|e| if e / k == e % k { 0.9 } else { 0.1 / (k - 1) as f32 }).collect();
+    let mean: Vec<f32> = (0..k).map(|s| 0.1 * s as f32).collect();
+    let variance: Vec<f32> = (0..k).map(|s| 0.3 * 3f32.powi(s as i32)).collect();
+    let start = [init, trans, mean, variance].concat().repeat(n);
+    for round in 0..4 {
+        let mut pass = device.pass("fit");
+        let fit = BaumWelch::new(&device, &data, &Settings::plain(Emission::GaussianDiagonal, k, 1), &start, &[1e-4, 0.0].repeat(n), 20).unwrap();
+        let mut fit = fit;
+        fit.record(&mut pass, 20).unwrap();
+        fit.finish(&mut pass).unwrap();
+        let path = pass.read(&fit.path).unwrap();
+        let parameters = pass.read(&fit.parameters).unwrap();
+        if round == 3 {
+            pass.profile();
+        }
+        let begin = std::time::Instant::now();
+        let mut done = pass.submit().unwrap();
+        let seconds = begin.elapsed().as_secs_f64();
+        let (path, parameters) = (done.f64(path).unwrap(), done.f64(parameters).unwrap());
+        println!("{spec} K={k}: {seconds:.4} s, {:.3e} sequence-steps x iterations/s, {} {:?}", (n * t * 20) as f64 / seconds, path[40 * n], &parameters[..3]);
+        if round == 3 {
+            let mut by = std::collections::BTreeMap::new();
+            done.profile().iter().for_each(|l| *by.entry(l.kernel).or_insert(0.0) += l.seconds);
+            println!("{by:?}");
         }
     }
 }
