@@ -6,6 +6,8 @@ mod common;
 
 #[path = "hmm/baum_welch.rs"]
 mod baum_welch;
+#[path = "hmm/forward_backward.rs"]
+mod forward_backward;
 #[path = "hmm/gradient.rs"]
 mod gradient;
 #[path = "hmm/oracle.rs"]
