@@ -97,7 +97,9 @@ fn fit_sequences(
     }
     let lengths: Vec<u32> = sequences.iter().map(|rows| (rows.len() / d) as u32).collect();
     let data = Observations { obs: &obs, n: sequences.len(), t, width: d, lengths: Some(&lengths), observed: None };
-    let rows = if config.pooled { lengths.iter().map(|&l| f64::from(l)).sum() } else { t as f64 };
+    // Of models with series of different lengths the shortest, so that what a later refit brings changes no earlier one.
+    let all = lengths.iter().map(|&l| f64::from(l));
+    let rows = if config.pooled { all.sum() } else { all.fold(f64::INFINITY, f64::min) };
     let options = FitOptions {
         emission: match config.emission {
             Emission::Gaussian => hmm::Emission::GaussianDiagonal,
