@@ -143,7 +143,12 @@ fn fitted(fit: hmm_fit::Fit, features: &[Feature]) -> Result<Fitted> {
         icl: c.criteria.icl.unwrap_or(f64::NAN),
         converged: c.converged,
     };
-    let p = fit.parameters;
+    let mut p = fit.parameters;
+    // Devices leave rows that sum to one in f32; many steps ahead that is not enough.
+    for row in p.trans.chunks_exact_mut(p.k).chain(std::iter::once(p.init.as_mut_slice())) {
+        let sum: f64 = row.iter().sum();
+        row.iter_mut().for_each(|x| *x /= sum);
+    }
     let (mean, variance, dof) = match p.emission {
         EmissionParameters::GaussianDiagonal { mean, variance } => (mean, variance, None),
         EmissionParameters::StudentT { location, scale, freedom } => (location, scale.iter().map(|s| s * s).collect(), Some(freedom)),
