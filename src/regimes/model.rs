@@ -97,7 +97,9 @@ fn fit_sequences(
     }
     let lengths: Vec<u32> = sequences.iter().map(|rows| (rows.len() / d) as u32).collect();
     let data = Observations { obs: &obs, n: sequences.len(), t, width: d, lengths: Some(&lengths), observed: None };
-    let rows = if config.pooled { lengths.iter().map(|&l| f64::from(l)).sum() } else { t as f64 };
+    // Of models with series of different lengths the shortest, so that what a later refit brings changes no earlier one.
+    let all = lengths.iter().map(|&l| f64::from(l));
+    let rows = if config.pooled { all.sum() } else { all.fold(f64::INFINITY, f64::min) };
     let options = FitOptions {
         emission: match config.emission {
             Emission::Gaussian => hmm::Emission::GaussianDiagonal,
@@ -141,7 +143,12 @@ fn fitted(fit: hmm_fit::Fit, features: &[Feature]) -> Result<Fitted> {
         icl: c.criteria.icl.unwrap_or(f64::NAN),
         converged: c.converged,
     };
-    let p = fit.parameters;
+    let mut p = fit.parameters;
+    // Devices leave rows that sum to one in f32; many steps ahead that is not enough.
+    for row in p.trans.chunks_exact_mut(p.k).chain(std::iter::once(p.init.as_mut_slice())) {
+        let sum: f64 = row.iter().sum();
+        row.iter_mut().for_each(|x| *x /= sum);
+    }
     let (mean, variance, dof) = match p.emission {
         EmissionParameters::GaussianDiagonal { mean, variance } => (mean, variance, None),
         EmissionParameters::StudentT { location, scale, freedom } => (location, scale.iter().map(|s| s * s).collect(), Some(freedom)),
