@@ -376,7 +376,7 @@ fn digamma_step<R: Real>(x: R) -> R {
             sum += half / (y * (y + half));
             y += R::ONE;
         }
-        sum = sum - R::of(0.5 * steps) / (x * y);
+        sum -= R::of(0.5 * steps) / (x * y);
     }
     let inverse = R::ONE / (y * y);
     let series = [0.125, -0.015_625, 0.007_812_5, -17.0 / 2048.0, 31.0 / 2048.0];
@@ -680,7 +680,8 @@ impl<R: Real> Moves<'_, R> {
                     out[(3 * t + 4) * k + i] = other[i] - centre;
                 }
                 let slope = out[(3 * t + 1) * k + i] - centre;
-                out[(3 * t + 2) * k + i] = out[(3 * t + 2) * k + i] * (out[3 * t * k + i] + slope);
+                let total = out[3 * t * k + i] + slope;
+                out[(3 * t + 2) * k + i] *= total;
                 other[i] = self.obs(b, t, i) + slope;
             }
         }
