@@ -112,6 +112,8 @@ const WG: u32 = 64;
 const BLOCK: u64 = 256;
 /// Sequences of one sum over the batch.
 const SEQUENCES: u64 = 64;
+/// Floats of a tile of `hmm_gradient_softmax`.
+const STATES: u64 = 1024;
 /// Sequences that one thread may add.
 const LONGEST: usize = 1 << 14;
 /// γ / p is cut off here.
@@ -374,7 +376,7 @@ fn digamma_step<R: Real>(x: R) -> R {
             sum += half / (y * (y + half));
             y += R::ONE;
         }
-        sum = sum - R::of(0.5 * steps) / (x * y);
+        sum -= R::of(0.5 * steps) / (x * y);
     }
     let inverse = R::ONE / (y * y);
     let series = [0.125, -0.015_625, 0.007_812_5, -17.0 / 2048.0, 31.0 / 2048.0];
@@ -678,7 +680,8 @@ impl<R: Real> Moves<'_, R> {
                     out[(3 * t + 4) * k + i] = other[i] - centre;
                 }
                 let slope = out[(3 * t + 1) * k + i] - centre;
-                out[(3 * t + 2) * k + i] = out[(3 * t + 2) * k + i] * (out[3 * t * k + i] + slope);
+                let total = out[3 * t * k + i] + slope;
+                out[(3 * t + 2) * k + i] *= total;
                 other[i] = self.obs(b, t, i) + slope;
             }
         }
@@ -824,10 +827,7 @@ impl Plan {
         let elements = hmm.elements().max(if tangent { 3 } else { 2 } * t * k).max(partials).max(table);
         let groups = threads(t * k).max(threads(blocks * width)).max(blocks * k).max(threads(table)) + 1;
         let work = 20 * t * (width + trans_width + if tangent { 2 * k * k } else { 0 });
-        let softmax = trans_width / (k * k) * (BLOCK * k).div_ceil(u64::from(WG)) * 2 + 3 * k * BLOCK;
-        let score = BLOCK * (1 + if hmm.emission == Emission::GaussianFull { hmm.d * hmm.d } else { hmm.d });
-        let most = if trans_width > k * k { softmax } else { BLOCK };
-        device.check_rounds(op, blocks.max(score).max(most), "rounds")?;
+        device.check_rounds(op, rounds(hmm, blocks), "rounds")?;
         let mut runs = device.plan(op, hmm.b, elements, groups, work)?;
         if per_step && !trans_per_sequence {
             // One thread adds the sequences of a run.
@@ -863,6 +863,25 @@ impl Plan {
             ..HmmGradientParams::zeroed()
         }
     }
+}
+
+/// Loop rounds of one thread of the gradient kernels, at most; a loop of n takes n + 1.
+fn rounds(hmm: &Hmm, blocks: u64) -> u64 {
+    let (k, d, group) = (hmm.k, hmm.d, u64::from(WG));
+    let score = match hmm.emission {
+        Emission::GaussianFull => (d + 1) + (d + 1) * (d + 2) / 2,
+        Emission::StudentT => 9,
+        _ => d + 1,
+    };
+    let softmax = match hmm.transitions {
+        Transitions::Table { .. } => 0,
+        Transitions::Softmax { u, .. } => {
+            let tile = (STATES / k).clamp(1, group);
+            let (logits, outer) = (((tile * k).div_ceil(group) + 1) * (u + 2), ((k * (u + 1)).div_ceil(group) + 1) * (tile + 2));
+            BLOCK.div_ceil(tile) * (1 + logits + 4 * (k + 1) + outer)
+        }
+    };
+    (d + 2 + BLOCK * (1 + score)).max(softmax).max(blocks + 1).max(LONGEST as u64 + 1)
 }
 
 /// Where a gradient is gathered: partial sums of a run, rows [B,P], and their sum where the batch shares it.
@@ -1099,11 +1118,12 @@ pub fn hmm_tangent(pass: &mut Pass, hmm: &Hmm, probabilities: &Probabilities, di
 /// Both sweeps in one launch where the loops may be as long as the series; else forward over blocks of time, then backward.
 fn record_sweeps(pass: &mut Pass, hmm: &Hmm, params: HmmGradientParams, args: &[View]) -> Result<()> {
     let (t, k) = (hmm.t, hmm.k);
-    let states = k.div_ceil(u64::from(params.lanes).max(1));
-    let driven = if params.has(flag::SOFTMAX) { 3 * states * k * (u64::from(params.u) + 1) } else { 0 };
-    let rounds = 4 + k + states * (k + 4) + driven;
-    pass.device().check_rounds("hmm_tangent", rounds, "rounds per step")?;
-    let limit = pass.device().limits().loop_rounds;
+    // A loop of n takes n + 1 rounds.
+    let own = k.div_ceil(u64::from(params.lanes).max(1));
+    let driven = if params.has(flag::SOFTMAX) { own + 1 + own * (2 * k + 1) + 3 * own * k * (u64::from(params.u) + 1) } else { 0 };
+    let (once, rounds) = (2 * own + 4, 2 + 2 * (own + 1) + own * (k + 1) + (k + 1) + driven);
+    pass.device().check_rounds("hmm_tangent", once + rounds, "rounds per step")?;
+    let limit = pass.device().limits().loop_rounds - once;
     let mut launch = |bits: u32, range: Range<u64>| {
         let part = HmmGradientParams { begin: range.start as u32, end: range.end as u32, flags: params.flags | bits, ..params };
         pass.launch(&HMM_TANGENT, &part, args)

@@ -219,6 +219,7 @@ fn large() -> Vec<(&'static str, Small)> {
         ("long", Small::random(32, [2, 530, 4, 1], Emission::StudentT, table(true, false), 2).with_gaps(3)),
         ("input-driven, long", Small::random(33, [3, 300, 5, 1], Emission::Poisson, Trans::Softmax { u: 3, per_sequence: false }, 1)),
         ("steps shared", Small::random(34, [9, 20, 2, 1], Emission::GaussianDiagonal, table(false, true), 9)),
+        ("cut in time", Small::random(36, [1, 2600, 4, 1], Emission::GaussianDiagonal, SHARED, 1)),
         ("more states than lanes", Small::random(35, [2, 6, 70, 1], Emission::GaussianDiagonal, SHARED, 1)),
     ]
 }

@@ -360,6 +360,25 @@ fn published_log_likelihoods_at_published_parameters() {
     }
 }
 
+/// The same log-likelihoods by a plain filter over all histories in f64, written for this test in another language.
+const FILTERED_IN_F64: [(&str, f64); 4] = [
+    ("hamilton_gnp 0", -181.2633942630106),
+    ("hamilton_gnp 2", -186.75748065864067),
+    ("hamilton_gnp 3", -163.91405066553227),
+    ("filardo_ip", -586.5718309006756),
+];
+
+#[test]
+fn what_f32_takes_away_is_given_back() {
+    let reference = open("reference").unwrap();
+    for case in published() {
+        if let Some((name, want)) = FILTERED_IN_F64.iter().find(|f| f.0 == case.name) {
+            let got = case.model().evaluate(&reference, &case.parameters).unwrap().log_likelihood;
+            assert!((got - want).abs() < 1e-8, "{name}: got {got:.12}, expected {want:.12}");
+        }
+    }
+}
+
 #[test]
 fn published_probabilities() {
     let Some(gnp) = Published::read("hmm_hamilton_gnp", "published.json") else { return };
