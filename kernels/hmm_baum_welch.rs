@@ -26,7 +26,7 @@
 //! Scratch  α, overwritten by γ [T,K] per (model, sequence); K > 4 two more of that size. None on the CPU but α of the running sequences.
 //! Floor    8 bytes of observations and 8·K of α per step and iteration.
 //! Numerics probabilities scaled by max_k (log b + exponent of the predicted probability): no observation underflows. Sums run in blocks of 64
-//!          steps. Moments within 1e-5 of f64 in f32, log-likelihood within 1e-7.
+//!          steps. Seen in f32 after three iterations: parameters within 5e-6 of f64 up to 10 states, 2e-5 for 33.
 //! Source   Rabiner 1989; Kim 1994 for the backward pass; Liu & Rubin 1995 for Student-t; hmmlearn's M-step for the meaning of the priors.
 //! Files    shaders/hmm_baum_welch.wgsl · cuda/hmm_baum_welch.cu · reference: the `_cpu` functions · lanes: hmm_expectation.rs
 
