@@ -1,7 +1,7 @@
 // Baum-Welch of hidden Markov models. Maths, shapes and source: kernels/hmm_baum_welch.rs.
 //   hmm_expectation        grid  ⌈jobs / WG⌉             thread = (model, sequence), K ≤ 4, all state in registers
 //   hmm_expectation_lanes  grid  ⌈jobs / (WG / lanes)⌉   8 to 64 threads = (model, sequence), a state each
-//   hmm_sums               grid  ⌈jobs·sums / WG⌉        thread = one sum over time of one (model, sequence)
+//   hmm_sums               grid  ⌈jobs·sums / WG⌉        thread = one sum over time of one (model, sequence); none where K ≤ 4, D = 1, normal
 //   hmm_reduce             grid  ⌈M·statistics / WG⌉     thread = (model, sum)
 //   hmm_maximisation       grid  ⌈M·K / WG⌉              thread = (model, state)
 // states: γ over α [T,K,jobs] where K ≤ 4; else γ, α and γ/predicted, each [jobs,T,K].
@@ -216,8 +216,21 @@ __device__ __forceinline__ void predict(const float (&x)[K], const float (&a)[K]
     }
 }
 
-// One sequence under one model: α forward, γ over it backward, pairs in registers.
+// Adds γ, γ·dev and γ·dev² of every state.
 template <int K>
+__device__ __forceinline__ void add_moments(const float (&gamma)[K], float x, const float (&mean)[K], float (&out)[3][K]) {
+#pragma unroll
+    for (int s = 0; s < K; s++) {
+        const float dev = x - mean[s];
+        out[0][s] += gamma[s];
+        out[1][s] += gamma[s] * dev;
+        out[2][s] += gamma[s] * dev * dev;
+    }
+}
+
+// One sequence under one model: α forward, γ over it backward, pairs in registers. SCALAR: one number a step and normal states, the
+// states' sums in registers too.
+template <int K, bool SCALAR>
 __device__ __forceinline__ void expectation(const float* __restrict__ obs, const uint32_t* __restrict__ words, const float* __restrict__ natural,
                                             const float* __restrict__ packed, float* __restrict__ states, float* __restrict__ sums, uint32_t job,
                                             const BaumWelchParams& p) {
@@ -234,6 +247,14 @@ __device__ __forceinline__ void expectation(const float* __restrict__ obs, const
         }
     }
     const size_t step = (size_t)K * p.jobs;
+    const float* series = obs + (size_t)n * p.t;
+    float mean[K], inverse[K], constant[K];
+#pragma unroll
+    for (int s = 0; s < K; s++) {
+        mean[s] = SCALAR ? packed[s] : 0.0f;
+        inverse[s] = SCALAR ? packed[K + s] : 0.0f;
+        constant[s] = SCALAR ? packed[2 * K + s] : 0.0f;
+    }
 
     // forward: α, scaled by the sum one step before
     if (p.phase & 1) {
@@ -267,12 +288,20 @@ __device__ __forceinline__ void expectation(const float* __restrict__ obs, const
             }
             const bool seen = is_observed(words, n, t, p);
             const float* x = obs + ((size_t)n * p.t + t) * width;
+            const float value = SCALAR ? x[0] : 0.0f;
             float level[K], mantissa[K], shift = LOG_ZERO;
 #pragma unroll
             for (int s = 0; s < K; s++) {
                 float power;
                 mantissa[s] = mantissa_of(predicted[s], power);
-                level[s] = predicted[s] >= TINY ? (seen ? log_density(packed, x, s, p) : 0.0f) + power : LOG_ZERO;
+                float log_b = 0.0f;
+                if (SCALAR && seen) {
+                    const float z = bounded((value - mean[s]) * inverse[s]);
+                    log_b = fmaxf(constant[s] - 0.5f * z * z, LEAST);
+                } else if (seen) {
+                    log_b = log_density(packed, x, s, p);
+                }
+                level[s] = predicted[s] >= TINY ? log_b + power : LOG_ZERO;
                 shift = fmaxf(shift, level[s]);
             }
             if (shift <= IMPOSSIBLE) {
@@ -297,14 +326,14 @@ __device__ __forceinline__ void expectation(const float* __restrict__ obs, const
         return;
     }
     if (p.end >= p.t) {
-        for (int e = 0; e < K + K * K; e++) {
+        for (int e = 0; e < K + K * K + (SCALAR ? 3 * K : 0); e++) {
             sums[e] = 0.0f;
         }
     }
     if (top <= p.begin) {
         return;
     }
-    float gamma[K], pairs[K][K];
+    float gamma[K], pairs[K][K], total[3][K];
     uint32_t t = top == length ? length - 1 : top;
 #pragma unroll
     for (int s = 0; s < K; s++) {
@@ -320,6 +349,7 @@ __device__ __forceinline__ void expectation(const float* __restrict__ obs, const
     }
 #pragma unroll
     for (int i = 0; i < K; i++) {
+        total[0][i] = total[1][i] = total[2][i] = 0.0f;
 #pragma unroll
         for (int j = 0; j < K; j++) {
             pairs[i][j] = 0.0f;
@@ -327,9 +357,10 @@ __device__ __forceinline__ void expectation(const float* __restrict__ obs, const
     }
     while (t > p.begin) {
         const uint32_t stop = max(p.begin, t - min(t, BLOCK));
-        float block[K][K];
+        float block[K][K], part[3][K];
 #pragma unroll
         for (int i = 0; i < K; i++) {
+            part[0][i] = part[1][i] = part[2][i] = 0.0f;
 #pragma unroll
             for (int j = 0; j < K; j++) {
                 block[i][j] = 0.0f;
@@ -337,6 +368,9 @@ __device__ __forceinline__ void expectation(const float* __restrict__ obs, const
         }
         for (; t > stop; t--) {
             float ratio[K];
+            if (SCALAR && t < top && is_observed(words, n, t, p)) {
+                add_moments(gamma, series[t], mean, part);
+            }
 #pragma unroll
             for (int s = 0; s < K; s++) {
                 alpha[s] = states[(t - 1) * step + s * p.jobs + job];
@@ -360,14 +394,34 @@ __device__ __forceinline__ void expectation(const float* __restrict__ obs, const
 #pragma unroll
             for (int s = 0; s < K; s++) {
                 gamma[s] *= scale;
-                states[(t - 1) * step + s * p.jobs + job] = gamma[s];
+                if (!SCALAR) {
+                    states[(t - 1) * step + s * p.jobs + job] = gamma[s];
+                }
             }
         }
 #pragma unroll
         for (int i = 0; i < K; i++) {
 #pragma unroll
+            for (int q = 0; q < 3; q++) {
+                total[q][i] += part[q][i];
+            }
+#pragma unroll
             for (int j = 0; j < K; j++) {
                 pairs[i][j] += block[i][j];
+            }
+        }
+    }
+    if (SCALAR) {
+        // The next launch goes on from here.
+        if (is_observed(words, n, t, p)) {
+            add_moments(gamma, series[t], mean, total);
+        }
+#pragma unroll
+        for (int s = 0; s < K; s++) {
+            states[t * step + s * p.jobs + job] = gamma[s];
+#pragma unroll
+            for (int q = 0; q < 3; q++) {
+                sums[K + K * K + 3 * s + q] += total[q][s];
             }
         }
     }
@@ -398,12 +452,20 @@ extern "C" __global__ void __launch_bounds__(WG)
     const float* natural = parameters + (size_t)m * parameters_width(params);
     const float* packed = model + (size_t)m * model_width(params) + params.k;
     float* sums = statistics + (size_t)job * statistics_width(params);
-    switch (params.k) {
-        case 1: expectation<1>(obs, words, natural, packed, states, sums, job, params); break;
-        case 2: expectation<2>(obs, words, natural, packed, states, sums, job, params); break;
-        case 3: expectation<3>(obs, words, natural, packed, states, sums, job, params); break;
-        default: expectation<4>(obs, words, natural, packed, states, sums, job, params); break;
+    const bool scalar = params.emission == 1 && params.d == 1;
+#define RUN(K)                                                                                   \
+    if (scalar) {                                                                                \
+        expectation<K, true>(obs, words, natural, packed, states, sums, job, params);            \
+    } else {                                                                                     \
+        expectation<K, false>(obs, words, natural, packed, states, sums, job, params);           \
     }
+    switch (params.k) {
+        case 1: RUN(1) break;
+        case 2: RUN(2) break;
+        case 3: RUN(3) break;
+        default: RUN(4) break;
+    }
+#undef RUN
 }
 
 // ---- expectation, a thread per state ------------------------------------------------------------------------------

@@ -264,7 +264,7 @@ fn forward<const K: usize>(launch: &Launch<'_>, models: &Models<K>, memory: &mut
             for i in 0..d {
                 let (mean, inverse, x) = (&memory.packed[j * d + i], &memory.packed[(K + j) * d + i], &memory.x[t * d + i]);
                 for l in 0..L {
-                    let z = ((x[l] - mean[l]) * inverse[l]).max(-1e14).min(1e14);
+                    let z = ((x[l] - mean[l]) * inverse[l]).clamp(-1e14, 1e14);
                     log_b[l] = z.mul_add(z, log_b[l]);
                 }
             }
@@ -288,26 +288,24 @@ fn forward<const K: usize>(launch: &Launch<'_>, models: &Models<K>, memory: &mut
             }
         }
         let next_mass = total(&next);
-        if t < shortest && shift.iter().all(|s| *s > IMPOSSIBLE as f32) {
-            alpha = next;
-            mass = next_mass;
+        // Lanes that are over, or impossible from here on, stay as they are.
+        let mut live = [1.0; L];
+        if t >= shortest || shift.iter().any(|s| *s <= IMPOSSIBLE as f32) {
             for l in 0..L {
-                compensated(&mut sum[l], &mut low[l], shift[l]);
-                compensated(&mut sum[l], &mut low[l], ln(mass[l]));
+                let runs = t < models.lengths[l];
+                failed[l] = if runs && failed[l] < 0.0 && shift[l] <= IMPOSSIBLE as f32 { t as f32 } else { failed[l] };
+                live[l] = if runs && failed[l] < 0.0 { 1.0 } else { 0.0 };
             }
-        } else {
-            // Lanes that are over, or impossible from here on, stay as they are.
+        }
+        for j in 0..K {
             for l in 0..L {
-                if t < models.lengths[l] && failed[l] < 0.0 && shift[l] <= IMPOSSIBLE as f32 {
-                    failed[l] = t as f32;
-                }
-                if t < models.lengths[l] && failed[l] < 0.0 {
-                    (0..K).for_each(|j| alpha[j][l] = next[j][l]);
-                    mass[l] = next_mass[l];
-                    compensated(&mut sum[l], &mut low[l], shift[l]);
-                    compensated(&mut sum[l], &mut low[l], ln(mass[l]));
-                }
+                alpha[j][l] = if live[l] > 0.0 { next[j][l] } else { alpha[j][l] };
             }
+        }
+        for l in 0..L {
+            mass[l] = if live[l] > 0.0 { next_mass[l] } else { mass[l] };
+            compensated(&mut sum[l], &mut low[l], if live[l] > 0.0 { shift[l] } else { 0.0 });
+            compensated(&mut sum[l], &mut low[l], if live[l] > 0.0 { ln(mass[l]) } else { 0.0 });
         }
         memory.alpha[t * K..(t + 1) * K].copy_from_slice(&alpha);
     }

@@ -473,7 +473,12 @@ pub fn fit_with_progress(device: &Device, data: &Observations<'_>, options: &Fit
     let groups = data.n / per_model;
     let facts = (0..groups).into_par_iter().map(|g| Facts::of(data, options, g, per_model)).collect::<Result<Vec<Facts>>>()?;
     let mut fits = Vec::with_capacity(groups);
-    for run in device.plan(OP, groups as u64, elements(device, data, options, per_model), 1, 1)? {
+    let elements = elements(device, data, options, per_model);
+    // Kernels index their buffers with 32 bits.
+    let most = (u64::from(u32::MAX) / elements).max(1);
+    let runs = device.plan(OP, groups as u64, elements, 1, 1)?;
+    let parts = runs.into_iter().flat_map(|run| run.clone().step_by(most as usize).map(move |from| from..(from + most).min(run.end)));
+    for run in parts {
         let (from, to) = (run.start as usize, run.end as usize);
         let part = data.part(from * per_model, to * per_model);
         fits.extend(fit_groups(device, &part, options, &facts[from..to], from, progress)?);
@@ -488,7 +493,7 @@ fn elements(device: &Device, data: &Observations<'_>, options: &FitOptions, per_
     let (jobs, steps) = ((per_model * options.restarts) as u64, (per_model * data.t) as u64);
     let states = if on_host { 0 } else { (if k <= 4 { 1 } else { 3 }) * steps * options.restarts as u64 * k };
     let each = natural(options.emission, k, data.width as u64) + k * k;
-    states.max(steps * data.width as u64).max(jobs * (2 * each + k * k + 4 * k + 3))
+    states.max(steps * data.width as u64).max(jobs * (2 * each + k * k + 4 * k + 3)).max(1)
 }
 
 fn wrong<T>(name: &str, value: String, help: &str) -> Result<T> {

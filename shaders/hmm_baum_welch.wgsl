@@ -1,7 +1,7 @@
 // Baum-Welch of hidden Markov models. Maths, shapes and source: kernels/hmm_baum_welch.rs.
 //   hmm_expectation        grid  ⌈jobs / WG⌉             thread = (model, sequence), K ≤ 4, all state in registers
 //   hmm_expectation_lanes  grid  ⌈jobs / (WG / lanes)⌉   8 to 64 threads = (model, sequence), a state each
-//   hmm_sums               grid  ⌈jobs·sums / WG⌉        thread = one sum over time of one (model, sequence)
+//   hmm_sums               grid  ⌈jobs·sums / WG⌉        thread = one sum over time of one (model, sequence); none where K ≤ 4, D = 1, normal
 //   hmm_reduce             grid  ⌈M·statistics / WG⌉     thread = (model, sum)
 //   hmm_maximisation       grid  ⌈M·K / WG⌉              thread = (model, state)
 // states: γ over α [T,K,jobs] where K ≤ 4; else γ, α and γ/predicted, each [jobs,T,K].
@@ -246,6 +246,24 @@ fn density4(at: u32, x: u32) -> vec4<f32> {
     return y;
 }
 
+fn model4(at: u32) -> vec4<f32> {
+    let k = params.k;
+    var x = vec4<f32>(model[at], 0.0, 0.0, 0.0);
+    if k > 1u { x.y = model[at + 1u]; }
+    if k > 2u { x.z = model[at + 2u]; }
+    if k > 3u { x.w = model[at + 3u]; }
+    return x;
+}
+
+// Adds each state's sum, one state after the other `stride` apart.
+fn add_states4(at: u32, stride: u32, x: vec4<f32>) {
+    let k = params.k;
+    statistics[at] += x.x;
+    if k > 1u { statistics[at + stride] += x.y; }
+    if k > 2u { statistics[at + 2u * stride] += x.z; }
+    if k > 3u { statistics[at + 3u * stride] += x.w; }
+}
+
 fn add_row4(at: u32, x: vec4<f32>) {
     let k = params.k;
     statistics[at] += x.x;
@@ -283,6 +301,18 @@ fn hmm_expectation(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroup
     if k > 3u { a3 = row4(rows + 3u * k); }
     let sums = job * statistics_width();
     let summary = sums + statistics_width() - 3u;
+    // One number a step and normal states: all in registers.
+    let width = observed_width();
+    let packed = m * model_width() + k;
+    let scalar = params.emission == 1u && params.d == 1u;
+    var mean = vec4<f32>(0.0);
+    var inverse = vec4<f32>(0.0);
+    var constant = vec4<f32>(0.0);
+    if scalar {
+        mean = model4(packed);
+        inverse = model4(packed + k);
+        constant = model4(packed + 2u * k);
+    }
 
     // forward: α, scaled by the sum one step before
     if (params.phase & 1u) != 0u {
@@ -298,8 +328,6 @@ fn hmm_expectation(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroup
                 total = sum4(alpha);
             }
         }
-        let width = observed_width();
-        let packed = m * model_width() + k;
         for (var t = params.begin; t < top; t++) {
             if failed >= 0.0 {
                 break;
@@ -310,7 +338,12 @@ fn hmm_expectation(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroup
             }
             var log_b = vec4<f32>(0.0);
             if is_observed(n, t) {
-                log_b = density4(packed, (n * params.t + t) * width);
+                if scalar {
+                    let z = clamp((obs[n * params.t + t] - mean) * inverse, vec4<f32>(-1e14), vec4<f32>(1e14));
+                    log_b = max(constant - 0.5 * z * z, vec4<f32>(LEAST));
+                } else {
+                    log_b = density4(packed, (n * params.t + t) * width);
+                }
             }
             let bits = bitcast<vec4<u32>>(predicted);
             let possible = predicted >= vec4<f32>(TINY);
@@ -332,10 +365,10 @@ fn hmm_expectation(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroup
         statistics[summary + 2u] = failed;
     }
 
-    // backward: γ over α, pairs in registers
+    // backward: pairs in registers; the states' sums too, or γ over α for `hmm_sums`
     if (params.phase & 2u) != 0u && statistics[summary + 2u] < 0.0 {
         if params.end >= params.t {
-            for (var e = 0u; e < k + k * k; e++) {
+            for (var e = 0u; e < k + k * k + select(0u, 3u * k, scalar); e++) {
                 statistics[sums + e] = 0.0;
             }
         }
@@ -351,13 +384,25 @@ fn hmm_expectation(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroup
             var p1 = vec4<f32>(0.0);
             var p2 = vec4<f32>(0.0);
             var p3 = vec4<f32>(0.0);
+            var weights = vec4<f32>(0.0);
+            var firsts = vec4<f32>(0.0);
+            var seconds = vec4<f32>(0.0);
             while t > params.begin {
                 let stop = max(params.begin, t - min(t, BLOCK));
                 var b0 = vec4<f32>(0.0);
                 var b1 = vec4<f32>(0.0);
                 var b2 = vec4<f32>(0.0);
                 var b3 = vec4<f32>(0.0);
+                var w = vec4<f32>(0.0);
+                var f = vec4<f32>(0.0);
+                var g = vec4<f32>(0.0);
                 while t > stop {
+                    if scalar && t < top && is_observed(n, t) {
+                        let dev = obs[n * params.t + t] - mean;
+                        w += gamma;
+                        f += gamma * dev;
+                        g += gamma * dev * dev;
+                    }
                     let alpha = load4(job, t - 1u);
                     let predicted = alpha.x * a0 + alpha.y * a1 + alpha.z * a2 + alpha.w * a3;
                     let possible = predicted >= vec4<f32>(TINY);
@@ -368,13 +413,32 @@ fn hmm_expectation(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroup
                     b3 += alpha.w * ratio;
                     gamma = alpha * vec4<f32>(dot(a0, ratio), dot(a1, ratio), dot(a2, ratio), dot(a3, ratio));
                     gamma = gamma * (1.0 / max(sum4(gamma), TINY));
-                    store4(job, t - 1u, gamma);
                     t -= 1u;
+                    if !scalar {
+                        store4(job, t, gamma);
+                    }
                 }
                 p0 += b0;
                 p1 += b1;
                 p2 += b2;
                 p3 += b3;
+                weights += w;
+                firsts += f;
+                seconds += g;
+            }
+            if scalar {
+                // The next launch goes on from here.
+                store4(job, t, gamma);
+                if is_observed(n, t) {
+                    let dev = obs[n * params.t + t] - mean;
+                    weights += gamma;
+                    firsts += gamma * dev;
+                    seconds += gamma * dev * dev;
+                }
+                let states_sums = sums + k + k * k;
+                add_states4(states_sums, 3u, weights);
+                add_states4(states_sums + 1u, 3u, firsts);
+                add_states4(states_sums + 2u, 3u, seconds);
             }
             add_row4(sums + k, p0 * a0);
             if k > 1u { add_row4(sums + 2u * k, p1 * a1); }
