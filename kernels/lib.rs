@@ -21,6 +21,7 @@ pub mod fixed;
 pub mod hmm;
 pub mod hmm_baum_welch;
 pub mod hmm_fit;
+pub mod hmm_gradient;
 mod hmm_lanes;
 mod hmm_pack;
 pub mod indicators;
@@ -88,7 +89,20 @@ pub static OPS: [Op; 8] = [
     Op {
         name: "hmm_forward_backward",
         about: "likelihood, filtered, predicted and smoothed probabilities of hidden Markov models",
-        kernels: &[&hmm::HMM_EMISSION, &hmm::HMM_FORWARD_BACKWARD_4, &hmm::HMM_FORWARD_BACKWARD_8, &hmm::HMM_FORWARD_BACKWARD],
+        kernels: &[
+            &hmm::HMM_EMISSION,
+            &hmm::HMM_FORWARD_BACKWARD_4,
+            &hmm::HMM_FORWARD_BACKWARD_8,
+            &hmm::HMM_FORWARD_BACKWARD,
+            &hmm_gradient::HMM_GRADIENT_CHAIN,
+            &hmm_gradient::HMM_GRADIENT_EMISSION,
+            &hmm_gradient::HMM_GRADIENT_TABLE,
+            &hmm_gradient::HMM_GRADIENT_STEPS,
+            &hmm_gradient::HMM_GRADIENT_SOFTMAX,
+            &hmm_gradient::HMM_GRADIENT_REDUCE,
+            &hmm_gradient::HMM_TANGENT,
+            &hmm_gradient::HMM_TANGENT_POSTERIOR,
+        ],
         differentiable: true,
         verify: hmm::verify,
     },
@@ -108,7 +122,7 @@ pub static OPS: [Op; 8] = [
 ];
 
 /// Every kernel: those of the ops, then the ceiling that `forback bench` measures.
-pub static KERNELS: [&Kernel; 33] = [
+pub static KERNELS: [&Kernel; 41] = [
     &philox::PHILOX,
     &performance::PERFORMANCE,
     &walk_forward_sharpe::SEGMENT_MOMENTS,
@@ -141,5 +155,13 @@ pub static KERNELS: [&Kernel; 33] = [
     &hmm_baum_welch::HMM_EXPECTATION_LANES,
     &hmm_baum_welch::HMM_SUMS,
     &hmm_baum_welch::HMM_REDUCE,
+    &hmm_gradient::HMM_GRADIENT_CHAIN,
+    &hmm_gradient::HMM_GRADIENT_EMISSION,
+    &hmm_gradient::HMM_GRADIENT_TABLE,
+    &hmm_gradient::HMM_GRADIENT_STEPS,
+    &hmm_gradient::HMM_GRADIENT_SOFTMAX,
+    &hmm_gradient::HMM_GRADIENT_REDUCE,
+    &hmm_gradient::HMM_TANGENT,
+    &hmm_gradient::HMM_TANGENT_POSTERIOR,
     &ceilings::CEILING_MULTIPLY_ADD,
 ];

@@ -201,10 +201,16 @@ struct Total {
     exponents: i32,
 }
 
+// The same bits, out of reach of compilers that reorder sums: the last flag bit is never set.
+fn exact(x: f32) -> f32 {
+    return bitcast<f32>(bitcast<u32>(x) ^ (params.flags >> 31u));
+}
+
 fn add(total: Total, x: f32) -> Total {
-    let sum = total.high + x;
-    let part = sum - total.high;
-    return Total(sum, total.low + ((total.high - (sum - part)) + (x - part)), total.exponents);
+    let sum = exact(total.high + x);
+    let part = exact(sum - total.high);
+    let lost = exact(total.high - exact(sum - part)) + (x - part);
+    return Total(sum, total.low + lost, total.exponents);
 }
 
 fn fold(total: Total) -> Total {
@@ -224,7 +230,7 @@ fn power_of_two(e: i32) -> f32 {
 fn finish(b: u32, total: Total, sum: f32, failed: f32) {
     let at = b * params.record;
     let whole = add(fold(total), log_f32(sum));
-    let high = whole.high + whole.low;
+    let high = exact(whole.high + whole.low);
     summary[at] = select(high, LOG_ZERO, failed >= 0.0);
     summary[at + 1u] = select((whole.high - high) + whole.low, 0.0, failed >= 0.0);
     summary[at + 2u] = failed;
@@ -313,17 +319,12 @@ fn load4(at: u32, first: u32) -> vec4<f32> {
     return vec4<f32>(obs[at + min(first, last)], obs[at + min(first + 1u, last)], obs[at + min(first + 2u, last)], obs[at + min(first + 3u, last)]);
 }
 
-fn density4(m: u32, x: u32, first: u32) -> vec4<f32> {
-    let last = params.k - 1u;
-    var y = vec4<f32>(density(m, x, min(first, last)), 0.0, 0.0, 0.0);
-    if params.k > first + 1u {
-        y.y = density(m, x, first + 1u);
-    }
-    if params.k > first + 2u {
-        y.z = density(m, x, first + 2u);
-    }
-    if params.k > first + 3u {
-        y.w = density(m, x, first + 3u);
+// x with element j replaced.
+fn insert(x: States, j: u32, value: f32, two: bool) -> States {
+    var y = x;
+    y.lo = select(x.lo, vec4<f32>(value), vec4<u32>(0u, 1u, 2u, 3u) == vec4<u32>(j));
+    if two {
+        y.hi = select(x.hi, vec4<f32>(value), vec4<u32>(4u, 5u, 6u, 7u) == vec4<u32>(j));
     }
     return y;
 }
@@ -338,61 +339,39 @@ fn log_b_states(b: u32, t: u32, two: bool) -> States {
                 x.hi = load4(at, 4u);
             }
         } else {
-            let m = model_at(b);
-            let at = (b * params.t + t) * params.d;
-            x.lo = density4(m, at, 0u);
-            if two {
-                x.hi = density4(m, at, 4u);
+            for (var j = 0u; j < params.k; j++) {
+                x = insert(x, j, density(model_at(b), (b * params.t + t) * params.d, j), two);
             }
         }
     }
     return padded(x);
 }
 
-fn transition4(table: u32, b: u32, slot: u32, i: u32, first: u32) -> vec4<f32> {
-    let last = params.k - 1u;
-    return vec4<f32>(
-        transition(table, b, slot, i, min(first, last)),
-        transition(table, b, slot, i, min(first + 1u, last)),
-        transition(table, b, slot, i, min(first + 2u, last)),
-        transition(table, b, slot, i, min(first + 3u, last)),
-    );
+// Row i of slot t as probabilities; zeros from column K on.
+fn row(table: u32, b: u32, slot: u32, i: u32, two: bool) -> States {
+    var x = States(vec4<f32>(LOG_ZERO), vec4<f32>(LOG_ZERO));
+    for (var j = 0u; j < params.k; j++) {
+        x = insert(x, j, transition(table, b, slot, i, j), two);
+    }
+    let y = exp_states(x, select(0.0, max_of(x, two), has(SOFTMAX)), two);
+    return times(y, select(1.0, 1.0 / sum_of(y, two), has(SOFTMAX)));
 }
 
-// Row i of slot t as probabilities; zeros for rows and columns from K on.
-fn row(table: u32, b: u32, slot: u32, i: u32, two: bool) -> States {
-    var x = zero_states();
-    if i >= params.k {
-        return x;
-    }
-    x.lo = transition4(table, b, slot, i, 0u);
-    if two {
-        x.hi = transition4(table, b, slot, i, 4u);
-    }
-    x = padded(x);
-    if !has(SOFTMAX) {
-        return exp_states(x, 0.0, two);
-    }
-    let y = exp_states(x, max_of(x, two), two);
-    return times(y, 1.0 / sum_of(y, two));
+fn insert_row(m: mat4x4<f32>, i: u32, x: vec4<f32>) -> mat4x4<f32> {
+    return mat4x4<f32>(select(m[0], x, i == 0u), select(m[1], x, i == 1u), select(m[2], x, i == 2u), select(m[3], x, i == 3u));
 }
 
 fn transitions_of(b: u32, slot: u32, two: bool) -> Transitions {
     let table = table_at(b, slot);
     var a: Transitions;
-    let r0 = row(table, b, slot, 0u, two);
-    let r1 = row(table, b, slot, 1u, two);
-    let r2 = row(table, b, slot, 2u, two);
-    let r3 = row(table, b, slot, 3u, two);
-    a.ll = mat4x4<f32>(r0.lo, r1.lo, r2.lo, r3.lo);
-    if two {
-        let r4 = row(table, b, slot, 4u, two);
-        let r5 = row(table, b, slot, 5u, two);
-        let r6 = row(table, b, slot, 6u, two);
-        let r7 = row(table, b, slot, 7u, two);
-        a.lh = mat4x4<f32>(r0.hi, r1.hi, r2.hi, r3.hi);
-        a.hl = mat4x4<f32>(r4.lo, r5.lo, r6.lo, r7.lo);
-        a.hh = mat4x4<f32>(r4.hi, r5.hi, r6.hi, r7.hi);
+    for (var i = 0u; i < params.k; i++) {
+        let r = row(table, b, slot, i, two);
+        a.ll = insert_row(a.ll, i, r.lo);
+        if two {
+            a.lh = insert_row(a.lh, i, r.hi);
+            a.hl = insert_row(a.hl, i - 4u, r.lo);
+            a.hh = insert_row(a.hh, i - 4u, r.hi);
+        }
     }
     return a;
 }
@@ -439,19 +418,18 @@ fn load_states(at: u32, two: bool) -> States {
 // States that wait in the summary between launches.
 fn keep(b: u32, x: States, two: bool) {
     let at = b * params.record + 4u;
-    let all = array<f32, 8>(x.lo.x, x.lo.y, x.lo.z, x.lo.w, x.hi.x, x.hi.y, x.hi.z, x.hi.w);
     for (var j = 0u; j < params.k; j++) {
-        summary[at + j] = all[j];
+        let quad = select(x.lo, x.hi, two && j > 3u);
+        summary[at + j] = select(select(quad.x, quad.y, (j & 3u) == 1u), select(quad.z, quad.w, (j & 3u) == 3u), (j & 3u) > 1u);
     }
 }
 
-fn kept(b: u32) -> States {
-    let at = b * params.record + 4u;
-    var all = array<f32, 8>();
+fn kept(b: u32, two: bool) -> States {
+    var x = zero_states();
     for (var j = 0u; j < params.k; j++) {
-        all[j] = summary[at + j];
+        x = insert(x, j, summary[b * params.record + 4u + j], two);
     }
-    return States(vec4<f32>(all[0], all[1], all[2], all[3]), vec4<f32>(all[4], all[5], all[6], all[7]));
+    return x;
 }
 
 // pred·exp(log b − shift) with the joint shift max (log b + log pred), for steps at which the plain shift leaves nothing.
@@ -462,7 +440,7 @@ fn joint(pred: States, x: States, two: bool) -> States {
         vec4<f32>(log_f32(pred.lo.x), log_f32(pred.lo.y), log_f32(pred.lo.z), log_f32(pred.lo.w)),
         vec4<f32>(log_f32(pred.hi.x), log_f32(pred.hi.y), log_f32(pred.hi.z), log_f32(pred.hi.w)),
     );
-    return States(select(none, x.lo + log4.lo, pred.lo > least && x.lo > vec4<f32>(IMPOSSIBLE)), select(none, x.hi + log4.hi, pred.hi > least && x.hi > vec4<f32>(IMPOSSIBLE)));
+    return States(select(none, x.lo + log4.lo, (pred.lo > least) & (x.lo > vec4<f32>(IMPOSSIBLE))), select(none, x.hi + log4.hi, (pred.hi > least) & (x.hi > vec4<f32>(IMPOSSIBLE))));
 }
 
 fn forward(b: u32, length: u32, two: bool) {
@@ -480,15 +458,15 @@ fn forward(b: u32, length: u32, two: bool) {
     if params.begin > 0u && params.begin < length {
         total = Total(summary[record], summary[record + 1u], i32(summary[record + 3u]));
         failed = summary[record + 2u];
-        alpha = kept(b);
+        alpha = kept(b, two);
         sum = select(sum_of(alpha, two), 1.0, failed >= 0.0);
     }
     var a: Transitions;
-    if !has(TRANS_STEP) {
-        a = transitions_of(b, 0u, two);
-    }
     let end = min(params.end, length);
     for (var t = params.begin; t < end; t++) {
+        if t == max(params.begin, 1u) || (has(TRANS_STEP) && t > 0u) {
+            a = transitions_of(b, t - 1u, two);
+        }
         var pred: States;
         if t == 0u {
             let m = model_at(b);
@@ -500,9 +478,6 @@ fn forward(b: u32, length: u32, two: bool) {
             }
             pred = exp_states(padded(init), 0.0, two);
         } else {
-            if has(TRANS_STEP) {
-                a = transitions_of(b, t - 1u, two);
-            }
             pred = predict(a, alpha, two);
         }
         if has(PREDICTED) {
@@ -617,62 +592,60 @@ fn backward(b: u32, length: u32, two: bool) {
     let of_b = b * each;
     let posterior = section(POSTERIOR) + of_b;
     let parked = params.park * params.b * each + of_b;
-    if params.begin >= length {
-        return;
-    }
-    var gamma: States;
-    var t = params.end;
-    if params.end >= length {
-        t = length - 1u;
-        gamma = load_states(parked + t * params.k, two);
-        if has(POSTERIOR) {
-            store(posterior + t * params.k, gamma, two);
-        }
-    } else {
-        gamma = kept(b);
+    let pairs = has(PAIR_SUM | PAIR_STEPS);
+    var gamma = zero_states();
+    if params.end < length {
+        gamma = kept(b, two);
     }
     var a: Transitions;
-    if !has(TRANS_STEP) {
-        a = transitions_of(b, 0u, two);
-    }
     var block = no_pairs();
-    for (; t > params.begin; t--) {
-        let now = t - 1u;
-        if has(TRANS_STEP) {
-            a = transitions_of(b, now, two);
-        }
-        let alpha = load_states(parked + now * params.k, two);
-        let pred = predict(a, alpha, two);
-        var r = zero_states();
-        r.lo = ratio4(gamma.lo, pred.lo);
-        if two {
-            r.hi = ratio4(gamma.hi, pred.hi);
-        }
-        let from_here = onto(a, r, two);
-        gamma = States(alpha.lo * from_here.lo, alpha.hi * from_here.hi);
-        let sum = sum_of(gamma, two);
-        let inverse = select(0.0, 1.0 / sum, sum > 0.0);
-        if has(POSTERIOR) {
-            store(posterior + now * params.k, times(gamma, inverse), two);
-        }
-        if has(PAIR_SUM | PAIR_STEPS) {
-            let scaled = times(alpha, inverse);
-            block.ll += pairs4(a.ll, scaled.lo, r.lo);
-            if two {
-                block.lh += pairs4(a.lh, scaled.lo, r.hi);
-                block.hl += pairs4(a.hl, scaled.hi, r.lo);
-                block.hh += pairs4(a.hh, scaled.hi, r.hi);
+    // The sum over time starts afresh in the launch that holds the last step.
+    var adds = params.end < params.t;
+    for (var after = params.end; after > params.begin; after--) {
+        let t = after - 1u;
+        if after <= length {
+            let alpha = load_states(parked + t * params.k, two);
+            if after == length {
+                gamma = alpha;
+                if has(POSTERIOR) {
+                    store(posterior + t * params.k, gamma, two);
+                }
+            } else {
+                if has(TRANS_STEP) || after == min(params.end, length - 1u) {
+                    a = transitions_of(b, t, two);
+                }
+                let pred = predict(a, alpha, two);
+                var r = zero_states();
+                r.lo = ratio4(gamma.lo, pred.lo);
+                if two {
+                    r.hi = ratio4(gamma.hi, pred.hi);
+                }
+                let from_here = onto(a, r, two);
+                gamma = States(alpha.lo * from_here.lo, alpha.hi * from_here.hi);
+                let sum = sum_of(gamma, two);
+                let inverse = select(0.0, 1.0 / sum, sum > 0.0);
+                if has(POSTERIOR) {
+                    store(posterior + t * params.k, times(gamma, inverse), two);
+                }
+                if pairs {
+                    let scaled = times(alpha, inverse);
+                    block.ll += pairs4(a.ll, scaled.lo, r.lo);
+                    if two {
+                        block.lh += pairs4(a.lh, scaled.lo, r.hi);
+                        block.hl += pairs4(a.hl, scaled.hi, r.lo);
+                        block.hh += pairs4(a.hh, scaled.hi, r.hi);
+                    }
+                }
             }
-            if has(PAIR_STEPS) {
-                put_pairs((b * (params.t - 1u) + now) * params.k * params.k, block, false, two);
-                block = no_pairs();
-            } else if now % PAIR_BLOCK == 0u || now == params.begin {
-                put_pairs(b * params.k * params.k, block, true, two);
-                block = no_pairs();
-            }
+        }
+        if (has(PAIR_STEPS) && after < params.t) || (has(PAIR_SUM) && (t % PAIR_BLOCK == 0u || t == params.begin)) {
+            let slot = select(b, b * (params.t - 1u) + t, has(PAIR_STEPS));
+            put_pairs(slot * params.k * params.k, block, adds && has(PAIR_SUM), two);
+            block = no_pairs();
+            adds = true;
         }
     }
-    if params.begin > 0u {
+    if params.begin > 0u && params.begin < length {
         keep(b, gamma, two);
     }
 }
@@ -702,28 +675,26 @@ fn hmm_forward_backward_8(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_wo
 
 // ---- several threads per sequence ---------------------------------------------------------------------------------
 
-// Most states, and most states whose transitions are kept in workgroup memory.
-const MAX_STATES: u32 = 512u;
-const KEPT: u32 = 32u;
+// Workgroup memory: four arrays over the states of all sequences of the group (log b or γ, α, predicted or ratio, row sums of a softmax), then,
+// where they fit, the transitions and the pair posteriors of a block of steps.
+const POOL: u32 = 4096u;
+var<workgroup> sh: array<f32, POOL>;
 
-var<workgroup> sh_log_b: array<f32, MAX_STATES>;
-var<workgroup> sh_alpha: array<f32, MAX_STATES>;
-var<workgroup> sh_ratio: array<f32, MAX_STATES>;
-var<workgroup> sh_row: array<f32, MAX_STATES>;
-var<workgroup> sh_transitions: array<f32, 2048>;
-
-// One thread of a sequence: its states are lane, lane + lanes, …; the sequence's part of the state arrays starts at `base`.
+// One thread of a sequence: its states are lane, lane + lanes, …; each array's part of the sequence starts here.
 struct Lane {
     b: u32,
     length: u32,
     lane: u32,
     lanes: u32,
-    base: u32,
+    log_b: u32,
+    alpha: u32,
+    ratio: u32,
+    row: u32,
+    transitions: u32,
+    pairs: u32,
+    keeps_transitions: bool,
+    keeps_pairs: bool,
     valid: bool,
-}
-
-fn keeps_transitions() -> bool {
-    return params.k <= KEPT;
 }
 
 // Fills what transitions of a slot need: the matrix, or for many states under a softmax the logarithm of each row's sum. Barrier after.
@@ -741,23 +712,23 @@ fn fill_transitions(l: Lane, slot: u32) {
                 total += exp_f32(transition(table, l.b, slot, i, j) - most);
             }
             total = most + log_f32(total);
-            sh_row[l.base + i] = total;
+            sh[l.row + i] = total;
         }
-        if keeps_transitions() {
+        if l.keeps_transitions {
             for (var j = 0u; j < k; j++) {
-                sh_transitions[(l.base + i) * k + j] = exp_f32(transition(table, l.b, slot, i, j) - total);
+                sh[l.transitions + i * k + j] = exp_f32(transition(table, l.b, slot, i, j) - total);
             }
         }
     }
 }
 
 fn probability(l: Lane, slot: u32, table: u32, i: u32, j: u32) -> f32 {
-    if keeps_transitions() {
-        return sh_transitions[(l.base + i) * params.k + j];
+    if l.keeps_transitions {
+        return sh[l.transitions + i * params.k + j];
     }
     let x = transition(table, l.b, slot, i, j);
     if has(SOFTMAX) {
-        return exp_f32(x - sh_row[l.base + i]);
+        return exp_f32(x - sh[l.row + i]);
     }
     return exp_f32(x);
 }
@@ -767,15 +738,15 @@ fn predict_state(l: Lane, slot: u32, j: u32) -> f32 {
     let table = table_at(l.b, slot);
     var pred = 0.0;
     for (var i = 0u; i < params.k; i++) {
-        pred += sh_alpha[l.base + i] * probability(l, slot, table, i, j);
+        pred += sh[l.alpha + i] * probability(l, slot, table, i, j);
     }
     return pred;
 }
 
 // α(j) of a step that is done again, from what was predicted and observed.
 fn joint_state(l: Lane, j: u32) -> f32 {
-    let pred = sh_ratio[l.base + j];
-    let x = sh_log_b[l.base + j];
+    let pred = sh[l.ratio + j];
+    let x = sh[l.log_b + j];
     if pred > 1e-37 && x > IMPOSSIBLE {
         return x + log_f32(pred);
     }
@@ -819,7 +790,7 @@ fn forward_lanes(l: Lane) {
         }
         sum = select(sum, 1.0, failed >= 0.0);
         for (var j = l.lane; j < k; j += l.lanes) {
-            sh_alpha[l.base + j] = summary[record + 4u + j];
+            sh[l.alpha + j] = summary[record + 4u + j];
         }
     }
     if l.valid && !has(TRANS_STEP) {
@@ -832,9 +803,9 @@ fn forward_lanes(l: Lane) {
         if runs {
             for (var j = l.lane; j < k; j += l.lanes) {
                 if again > IMPOSSIBLE {
-                    sh_alpha[l.base + j] = exp_f32(joint_state(l, j) - again);
+                    sh[l.alpha + j] = exp_f32(joint_state(l, j) - again);
                 }
-                sh_log_b[l.base + j] = log_b(l.b, t, j);
+                sh[l.log_b + j] = log_b(l.b, t, j);
             }
             if t > 0u && has(TRANS_STEP) {
                 fill_transitions(l, t - 1u);
@@ -845,7 +816,7 @@ fn forward_lanes(l: Lane) {
         let exponent = exponent_of(sum);
         if runs {
             for (var j = 0u; j < k; j++) {
-                shift = max(shift, sh_log_b[l.base + j]);
+                shift = max(shift, sh[l.log_b + j]);
             }
             for (var j = l.lane; j < k; j += l.lanes) {
                 var pred = 0.0;
@@ -857,22 +828,22 @@ fn forward_lanes(l: Lane) {
                 if has(PREDICTED) {
                     states[predicted + t * k + j] = pred / sum;
                 }
-                sh_ratio[l.base + j] = pred * power_of_two(-exponent);
+                sh[l.ratio + j] = pred * power_of_two(-exponent);
             }
             total.exponents += exponent;
         }
         workgroupBarrier();  // all have read α
         if runs {
             for (var j = l.lane; j < k; j += l.lanes) {
-                let b = exp_f32(sh_log_b[l.base + j] - shift);
-                sh_alpha[l.base + j] = select(sh_ratio[l.base + j] * b, 0.0, shift <= IMPOSSIBLE);
+                let b = exp_f32(sh[l.log_b + j] - shift);
+                sh[l.alpha + j] = select(sh[l.ratio + j] * b, 0.0, shift <= IMPOSSIBLE);
             }
         }
         workgroupBarrier();  // α is complete
         if runs {
             sum = 0.0;
             for (var j = 0u; j < k; j++) {
-                sum += sh_alpha[l.base + j];
+                sum += sh[l.alpha + j];
             }
             again = LOG_ZERO;
             if sum < RETRY {
@@ -897,7 +868,7 @@ fn forward_lanes(l: Lane) {
             if has(FILTERED) || parks {
                 let to = select(parked, filtered, has(FILTERED)) + t * k;
                 for (var j = l.lane; j < k; j += l.lanes) {
-                    var alpha = sh_alpha[l.base + j];
+                    var alpha = sh[l.alpha + j];
                     if again > IMPOSSIBLE {
                         alpha = exp_f32(joint_state(l, j) - again);
                     }
@@ -914,7 +885,7 @@ fn forward_lanes(l: Lane) {
     let last = params.end < l.length;
     if last {
         for (var j = l.lane; j < k; j += l.lanes) {
-            var alpha = sh_alpha[l.base + j];
+            var alpha = sh[l.alpha + j];
             if again > IMPOSSIBLE {
                 alpha = exp_f32(joint_state(l, j) - again);
             }
@@ -941,7 +912,7 @@ fn backward_lanes(l: Lane) {
     let parked = params.park * params.b * each + l.b * each;
     let record = l.b * params.record;
     let end = min(params.end, l.length);
-    // γ of the step after lies in sh_log_b
+    // γ of the step after lies where log b lay
     if l.valid && params.begin < l.length {
         for (var j = l.lane; j < k; j += l.lanes) {
             var gamma = 0.0;
@@ -953,21 +924,24 @@ fn backward_lanes(l: Lane) {
                     states[posterior + (end - 1u) * k + j] = gamma;
                 }
             }
-            sh_log_b[l.base + j] = gamma;
+            sh[l.log_b + j] = gamma;
         }
         if !has(TRANS_STEP) {
             fill_transitions(l, 0u);
         }
     }
-    for (var s = params.end; s > params.begin; s--) {
-        let t = s - 1u;
-        let runs = l.valid && t + 1u < l.length;
+    // The sum over time starts afresh in the launch that holds the last step, its blocks after each flush.
+    var adds = params.end < params.t;
+    var fresh = true;
+    for (var after = params.end; after > params.begin; after--) {
+        let t = after - 1u;
+        let runs = l.valid && after < l.length;
         if has(TRANS_STEP) {
             workgroupBarrier();  // all have read the transitions of the step after
         }
         if runs {
             for (var j = l.lane; j < k; j += l.lanes) {
-                sh_alpha[l.base + j] = states[parked + t * k + j];
+                sh[l.alpha + j] = states[parked + t * k + j];
             }
             if has(TRANS_STEP) {
                 fill_transitions(l, t);
@@ -978,40 +952,56 @@ fn backward_lanes(l: Lane) {
         if runs {
             var sum = 0.0;
             for (var j = 0u; j < k; j++) {
-                sum += sh_log_b[l.base + j];
+                sum += sh[l.log_b + j];
             }
             inverse = select(0.0, 1.0 / sum, sum > 0.0);
             for (var j = l.lane; j < k; j += l.lanes) {
                 let pred = predict_state(l, t, j);
-                sh_ratio[l.base + j] = select(0.0, sh_log_b[l.base + j] / pred, pred > 0.0);
+                sh[l.ratio + j] = select(0.0, sh[l.log_b + j] / pred, pred > 0.0);
             }
         }
         workgroupBarrier();  // the ratios are complete, all have read γ
-        if runs {
+        let flush = has(PAIR_SUM) && (!l.keeps_pairs || t % PAIR_BLOCK == 0u || t == params.begin);
+        if l.valid {
             let table = table_at(l.b, t);
-            let steps = (l.b * (params.t - 1u) + t) * k * k;
+            let at = select(l.b, l.b * (params.t - 1u) + t, has(PAIR_STEPS)) * k * k;
             for (var i = l.lane; i < k; i += l.lanes) {
-                let alpha = sh_alpha[l.base + i] * inverse;
+                let alpha = sh[l.alpha + i] * inverse;
                 var onto = 0.0;
                 for (var j = 0u; j < k; j++) {
-                    let p = probability(l, t, table, i, j) * sh_ratio[l.base + j];
-                    onto += p;
-                    if has(PAIR_STEPS) {
-                        pair[steps + i * k + j] = alpha * p;
-                    } else if has(PAIR_SUM) {
-                        pair[(l.b * k + i) * k + j] += alpha * p;
+                    var p = 0.0;
+                    if runs {
+                        p = probability(l, t, table, i, j) * sh[l.ratio + j];
+                        onto += p;
+                    }
+                    if has(PAIR_STEPS) && after < params.t {
+                        pair[at + i * k + j] = select(0.0, alpha * p, runs);
+                    }
+                    if has(PAIR_SUM) {
+                        var total = select(0.0, alpha * p, runs);
+                        if l.keeps_pairs {
+                            total += select(sh[l.pairs + i * k + j], 0.0, fresh);
+                            sh[l.pairs + i * k + j] = total;
+                        }
+                        if flush {
+                            pair[at + i * k + j] = select(0.0, pair[at + i * k + j], adds) + total;
+                        }
                     }
                 }
-                sh_log_b[l.base + i] = alpha * onto;
-                if has(POSTERIOR) {
-                    states[posterior + t * k + i] = alpha * onto;
+                if runs {
+                    sh[l.log_b + i] = alpha * onto;
+                    if has(POSTERIOR) {
+                        states[posterior + t * k + i] = alpha * onto;
+                    }
                 }
             }
         }
+        fresh = flush;
+        adds = adds || flush;
     }
     if l.valid && params.begin > 0u && params.begin < l.length {
         for (var j = l.lane; j < k; j += l.lanes) {
-            summary[record + 4u + j] = sh_log_b[l.base + j];
+            summary[record + 4u + j] = sh[l.log_b + j];
         }
     }
 }
@@ -1023,8 +1013,21 @@ fn hmm_forward_backward(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_work
         lanes *= 2u;
     }
     let slot = tid / lanes;
-    var l = Lane(group_index(wid, nwg) * (WG / lanes) + slot, 0u, tid % lanes, lanes, slot * params.k, true);
+    let k = params.k;
+    let all = WG / lanes * k;
+    var l: Lane;
+    l.b = group_index(wid, nwg) * (WG / lanes) + slot;
     l.valid = l.b < params.b;
+    l.lane = tid % lanes;
+    l.lanes = lanes;
+    l.log_b = slot * k;
+    l.alpha = all + l.log_b;
+    l.ratio = 2u * all + l.log_b;
+    l.row = 3u * all + l.log_b;
+    l.transitions = 4u * all + slot * k * k;
+    l.pairs = l.transitions + all * k;
+    l.keeps_transitions = all * (4u + k) <= POOL;
+    l.keeps_pairs = all * (4u + 2u * k) <= POOL;
     if l.valid {
         l.length = length_of(l.b);
     }

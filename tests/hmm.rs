@@ -1,0 +1,11 @@
+//! Hidden Markov models: every op against enumeration, closed forms, finite differences and published fits, on every device.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test that cannot go on fails")]
+
+mod common;
+#[path = "hmm/forward_backward.rs"]
+mod forward_backward;
+#[path = "hmm/gradient.rs"]
+mod gradient;
+#[path = "hmm/oracle.rs"]
+mod oracle;
