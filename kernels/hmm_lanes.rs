@@ -500,6 +500,7 @@ impl WithSimd for Gather<'_> {
             }
             return;
         }
+        let skip = unaligned(rows[0]);
         let mut done = 0;
         while done < count {
             let at = done.min(count - lanes);
@@ -509,7 +510,7 @@ impl WithSimd for Gather<'_> {
             }
             let x = transpose(simd, x);
             S::as_mut_simd_f32s(&mut self.out[at * lanes..(at + lanes) * lanes]).0.copy_from_slice(&x[..lanes]);
-            done = at + lanes;
+            done = if at == 0 && skip > 0 { skip } else { at + lanes };
         }
     }
 }
@@ -532,6 +533,7 @@ impl WithSimd for Scatter<'_, '_> {
             }
             return;
         }
+        let skip = unaligned(self.rows[0]);
         let mut done = 0;
         while done < count {
             let at = done.min(count - lanes);
@@ -541,9 +543,14 @@ impl WithSimd for Scatter<'_, '_> {
             for (l, row) in self.rows.iter_mut().enumerate() {
                 S::as_mut_simd_f32s(&mut row[at..at + lanes]).0[0] = x[l];
             }
-            done = at + lanes;
+            done = if at == 0 && skip > 0 { skip } else { at + lanes };
         }
     }
+}
+
+/// Values before the first cache line of a row: from there on, whole lines are read and written (rows often lie alike).
+fn unaligned(row: &[f32]) -> usize {
+    row.as_ptr().align_offset(4 * WIDEST) % WIDEST
 }
 
 // No closures around vector instructions, here and below: a closure is a function without the caller's target features.
