@@ -13,7 +13,7 @@
 //!          [B, ΣC, 2, K] (α, β), records [B,C,4] (log-likelihood high and low, first impossible step or −1).
 //! Launch   `hmm_scan_chunks` and `hmm_scan_merge` a thread per row of a matrix, `hmm_scan_down` a thread per group and direction,
 //!          `hmm_scan_forward` and `hmm_scan_backward` a thread per chunk, `hmm_scan_sum` a thread per sequence. Rows never meet: no
-//!          barrier, no shared memory.
+//!          barrier but for the table that the CUDA column keeps in shared memory.
 //! Scratch  elements and vectors: K·(K + 3)·4 bytes per chunk of L = 64 steps, 1/RADIX more for the levels above.
 //! Floor    the work is (K + 3) / 3 of the sequential one: 2·K³ flops per step up, 2·K² forward, 4·K² backward.
 //! Crossover [`wins`]: where a thread (or some lanes) per sequence would leave most of the device idle. Measured on two cores: see there.
