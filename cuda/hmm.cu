@@ -98,10 +98,10 @@ __device__ __forceinline__ float bounded(float z) {
 }
 
 // Log-density of a state at observation x, with the parameters that lie behind log_init.
-__device__ __noinline__ float density(const HmmParams& params, const float* __restrict__ parameters, const float* __restrict__ x, uint32_t state) {
-    const uint32_t k = params.k, d = params.d;
+__device__ __noinline__ float density(uint32_t emission, uint32_t k, uint32_t d, uint32_t symbols, const float* __restrict__ parameters,
+                                      const float* __restrict__ x, uint32_t state) {
     float value = 0.0f;
-    switch (params.emission) {
+    switch (emission) {
         case 1: {
             const float* mean = parameters + state * d;
             for (uint32_t i = 0; i < d; i++) {
@@ -143,7 +143,7 @@ __device__ __noinline__ float density(const HmmParams& params, const float* __re
             }
             break;
         }
-        case 5: return parameters[state * params.symbols + min((uint32_t)fmaxf(x[0], 0.0f), params.symbols - 1)];
+        case 5: return parameters[state * symbols + min((uint32_t)fmaxf(x[0], 0.0f), symbols - 1)];
         default: {
             const uint32_t r = d - 1;
             float fit = 0.0f;
@@ -165,7 +165,7 @@ __device__ __forceinline__ float log_b(const Hmm& h, uint32_t b, uint32_t t, uin
     if (h.p.emission == 0) {
         return h.obs[(b * h.p.t + t) * h.p.k + state];
     }
-    return density(h.p, h.model + model_at(h, b) + h.p.k, h.obs + (b * h.p.t + t) * h.p.d, state);
+    return density(h.p.emission, h.p.k, h.p.d, h.p.symbols, h.model + model_at(h, b) + h.p.k, h.obs + (b * h.p.t + t) * h.p.d, state);
 }
 
 // Transitions of slot t of sequence b: the table, or the weights.
@@ -324,7 +324,7 @@ __device__ __forceinline__ void log_b_states(const Hmm& h, uint32_t b, uint32_t 
         const float* observation = h.obs + (b * h.p.t + t) * h.p.d;
 #pragma unroll
         for (int j = 0; j < K; j++) {
-            x[j] = density(h.p, parameters, observation, j);
+            x[j] = density(h.p.emission, K, h.p.d, h.p.symbols, parameters, observation, j);
         }
     }
 }

@@ -126,6 +126,8 @@ pub struct OpenOptions {
     pub memory_bytes: Option<u64>,
     /// Cap on [`Limits::work_per_launch`].
     pub work_per_launch: Option<u64>,
+    /// Cap on [`Limits::loop_rounds`].
+    pub loop_rounds: Option<u64>,
     /// Keep the shader compiler's bounds, loop and division checks; `None` asks `FORBACK_CHECKED=1`.
     pub checked: Option<bool>,
     /// Order in which `cuda-host` runs the threads of a block; `None` asks `FORBACK_SCHEDULE` (`forward`, `reverse`, or a seed).
@@ -224,6 +226,7 @@ impl Device {
         limits.groups_per_dimension = limits.groups_per_dimension.min(options.groups_per_dimension.unwrap_or(u32::MAX)).max(1);
         limits.memory_bytes = limits.memory_bytes.min(options.memory_bytes.unwrap_or(u64::MAX));
         limits.work_per_launch = limits.work_per_launch.min(options.work_per_launch.unwrap_or(u64::MAX)).max(1);
+        limits.loop_rounds = limits.loop_rounds.min(options.loop_rounds.unwrap_or(u64::MAX)).max(1);
         Device(Arc::new(Inner { info, limits, used: AtomicU64::new(0), backend }))
     }
 

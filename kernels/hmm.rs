@@ -23,7 +23,8 @@
 //! Numerics probabilities, never logs: b = exp(log b − max over states); α is scaled by the power of two of the sum one step before, so
 //!          no division, logarithm or rounding lies on the chain. log-likelihood = Σ max (compensated) + exponents·ln 2 + log Σ α(T). A step
 //!          whose sum falls below 2⁻⁶⁰ is done again with the shift max_j (log b + log pred). Backward divides by what is predicted
-//!          instead of running β: no second pass over the observations, no scale that could run away.
+//!          instead of running β: no second pass over the observations, no scale that could run away. In f32 a state whose share falls
+//!          below 2⁻¹²⁶ is forgotten, which matters only where no transition leads back to it; the f64 reference forgets nothing.
 //! Source   Rabiner 1989 (scaling); Kim 1994, J. Econometrics 60 (backward pass without β).
 //! Files    shaders/hmm.wgsl · cuda/hmm.cu · reference: `log_space` (f64, textbook in logarithms); `scaled`, the recursion above
 
@@ -99,12 +100,13 @@ impl Emission {
         if let Emission::Categorical { symbols } = self { symbols } else { 0 }
     }
 
-    /// Loop rounds of one state's density.
+    /// Loop rounds of one state's density; a loop of n takes n + 1.
     pub(crate) fn rounds(self, d: u64) -> u64 {
         match self {
             Emission::LogProbabilities | Emission::Categorical { .. } => 0,
-            Emission::GaussianFull => d + d * (d + 1) / 2,
-            _ => d,
+            Emission::GaussianFull => 2 * d + 1 + d * (d + 1) / 2,
+            Emission::Poisson => 1 + 9 * d,
+            _ => d + 1,
         }
     }
 }
@@ -274,8 +276,9 @@ impl Hmm {
 
     /// Loop rounds that one step costs a thread that does all its work: densities of K states and a softmax of K rows.
     pub fn rounds(&self) -> u64 {
-        let softmax = if let Transitions::Softmax { u, .. } = self.transitions { self.k * self.k * (u + 1) } else { 0 };
-        1 + self.k * self.emission.rounds(self.d) + softmax
+        let k = self.k;
+        let softmax = if let Transitions::Softmax { u, .. } = self.transitions { k + 1 + k * (k + 1 + k * (u + 1)) } else { 0 };
+        2 + k + k * self.emission.rounds(self.d) + softmax
     }
 
     /// Checks sizes and shapes.
@@ -597,11 +600,14 @@ pub(crate) fn log_space<R: Real>(batch: &Batch<'_, R>, b: usize, out: &mut Seque
     out.summary[2] = R::of(-1.0);
     let (mut log_a, mut log_b) = (vec![zero; k * k], vec![zero; length * k]);
     let (mut alpha, mut norm) = (vec![zero; length * k], vec![R::ZERO; length]);
+    // log b(t) from here on without its largest; alpha(t) = log filtered(t), norm(t) = log p(obs_t | obs before) without it too
+    let mut total = Compensated::new();
     for (t, row) in log_b.chunks_exact_mut(k).enumerate() {
         batch.log_obs(b, t, row);
+        let shift = row.iter().fold(zero, |m, &x| m.max(x));
+        row.iter_mut().for_each(|x| *x = add(*x, -shift));
+        total.add(if shift <= R::of(IMPOSSIBLE) { R::ZERO } else { shift });
     }
-    // alpha(t) = log filtered(t), norm(t) = log p(obs_t | obs before)
-    let mut total = Compensated::new();
     for t in 0..length {
         let mut pred = batch.model(b)[..k].to_vec();
         if t > 0 {
@@ -1088,10 +1094,7 @@ impl Plan {
             Pair::Steps => (t - 1) * k * k,
         };
         let states = (sections.len() as u64 + u64::from(scratch)) * t * k;
-        let rounds = rounds_per_step(hmm);
-        let limit = device.limits().loop_rounds;
-        let block = (limit / rounds.max(1)).min(t);
-        device.check_rounds(OP, rounds, "rounds per step")?;
+        let block = if on_host { t } else { block_of(device, hmm, wanted.backward())? };
         let record = if block < t { SUMMARY + k } else { SUMMARY };
         let work = t * (4 * k * k + 20 * k) * if wanted.backward() { 2 } else { 1 };
         let groups = 1u64.div_ceil(sequences_per_group(k));
@@ -1114,9 +1117,36 @@ impl Plan {
     }
 }
 
-/// Loop rounds of one step in the device columns.
-fn rounds_per_step(hmm: &Hmm) -> u64 {
-    2 * hmm.rounds() + 4 * hmm.k * hmm.k.div_ceil(u64::from(WIDE))
+/// Loop rounds of a thread in the device columns, at most: per launch, per step forward, per step backward. A loop of n takes n + 1.
+fn rounds(hmm: &Hmm) -> [u64; 3] {
+    let (k, own) = (hmm.k, hmm.k.div_ceil(u64::from(WIDE)));
+    let (logit, varies) = match hmm.transitions {
+        Transitions::Softmax { u, .. } => (u + 1, true),
+        Transitions::Table { per_step, .. } => (0, per_step),
+    };
+    let density = hmm.emission.rounds(hmm.d);
+    let row = k + 1 + k * logit;
+    if k <= 8 {
+        let load = k + 1 + k * row;
+        let varying = if varies { load } else { 0 };
+        return [2 * load + 4 * (k + 1), 2 + k + k * density + varying, 1 + varying];
+    }
+    let load = own + 1 + 3 * own * row;
+    let varying = if varies { load } else { 0 };
+    let ahead = 1 + 4 * (own + 1) + own * density + varying + 4 * (k + 1) + own * row;
+    [2 * load + 4 * (k + 1), ahead, 1 + 4 * (own + 1) + varying + k + 1 + 2 * own * row]
+}
+
+/// Steps of one launch: all where the device's loops may be as long, else as many as one direction can take.
+fn block_of(device: &Device, hmm: &Hmm, backward: bool) -> Result<u64> {
+    let limit = device.limits().loop_rounds;
+    let [once, ahead, back] = rounds(hmm);
+    let back = if backward { back } else { 0 };
+    if (ahead + back).saturating_mul(hmm.t).saturating_add(once) <= limit {
+        return Ok(hmm.t);
+    }
+    device.check_rounds("hmm_forward_backward", once + ahead.max(back), "rounds per step")?;
+    Ok((limit - once) / ahead.max(back))
 }
 
 /// Records forward-backward over a batch.

@@ -509,6 +509,7 @@ pub fn hmm_sample(pass: &mut Pass, hmm: &Hmm, seed: u64) -> Result<Sample> {
     let block = block_of(&device, t, 12 * k + 30 + softmax)?;
     let states = device.zeros_u32("states", b * t)?;
     let emits = hmm.emission != Emission::LogProbabilities;
+    device.check_rounds("hmm_sample_observations", d * (24 + 4 * (14 + d + 26 * u64::from(hmm.emission.symbols()))), "rounds")?;
     let obs = if emits { Some(device.zeros("obs", b * t * d)?) } else { None };
     if let (Some(obs), Emission::Regression) = (&obs, hmm.emission) {
         pass.copy(&hmm.obs, obs)?;

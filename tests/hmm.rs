@@ -5,6 +5,8 @@
 mod common;
 #[path = "hmm/forecast.rs"]
 mod forecast;
+#[path = "hmm/forward_backward.rs"]
+mod forward_backward;
 #[path = "hmm/gradient.rs"]
 mod gradient;
 #[path = "hmm/oracle.rs"]
