@@ -269,7 +269,7 @@ fn hmm_sample_posterior_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()>
             if t + 1 < length {
                 let next = states[t + 1] as usize;
                 for i in 0..k {
-                    into[i] = into[i] * transition(&p, log_trans, inputs, [b, t + 1, i], next, &mut row);
+                    into[i] *= transition(&p, log_trans, inputs, [b, t + 1, i], next, &mut row);
                 }
             }
             let top = into.iter().fold(R::ZERO, |m, &x| m.max(x));
@@ -362,13 +362,13 @@ fn poisson<R: Real>(log_rate: R, u: f64) -> R {
     for n in 1..POISSON_ROUNDS {
         let n = R::of(f64::from(n));
         up = up * rate / (mode + n);
-        left = left - up;
+        left -= up;
         if left < R::ZERO {
             return mode + n;
         }
         if n <= mode {
             down = down * (mode - n + R::ONE) / rate;
-            left = left - down;
+            left -= down;
             if left < R::ZERO {
                 return mode - n;
             }
