@@ -5,8 +5,8 @@
 //   hmm_scan_forward   grid  ⌈B·C / WG⌉     thread = sequence and chunk: `chunk` steps
 //   hmm_scan_sum       grid  ⌈B / WG⌉       thread = sequence: C records
 //   hmm_scan_backward  grid  ⌈B·C / WG⌉     thread = sequence and chunk: `chunk` steps
-//   Vectors, and transitions up to K = 4, lie in registers: templates on K rounded up to 2, 4, 8 or 16.
-//   spill: K = 16 keeps three vectors and their loads in flight; its matrix is read from cache
+//   Vectors, and transitions up to K = 4, lie in registers: templates on K rounded up to 2, 4, 8 or 16. One table for all steps and
+//   sequences is made into probabilities once a block, in shared memory.
 
 struct HmmScanParams {
     uint32_t b;
@@ -111,12 +111,28 @@ struct Vector {
     }
 };
 
-// Transitions as probabilities: in registers where they are few, else made from their logarithms as they are read.
+// One table for all steps and sequences as probabilities in shared memory; none where registers hold it or there are many. All threads
+// of the block call it.
+__device__ __forceinline__ const float* shared_table(float* sh_table, const float* __restrict__ log_trans, const HmmScanParams& params) {
+    if (params.k <= 4 || params.trans_row != 0 || params.trans_step != 0) {
+        return nullptr;
+    }
+    for (uint32_t i = threadIdx.x; i < params.k * params.k; i += WG) {
+        sh_table[i] = probability_of(log_trans[i]);
+    }
+    __syncthreads();
+    return sh_table;
+}
+
+// Transitions as probabilities: in registers where they are few, else from shared memory, else from their logarithms as they are read.
 template <int K>
 struct Matrix {
     float a[K <= 4 ? K * K : 1];
+    const float* table;
     const float* __restrict__ from;
     uint32_t k;
+
+    __device__ explicit Matrix(const float* table) : table(table) {}
 
     __device__ __forceinline__ void load(const float* __restrict__ log_trans, uint32_t b, uint32_t t, const HmmScanParams& params) {
         from = log_trans + b * params.trans_row + (t - 1) * params.trans_step;
@@ -133,7 +149,13 @@ struct Matrix {
     }
 
     __device__ __forceinline__ float at(uint32_t i, uint32_t j) const {
-        return K <= 4 ? a[K <= 4 ? i * K + j : 0] : (i < k && j < k ? probability_of(from[i * k + j]) : 0.0f);
+        if (K <= 4) {
+            return a[K <= 4 ? i * K + j : 0];
+        }
+        if (i >= k || j >= k) {
+            return 0.0f;
+        }
+        return table ? table[i * k + j] : probability_of(from[i * k + j]);
     }
 
     // v·A.
@@ -223,11 +245,11 @@ __device__ __forceinline__ Vector<K> start(const float* __restrict__ model, uint
 
 template <int K>
 __device__ void chunk_row(const float* __restrict__ model, const float* __restrict__ obs, const uint32_t* __restrict__ words,
-                          const float* __restrict__ log_trans, float* elements, uint32_t at, const HmmScanParams& params) {
+                          const float* __restrict__ log_trans, float* elements, const float* table, uint32_t at, const HmmScanParams& params) {
     const uint32_t k = params.k, row = at % k, c = (at / k) % params.chunks, b = at / (k * params.chunks);
     Vector<K> v;
     v.unit(row);
-    Matrix<K> a;
+    Matrix<K> a(table);
     a.load(log_trans, b, 1, params);
     int e = 0;
     const uint32_t stop = min(length_of(words, b, params), (c + 1) * params.chunk);
@@ -252,11 +274,13 @@ __device__ void chunk_row(const float* __restrict__ model, const float* __restri
 extern "C" __global__ void __launch_bounds__(WG)
     hmm_scan_chunks(const float* __restrict__ model, const float* __restrict__ obs, const uint32_t* __restrict__ words, const float* __restrict__ log_trans,
                     float* elements, HmmScanParams params) {
+    __shared__ float sh_table[STATES * STATES];
+    const float* table = shared_table(sh_table, log_trans, params);
     const uint32_t at = group_index() * WG + threadIdx.x;
     if (at >= params.b * params.chunks * params.k) {
         return;
     }
-#define CALL(K) chunk_row<K>(model, obs, words, log_trans, elements, at, params)
+#define CALL(K) chunk_row<K>(model, obs, words, log_trans, elements, table, at, params)
     FOR_STATES(CALL)
 #undef CALL
 }
@@ -392,8 +416,8 @@ extern "C" __global__ void __launch_bounds__(WG) hmm_scan_down(float* elements, 
 
 template <int K>
 __device__ void forward_chunk(const float* __restrict__ model, const float* __restrict__ obs, const uint32_t* __restrict__ words,
-                              const float* __restrict__ log_trans, const float* __restrict__ vectors, float* states, float* records, uint32_t at,
-                              const HmmScanParams& params) {
+                              const float* __restrict__ log_trans, const float* __restrict__ vectors, float* states, float* records, const float* table,
+                              uint32_t at, const HmmScanParams& params) {
     const uint32_t k = params.k, c = at % params.chunks, b = at / params.chunks, section = params.b * params.t * k;
     const uint32_t stop = min(length_of(words, b, params), (c + 1) * params.chunk);
     Vector<K> v;
@@ -403,7 +427,7 @@ __device__ void forward_chunk(const float* __restrict__ model, const float* __re
     v.scale(alive ? 1.0f / sum : 0.0f);
     sum = 1.0f;
     float failed = !alive && c * params.chunk < stop ? (float)(c * params.chunk) : -1.0f;
-    Matrix<K> a;
+    Matrix<K> a(table);
     a.load(log_trans, b, 1, params);
     for (uint32_t t = c * params.chunk; t < stop && alive; t++) {
         Vector<K> pred;
@@ -444,11 +468,13 @@ __device__ void forward_chunk(const float* __restrict__ model, const float* __re
 extern "C" __global__ void __launch_bounds__(WG)
     hmm_scan_forward(const float* __restrict__ model, const float* __restrict__ obs, const uint32_t* __restrict__ words,
                      const float* __restrict__ log_trans, const float* __restrict__ vectors, float* states, float* records, HmmScanParams params) {
+    __shared__ float sh_table[STATES * STATES];
+    const float* table = shared_table(sh_table, log_trans, params);
     const uint32_t at = group_index() * WG + threadIdx.x;
     if (at >= params.b * params.chunks) {
         return;
     }
-#define CALL(K) forward_chunk<K>(model, obs, words, log_trans, vectors, states, records, at, params)
+#define CALL(K) forward_chunk<K>(model, obs, words, log_trans, vectors, states, records, table, at, params)
     FOR_STATES(CALL)
 #undef CALL
 }
@@ -478,13 +504,13 @@ extern "C" __global__ void __launch_bounds__(WG) hmm_scan_sum(const float* __res
 
 template <int K>
 __device__ void backward_chunk(const uint32_t* __restrict__ words, const float* __restrict__ log_trans, const float* __restrict__ vectors,
-                               const float* __restrict__ summary, float* states, uint32_t at, const HmmScanParams& params) {
+                               const float* __restrict__ summary, float* states, const float* table, uint32_t at, const HmmScanParams& params) {
     const uint32_t k = params.k, c = at % params.chunks, b = at / params.chunks, section = params.b * params.t * k;
     const uint32_t stop = min(length_of(words, b, params), (c + 1) * params.chunk);
     const bool possible = summary[b * params.record + 2] < 0.0f;
     Vector<K> gamma;
     gamma.unit(K);
-    Matrix<K> a;
+    Matrix<K> a(table);
     a.load(log_trans, b, 1, params);
     for (uint32_t t = stop; t > c * params.chunk;) {
         t--;
@@ -527,11 +553,13 @@ __device__ void backward_chunk(const uint32_t* __restrict__ words, const float* 
 extern "C" __global__ void __launch_bounds__(WG)
     hmm_scan_backward(const uint32_t* __restrict__ words, const float* __restrict__ log_trans, const float* __restrict__ vectors,
                       const float* __restrict__ summary, float* states, HmmScanParams params) {
+    __shared__ float sh_table[STATES * STATES];
+    const float* table = shared_table(sh_table, log_trans, params);
     const uint32_t at = group_index() * WG + threadIdx.x;
     if (at >= params.b * params.chunks) {
         return;
     }
-#define CALL(K) backward_chunk<K>(words, log_trans, vectors, summary, states, at, params)
+#define CALL(K) backward_chunk<K>(words, log_trans, vectors, summary, states, table, at, params)
     FOR_STATES(CALL)
 #undef CALL
 }

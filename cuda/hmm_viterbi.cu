@@ -306,8 +306,8 @@ __device__ void walk_lanes(const Given& x, const Group& g, bool here, float* car
             last = ends[end_in + 1];
         }
 #pragma unroll
-        for (uint32_t i = 0; i < COLUMN; i++) {
-            column[i] = i < k ? x.log_trans[b * params.trans_row + i * k + lane] : IMPOSSIBLE;
+        for (int i = 0; i < COLUMN; i++) {
+            column[i] = (uint32_t)i < k ? x.log_trans[b * params.trans_row + i * k + lane] : IMPOSSIBLE;
         }
     }
     const uint32_t stop = min(params.to_step, length);
@@ -340,12 +340,12 @@ __device__ void walk_lanes(const Given& x, const Group& g, bool here, float* car
                     top = 0.0f;
                 } else if (COLUMN > 0) {
 #pragma unroll
-                    for (uint32_t i = 0; i < COLUMN; i++) {
-                        if (i < k) {
+                    for (int i = 0; i < COLUMN; i++) {
+                        if ((uint32_t)i < k) {
                             const float d = g.delta(parity, i), candidate = d + column[i];
-                            top_state = d > top ? i : top_state;
+                            top_state = d > top ? (uint32_t)i : top_state;
                             top = fmaxf(top, d);
-                            from_state = candidate > best ? i : from_state;
+                            from_state = candidate > best ? (uint32_t)i : from_state;
                             best = fmaxf(best, candidate);
                         }
                     }

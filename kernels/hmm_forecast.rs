@@ -297,6 +297,9 @@ pub struct Sojourns {
     pub expected: Buffer,
 }
 
+/// Sequences of a launch, its params, and views of probability, log_trans, inputs.
+type Run = (Range<u64>, HmmForecastParams, [View; 3]);
+
 impl Ahead {
     fn slots(&self) -> u64 {
         self.steps.max(1)
@@ -341,7 +344,7 @@ impl Ahead {
     }
 
     /// Runs of the batch, with their params and views of probability, log_trans, inputs.
-    fn runs(&self, pass: &mut Pass, lanes: u64) -> Result<Vec<(Range<u64>, HmmForecastParams, [View; 3])>> {
+    fn runs(&self, pass: &mut Pass, lanes: u64) -> Result<Vec<Run>> {
         let device = pass.device().clone();
         let (row, step) = self.strides();
         let (h, k) = (self.steps, self.k);

@@ -269,7 +269,7 @@ fn hmm_sample_posterior_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()>
             if t + 1 < length {
                 let next = states[t + 1] as usize;
                 for i in 0..k {
-                    into[i] = into[i] * transition(&p, log_trans, inputs, [b, t + 1, i], next, &mut row);
+                    into[i] *= transition(&p, log_trans, inputs, [b, t + 1, i], next, &mut row);
                 }
             }
             let top = into.iter().fold(R::ZERO, |m, &x| m.max(x));
@@ -362,13 +362,13 @@ fn poisson<R: Real>(log_rate: R, u: f64) -> R {
     for n in 1..POISSON_ROUNDS {
         let n = R::of(f64::from(n));
         up = up * rate / (mode + n);
-        left = left - up;
+        left -= up;
         if left < R::ZERO {
             return mode + n;
         }
         if n <= mode {
             down = down * (mode - n + R::ONE) / rate;
-            left = left - down;
+            left -= down;
             if left < R::ZERO {
                 return mode - n;
             }
@@ -509,6 +509,7 @@ pub fn hmm_sample(pass: &mut Pass, hmm: &Hmm, seed: u64) -> Result<Sample> {
     let block = block_of(&device, t, 12 * k + 30 + softmax)?;
     let states = device.zeros_u32("states", b * t)?;
     let emits = hmm.emission != Emission::LogProbabilities;
+    device.check_rounds("hmm_sample_observations", d * (24 + 4 * (14 + d + 26 * u64::from(hmm.emission.symbols()))), "rounds")?;
     let obs = if emits { Some(device.zeros("obs", b * t * d)?) } else { None };
     if let (Some(obs), Emission::Regression) = (&obs, hmm.emission) {
         pass.copy(&hmm.obs, obs)?;

@@ -13,7 +13,7 @@
 //!          [B, ΣC, 2, K] (α, β), records [B,C,4] (log-likelihood high and low, first impossible step or −1).
 //! Launch   `hmm_scan_chunks` and `hmm_scan_merge` a thread per row of a matrix, `hmm_scan_down` a thread per group and direction,
 //!          `hmm_scan_forward` and `hmm_scan_backward` a thread per chunk, `hmm_scan_sum` a thread per sequence. Rows never meet: no
-//!          barrier, no shared memory.
+//!          barrier but for the table that the CUDA column keeps in shared memory.
 //! Scratch  elements and vectors: K·(K + 3)·4 bytes per chunk of L = 64 steps, 1/RADIX more for the levels above.
 //! Floor    the work is (K + 3) / 3 of the sequential one: 2·K³ flops per step up, 2·K² forward, 4·K² backward.
 //! Crossover [`wins`]: where a thread (or some lanes) per sequence would leave most of the device idle. Measured on two cores: see there.
@@ -282,7 +282,7 @@ impl<R: Real> Steps<'_, R> {
             sum = own.v.iter().copied().sum();
         }
         let (e, scale) = exponent_of(sum);
-        own.v.iter_mut().for_each(|x| *x = *x * scale);
+        own.v.iter_mut().for_each(|x| *x *= scale);
         (n + e, shift)
     }
 }
@@ -354,7 +354,7 @@ fn element_times<R: Real>(element: &[R], v: &mut [R], out: &mut [R]) {
     let most = v.iter().fold(R::ZERO, |m, &x| m.max(x));
     if most > R::of(1e-37) {
         let (_, scale) = exponent_of(most);
-        v.iter_mut().for_each(|x| *x = *x * scale);
+        v.iter_mut().for_each(|x| *x *= scale);
     }
 }
 
@@ -518,7 +518,7 @@ fn hmm_scan_backward_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
                 own.v.copy_from_slice(&sections[p.park as usize][row..row + k]);
             }
             if t + 1 == stop {
-                own.v.iter_mut().zip(&vectors[(2 * at + 1) * k..]).for_each(|(v, &beta)| *v = *v * beta);
+                own.v.iter_mut().zip(&vectors[(2 * at + 1) * k..]).for_each(|(v, &beta)| *v *= beta);
             } else {
                 if p.trans_step > 0 {
                     load(&p, log_trans, b, t + 1, &mut own.a);
@@ -526,7 +526,7 @@ fn hmm_scan_backward_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
                 predict(&own.v, &own.a, &mut own.pred);
                 own.pred.iter_mut().zip(&gamma).for_each(|(x, &gamma)| *x = if *x > R::ZERO { gamma / *x } else { R::ZERO });
                 for (v, a) in own.v.iter_mut().zip(own.a.chunks_exact(k)) {
-                    *v = *v * a.iter().zip(&own.pred).fold(R::ZERO, |sum, (&a, &x)| sum + a * x);
+                    *v *= a.iter().zip(&own.pred).fold(R::ZERO, |sum, (&a, &x)| sum + a * x);
                 }
             }
             let sum: R = own.v.iter().copied().sum();

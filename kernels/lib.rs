@@ -133,6 +133,8 @@ pub static OPS: [Op; 11] = [
             &hmm_sample::HMM_WEIGHTS,
             &hmm_sample::HMM_SAMPLE,
             &hmm_sample::HMM_SAMPLE_OBSERVATIONS,
+            &hmm::HMM_FORWARD_BACKWARD_4,
+            &hmm::HMM_FORWARD_BACKWARD_8,
             &hmm::HMM_FORWARD_BACKWARD,
             &hmm_sample::HMM_SAMPLE_POSTERIOR,
         ],
