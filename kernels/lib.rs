@@ -93,6 +93,8 @@ pub static OPS: [Op; 8] = [
             &hmm::HMM_EMISSION,
             &hmm::HMM_FORWARD_BACKWARD_4,
             &hmm::HMM_FORWARD_BACKWARD_8,
+            &hmm::HMM_FORWARD_BACKWARD_TABLE_4,
+            &hmm::HMM_FORWARD_BACKWARD_TABLE_8,
             &hmm::HMM_FORWARD_BACKWARD,
             &hmm_gradient::HMM_GRADIENT_CHAIN,
             &hmm_gradient::HMM_GRADIENT_EMISSION,
@@ -122,7 +124,7 @@ pub static OPS: [Op; 8] = [
 ];
 
 /// Every kernel: those of the ops, then the ceiling that `forback bench` measures.
-pub static KERNELS: [&Kernel; 41] = [
+pub static KERNELS: [&Kernel; 43] = [
     &philox::PHILOX,
     &performance::PERFORMANCE,
     &walk_forward_sharpe::SEGMENT_MOMENTS,
@@ -149,6 +151,8 @@ pub static KERNELS: [&Kernel; 41] = [
     &hmm::HMM_EMISSION,
     &hmm::HMM_FORWARD_BACKWARD_4,
     &hmm::HMM_FORWARD_BACKWARD_8,
+    &hmm::HMM_FORWARD_BACKWARD_TABLE_4,
+    &hmm::HMM_FORWARD_BACKWARD_TABLE_8,
     &hmm::HMM_FORWARD_BACKWARD,
     &hmm_baum_welch::HMM_MAXIMISATION,
     &hmm_baum_welch::HMM_EXPECTATION,
