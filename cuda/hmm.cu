@@ -2,7 +2,9 @@
 //   hmm_emission             grid ⌈B·T·K / WG⌉   thread = (sequence, step, state)
 //   hmm_forward_backward_4   grid ⌈B / WG⌉       thread = sequence, K ≤ 4 a template argument: states and transitions in registers
 //   hmm_forward_backward_8   grid ⌈B / WG⌉       the same, K = 5 … 8
+//   …_table_4, …_table_8     the same for log-probabilities, all observed, under a fixed table
 //   hmm_forward_backward     grid ⌈B / (WG / L)⌉ L threads per sequence, a state each (or every L-th), L = K rounded up to a power of two, at most WG
+//   spill: some bytes around the call of `density`; the table variants call nothing and spill nothing
 
 struct HmmParams {
     uint32_t b;
@@ -40,10 +42,15 @@ struct HmmParams {
 #define LEAST (-1e28f)
 // A step whose sum is below 2^-60 is done again with the joint shift.
 #define RETRY 8.67361738e-19f
+// What is predicted below this is forgotten: its reciprocal must be finite.
+#define TINY 1e-37f
 #define FOLD 128u
 #define PAIR_BLOCK 64u
 #define LN2_HIGH 0.693359375f
 #define LN2_LOW (-2.12194440e-4f)
+
+// VARIANT 4, 8: up to so many states. 104, 108: with log-probabilities, all observed, under a fixed table, and nothing else compiled in.
+#define PLAIN (VARIANT > 100)
 
 // The arguments of a launch.
 struct Hmm {
@@ -56,9 +63,11 @@ struct Hmm {
     float* pair;
     float* summary;
     HmmParams p;
+    float* pairs_of_thread;  // shared memory for K·K sums of this thread, every WG-th element; K ≤ 4 has them in registers
 
     __device__ __forceinline__ bool has(uint32_t bits) const {
-        return (p.flags & bits) != 0;
+        const uint32_t possible = PLAIN ? ~(TRANS_STEP | SOFTMAX | MASKED) : ~0u;
+        return (p.flags & possible & bits) != 0;
     }
 };
 
@@ -162,7 +171,7 @@ __device__ __forceinline__ float log_b(const Hmm& h, uint32_t b, uint32_t t, uin
     if (!observed(h, b, t)) {
         return 0.0f;
     }
-    if (h.p.emission == 0) {
+    if (PLAIN || h.p.emission == 0) {
         return h.obs[(b * h.p.t + t) * h.p.k + state];
     }
     return density(h.p.emission, h.p.k, h.p.d, h.p.symbols, h.model + model_at(h, b) + h.p.k, h.obs + (b * h.p.t + t) * h.p.d, state);
@@ -238,7 +247,7 @@ __device__ __forceinline__ uint32_t section(const Hmm& h, uint32_t bit) {
 
 // ---- a thread per sequence ----------------------------------------------------------------------------------------
 
-// Rows that are fetched before they are needed: the chain of one step is shorter than a trip to memory.
+// Rows that are fetched before they are needed: the chain of one step is far shorter than a trip to memory.
 #define AHEAD 4
 
 template <int K>
@@ -317,7 +326,7 @@ __device__ __forceinline__ void log_b_states(const Hmm& h, uint32_t b, uint32_t 
         for (int j = 0; j < K; j++) {
             x[j] = 0.0f;
         }
-    } else if (h.p.emission == 0) {
+    } else if (PLAIN || h.p.emission == 0) {
         load(h.obs + (b * h.p.t + t) * K, x);
     } else {
         const float* parameters = h.model + model_at(h, b) + K;
@@ -360,7 +369,7 @@ __device__ __forceinline__ void observe(const float (&pred)[K], float (&x)[K], f
     shift = LOG_ZERO;
 #pragma unroll
     for (int j = 0; j < K; j++) {
-        x[j] = pred[j] > 1e-37f && x[j] > IMPOSSIBLE ? x[j] + logf(pred[j]) : LOG_ZERO;
+        x[j] = pred[j] > TINY && x[j] > IMPOSSIBLE ? x[j] + logf(pred[j]) : LOG_ZERO;
         shift = fmaxf(shift, x[j]);
     }
 #pragma unroll
@@ -391,7 +400,7 @@ __device__ __forceinline__ void forward(const Hmm& h, uint32_t b, uint32_t lengt
     float ahead[AHEAD][K];
 #pragma unroll
     for (int q = 0; q < AHEAD; q++) {
-        if (h.p.emission == 0 && h.p.begin + q < end) {
+        if ((PLAIN || h.p.emission == 0) && h.p.begin + q < end) {
             log_b_states(h, b, h.p.begin + q, ahead[q]);
         }
     }
@@ -403,7 +412,7 @@ __device__ __forceinline__ void forward(const Hmm& h, uint32_t b, uint32_t lengt
                 break;
             }
             float x[K], pred[K];
-            if (h.p.emission == 0) {
+            if (PLAIN || h.p.emission == 0) {
 #pragma unroll
                 for (int j = 0; j < K; j++) {
                     x[j] = ahead[q][j];
@@ -474,15 +483,41 @@ __device__ __forceinline__ void forward(const Hmm& h, uint32_t b, uint32_t lengt
     }
 }
 
+// Sums of pair posteriors over a block of steps.
+template <int K>
+struct Pairs {
+    float x[K <= 4 ? K * K : 1];
+    float* shared;
+
+    __device__ __forceinline__ float& at(int i, int j) {
+        if constexpr (K <= 4) {
+            return x[i * K + j];
+        } else {
+            return shared[(i * K + j) * WG];
+        }
+    }
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int i = 0; i < K; i++) {
+#pragma unroll
+            for (int j = 0; j < K; j++) {
+                at(i, j) = 0.0f;
+            }
+        }
+    }
+};
+
 // One step back: γ and the pair posterior of the step before from those of the step after.
 template <int K>
-__device__ __forceinline__ void smooth(const Hmm& h, const float (&a)[K][K], const float (&alpha)[K], float (&gamma)[K], float (&block)[K][K],
+__device__ __forceinline__ void smooth(const Hmm& h, const float (&a)[K][K], const float (&alpha)[K], float (&gamma)[K], Pairs<K>& block,
                                        float* posterior) {
     float pred[K], r[K];
     predict(a, alpha, pred);
 #pragma unroll
     for (int j = 0; j < K; j++) {
-        r[j] = pred[j] > 0.0f ? gamma[j] / pred[j] : 0.0f;
+        // the reciprocal does not wait for γ: a product is all that lies on the chain
+        r[j] = gamma[j] * (pred[j] > TINY ? 1.0f / pred[j] : 0.0f);
     }
 #pragma unroll
     for (int i = 0; i < K; i++) {
@@ -504,7 +539,7 @@ __device__ __forceinline__ void smooth(const Hmm& h, const float (&a)[K][K], con
             const float scaled = alpha[i] * inverse;
 #pragma unroll
             for (int j = 0; j < K; j++) {
-                block[i][j] += scaled * a[i][j] * r[j];
+                block.at(i, j) += scaled * a[i][j] * r[j];
             }
         }
     }
@@ -516,11 +551,15 @@ __device__ __forceinline__ void backward(const Hmm& h, uint32_t b, uint32_t leng
     float* posterior = h.states + section(h, POSTERIOR) + b * each;
     const float* parked = h.states + h.p.park * h.p.b * each + b * each;
     float* record = h.summary + b * h.p.record;
-    float gamma[K] = {}, a[K][K], block[K][K] = {};
+    float gamma[K] = {}, a[K][K];
+    Pairs<K> block = {{}, h.pairs_of_thread};
+    if (h.has(PAIR_SUM | PAIR_STEPS)) {
+        block.clear();
+    }
     if (h.p.end < length) {
         load(record + 4, gamma);
     }
-    // α(end − 1 − q) waits in ahead[q % AHEAD]; steps past the length have none.
+    // α(end − 1 − q) waits in row q; steps past the length have none.
     float ahead[AHEAD][K];
     const uint32_t steps = h.p.end - h.p.begin;
 #pragma unroll
@@ -572,10 +611,10 @@ __device__ __forceinline__ void backward(const Hmm& h, uint32_t b, uint32_t leng
                 for (int i = 0; i < K; i++) {
 #pragma unroll
                     for (int j = 0; j < K; j++) {
-                        to[i * K + j] = overwrites ? block[i][j] : to[i * K + j] + block[i][j];
-                        block[i][j] = 0.0f;
+                        to[i * K + j] = overwrites ? block.at(i, j) : to[i * K + j] + block.at(i, j);
                     }
                 }
+                block.clear();
                 adds = true;
             }
         }
@@ -596,16 +635,14 @@ __device__ __forceinline__ void thread_per_sequence(const Hmm& h, uint32_t b) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(WG)
-    hmm_forward_backward_4(const float* __restrict__ model, const float* __restrict__ obs, const uint32_t* __restrict__ words,
-                           const float* __restrict__ log_trans, const float* __restrict__ inputs, float* __restrict__ states, float* __restrict__ pair,
-                           float* __restrict__ summary, HmmParams params) {
-    const Hmm h = {model, obs, words, log_trans, inputs, states, pair, summary, params};
+#if VARIANT % 100 == 4
+
+__device__ __forceinline__ void up_to_4(const Hmm& h) {
     const uint32_t b = group_index() * WG + threadIdx.x;
-    if (b >= params.b) {
+    if (b >= h.p.b) {
         return;
     }
-    switch (params.k) {
+    switch (h.p.k) {
         case 1: thread_per_sequence<1>(h, b); break;
         case 2: thread_per_sequence<2>(h, b); break;
         case 3: thread_per_sequence<3>(h, b); break;
@@ -613,22 +650,54 @@ extern "C" __global__ void __launch_bounds__(WG)
     }
 }
 
+#if PLAIN
 extern "C" __global__ void __launch_bounds__(WG)
-    hmm_forward_backward_8(const float* __restrict__ model, const float* __restrict__ obs, const uint32_t* __restrict__ words,
-                           const float* __restrict__ log_trans, const float* __restrict__ inputs, float* __restrict__ states, float* __restrict__ pair,
-                           float* __restrict__ summary, HmmParams params) {
-    const Hmm h = {model, obs, words, log_trans, inputs, states, pair, summary, params};
+    hmm_forward_backward_table_4(const float* __restrict__ model, const float* __restrict__ obs, const uint32_t* __restrict__ words, const float* __restrict__ log_trans,
+           const float* __restrict__ inputs, float* __restrict__ states, float* __restrict__ pair, float* __restrict__ summary, HmmParams params) {
+    up_to_4({model, obs, words, log_trans, inputs, states, pair, summary, params, nullptr});
+}
+
+#else
+extern "C" __global__ void __launch_bounds__(WG)
+    hmm_forward_backward_4(const float* __restrict__ model, const float* __restrict__ obs, const uint32_t* __restrict__ words, const float* __restrict__ log_trans,
+           const float* __restrict__ inputs, float* __restrict__ states, float* __restrict__ pair, float* __restrict__ summary, HmmParams params) {
+    up_to_4({model, obs, words, log_trans, inputs, states, pair, summary, params, nullptr});
+}
+
+#endif
+#elif VARIANT % 100 == 8
+
+__device__ __forceinline__ void up_to_8(const Hmm& h) {
     const uint32_t b = group_index() * WG + threadIdx.x;
-    if (b >= params.b) {
+    if (b >= h.p.b) {
         return;
     }
-    switch (params.k) {
+    switch (h.p.k) {
         case 5: thread_per_sequence<5>(h, b); break;
         case 6: thread_per_sequence<6>(h, b); break;
         case 7: thread_per_sequence<7>(h, b); break;
         default: thread_per_sequence<8>(h, b);
     }
 }
+
+#if PLAIN
+extern "C" __global__ void __launch_bounds__(WG)
+    hmm_forward_backward_table_8(const float* __restrict__ model, const float* __restrict__ obs, const uint32_t* __restrict__ words, const float* __restrict__ log_trans,
+           const float* __restrict__ inputs, float* __restrict__ states, float* __restrict__ pair, float* __restrict__ summary, HmmParams params) {
+    __shared__ float sh_pairs[64 * WG];
+    up_to_8({model, obs, words, log_trans, inputs, states, pair, summary, params, sh_pairs + threadIdx.x});
+}
+
+#else
+extern "C" __global__ void __launch_bounds__(WG)
+    hmm_forward_backward_8(const float* __restrict__ model, const float* __restrict__ obs, const uint32_t* __restrict__ words, const float* __restrict__ log_trans,
+           const float* __restrict__ inputs, float* __restrict__ states, float* __restrict__ pair, float* __restrict__ summary, HmmParams params) {
+    __shared__ float sh_pairs[64 * WG];
+    up_to_8({model, obs, words, log_trans, inputs, states, pair, summary, params, sh_pairs + threadIdx.x});
+}
+
+#endif
+#else
 
 // ---- several threads per sequence ---------------------------------------------------------------------------------
 
@@ -697,7 +766,7 @@ __device__ __forceinline__ float predict_state(const Hmm& h, const Lane& l, uint
 // α(j) of a step that is done again, from what was predicted and observed.
 __device__ __forceinline__ float joint_state(const Lane& l, uint32_t j) {
     const float pred = l.ratio[j], x = l.log_b[j];
-    return pred > 1e-37f && x > IMPOSSIBLE ? x + logf(pred) : LOG_ZERO;
+    return pred > TINY && x > IMPOSSIBLE ? x + logf(pred) : LOG_ZERO;
 }
 
 __device__ __forceinline__ void forward_lanes(const Hmm& h, const Lane& l) {
@@ -870,7 +939,7 @@ __device__ __forceinline__ void backward_lanes(const Hmm& h, const Lane& l) {
             inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
             for (uint32_t j = l.lane; j < k; j += l.lanes) {
                 const float pred = predict_state(h, l, t, j);
-                l.ratio[j] = pred > 0.0f ? gamma[j] / pred : 0.0f;
+                l.ratio[j] = pred > TINY ? gamma[j] / pred : 0.0f;
             }
         }
         lanes_sync(l);  // the ratios are complete, all have read γ
@@ -924,7 +993,7 @@ extern "C" __global__ void __launch_bounds__(WG)
                          const float* __restrict__ log_trans, const float* __restrict__ inputs, float* __restrict__ states, float* __restrict__ pair,
                          float* __restrict__ summary, HmmParams params) {
     __shared__ float sh[POOL];
-    const Hmm h = {model, obs, words, log_trans, inputs, states, pair, summary, params};
+    const Hmm h = {model, obs, words, log_trans, inputs, states, pair, summary, params, nullptr};
     uint32_t lanes = 1;
     while (lanes < WG && lanes < params.k) {
         lanes *= 2;
@@ -958,7 +1027,7 @@ extern "C" __global__ void __launch_bounds__(WG)
 extern "C" __global__ void __launch_bounds__(WG)
     hmm_emission(const float* __restrict__ model, const float* __restrict__ obs, const uint32_t* __restrict__ words, float* __restrict__ log_obs,
                  HmmParams params) {
-    const Hmm h = {model, obs, words, nullptr, nullptr, nullptr, nullptr, nullptr, params};
+    const Hmm h = {model, obs, words, nullptr, nullptr, nullptr, nullptr, nullptr, params, nullptr};
     const uint32_t at = group_index() * WG + threadIdx.x;
     if (at >= params.b * params.t * params.k) {
         return;
@@ -966,3 +1035,5 @@ extern "C" __global__ void __launch_bounds__(WG)
     const uint32_t step = at / params.k;
     log_obs[at] = log_b(h, step / params.t, step % params.t, at % params.k);
 }
+
+#endif

@@ -14,8 +14,10 @@
 //!          summary [B,record]: log-likelihood as the sum of two, first impossible step or −1, then what a later launch continues from.
 //! Zeros    −1e30 stands for log 0; whatever is ≤ −1e29 is impossible. A sequence with an impossible step has log-likelihood −∞, filtered
 //!          0 from that step on, posterior and pair 0; the others are untouched.
-//! Launch   K ≤ 4 and K ≤ 8: a thread per sequence, states and transition matrix in registers. More: 16 to 64 threads of a workgroup
-//!          per sequence, a state each. A launch covers steps from..to of the forward or the backward pass, or both over the whole time.
+//! Launch   K ≤ 4 and K ≤ 8: a thread per sequence, states and transition matrix in registers; log-probabilities under a fixed table have
+//!          kernels of their own, in which nothing else is compiled. More states: 16 to 64 threads of a workgroup per sequence, a state
+//!          each. A launch covers steps begin..end of the forward or the backward pass, or both over the whole time.
+//!          sm_90: 120 registers for K ≤ 4 under a table, 254 for K ≤ 8, 96 for the rest; none of these spills.
 //! Scratch  α lies in the filtered or the posterior output until it is overwritten; where neither is asked for and the pair is, in a bounded
 //!          scratch that the runs of the batch share.
 //! Floor    4·K bytes of log-probabilities read, 4·K written by the forward pass; 4·K read and written by the backward pass, which needs
@@ -910,7 +912,7 @@ pub static HMM_EMISSION: Kernel = Kernel {
     args: &[reads("model"), reads("obs"), reads_u32("words"), writes("log_obs")],
     params: layout::<HmmParams>(),
     workgroup: WIDE,
-    constants: &[],
+    constants: &[("VARIANT", 0)],
     groups: |words| (steps(words) * u64::from(params(words).k)).div_ceil(u64::from(WIDE)),
     wgsl: wgsl!("hmm"),
     cuda: cuda!("hmm"),
@@ -925,7 +927,7 @@ pub static HMM_FORWARD_BACKWARD: Kernel = Kernel {
     args: &[reads("model"), reads("obs"), reads_u32("words"), reads("log_trans"), reads("inputs"), writes("states"), writes("pair"), writes("summary")],
     params: layout::<HmmParams>(),
     workgroup: WIDE,
-    constants: &[],
+    constants: &[("VARIANT", 0)],
     groups: |words| u64::from(params(words).b).div_ceil(sequences_per_group(u64::from(params(words).k))),
     wgsl: wgsl!("hmm"),
     cuda: cuda!("hmm"),
@@ -937,6 +939,7 @@ pub static HMM_FORWARD_BACKWARD: Kernel = Kernel {
 pub static HMM_FORWARD_BACKWARD_4: Kernel = Kernel {
     name: "hmm_forward_backward_4",
     about: "the same for up to 4 states, a thread per sequence",
+    constants: &[("VARIANT", 4)],
     workgroup: THREADS,
     groups: |words| u64::from(params(words).b).div_ceil(u64::from(THREADS)),
     ..HMM_FORWARD_BACKWARD
@@ -946,9 +949,26 @@ pub static HMM_FORWARD_BACKWARD_4: Kernel = Kernel {
 pub static HMM_FORWARD_BACKWARD_8: Kernel = Kernel {
     name: "hmm_forward_backward_8",
     about: "the same for up to 8 states, a thread per sequence",
+    constants: &[("VARIANT", 8)],
     workgroup: THREADS,
     groups: |words| u64::from(params(words).b).div_ceil(u64::from(THREADS)),
     ..HMM_FORWARD_BACKWARD
+};
+
+/// Forward-backward for K ≤ 4, log-probabilities that are all there, and a table that does not vary: nothing else is compiled in.
+pub static HMM_FORWARD_BACKWARD_TABLE_4: Kernel = Kernel {
+    name: "hmm_forward_backward_table_4",
+    about: "the same for log-probabilities under a fixed table",
+    constants: &[("VARIANT", 104)],
+    ..HMM_FORWARD_BACKWARD_4
+};
+
+/// Forward-backward for K ≤ 8, log-probabilities that are all there, and a table that does not vary.
+pub static HMM_FORWARD_BACKWARD_TABLE_8: Kernel = Kernel {
+    name: "hmm_forward_backward_table_8",
+    about: "the same for log-probabilities under a fixed table",
+    constants: &[("VARIANT", 108)],
+    ..HMM_FORWARD_BACKWARD_8
 };
 
 /// Sequences that a workgroup of the wide kernel takes: each has the next power of two ≥ K of its threads.
@@ -1106,35 +1126,51 @@ impl Plan {
                 .flat_map(|r| (0..(r.end - r.start).div_ceil(most)).map(move |i| r.start + i * most..(r.start + (i + 1) * most).min(r.end)))
                 .collect();
         }
-        let kernel = if on_host || k > 8 {
-            &HMM_FORWARD_BACKWARD
-        } else if k > 4 {
-            &HMM_FORWARD_BACKWARD_8
-        } else {
-            &HMM_FORWARD_BACKWARD_4
-        };
+        let kernel = if on_host { &HMM_FORWARD_BACKWARD } else { kernel_of(hmm) };
         Ok(Plan { kernel, runs, block, record, wanted: sections, scratch, pairs })
     }
 }
 
-/// Loop rounds of a thread in the device columns, at most: per launch, per step forward, per step backward. A loop of n takes n + 1.
+/// Whether observations are log-probabilities, all there, under a table that does not vary.
+fn plain(hmm: &Hmm) -> bool {
+    hmm.emission == Emission::LogProbabilities && !hmm.masked && matches!(hmm.transitions, Transitions::Table { per_step: false, .. })
+}
+
+/// The kernel of a GPU.
+fn kernel_of(hmm: &Hmm) -> &'static Kernel {
+    match (hmm.k, plain(hmm)) {
+        (9.., _) => &HMM_FORWARD_BACKWARD,
+        (5.., true) => &HMM_FORWARD_BACKWARD_TABLE_8,
+        (5.., false) => &HMM_FORWARD_BACKWARD_8,
+        (_, true) => &HMM_FORWARD_BACKWARD_TABLE_4,
+        (_, false) => &HMM_FORWARD_BACKWARD_4,
+    }
+}
+
+/// Loop rounds of a thread in the device columns, at most: per launch, per step forward, per step backward. A loop of n takes n + 1, and one
+/// that is not entered takes one too where all threads of a vector walk through every branch.
 fn rounds(hmm: &Hmm) -> [u64; 3] {
     let (k, own) = (hmm.k, hmm.k.div_ceil(u64::from(WIDE)));
     let (logit, varies) = match hmm.transitions {
         Transitions::Softmax { u, .. } => (u + 1, true),
-        Transitions::Table { per_step, .. } => (0, per_step),
+        Transitions::Table { per_step, .. } => (1, per_step),
     };
-    let density = hmm.emission.rounds(hmm.d);
-    let row = k + 1 + k * logit;
+    // Densities hold eight loops.
+    let density = 9 + hmm.emission.rounds(hmm.d);
+    let row = (k + 1) * (1 + logit);
     if k <= 8 {
-        let load = k + 1 + k * row;
-        let varying = if varies { load } else { 0 };
-        return [2 * load + 4 * (k + 1), 2 + k + k * density + varying, 1 + varying];
+        let load = (k + 1) * (1 + row);
+        if plain(hmm) {
+            return [2 * load + 4 * (k + 1), 3, 1];
+        }
+        let varying = if varies { load } else { 4 };
+        let densities = if hmm.emission == Emission::LogProbabilities { 1 } else { k } * density + 1;
+        return [2 * load + 4 * (k + 1), 3 + densities + varying, 2 + varying];
     }
-    let load = own + 1 + 3 * own * row;
-    let varying = if varies { load } else { 0 };
-    let ahead = 1 + 4 * (own + 1) + own * density + varying + 4 * (k + 1) + own * row;
-    [2 * load + 4 * (k + 1), ahead, 1 + 4 * (own + 1) + varying + k + 1 + 2 * own * row]
+    let load = (own + 1) * (1 + 3 * row);
+    let varying = if varies { load } else { 8 };
+    let ahead = 2 + 4 * (own + 1) + own * density + varying + 4 * (k + 1) + own * row;
+    [2 * load + 4 * (k + 1), ahead, 2 + 4 * (own + 1) + varying + k + 1 + 2 * own * row]
 }
 
 /// Steps of one launch: all where the device's loops may be as long, else as many as one direction can take.

@@ -100,6 +100,8 @@ pub static OPS: [Op; 11] = [
             &hmm::HMM_EMISSION,
             &hmm::HMM_FORWARD_BACKWARD_4,
             &hmm::HMM_FORWARD_BACKWARD_8,
+            &hmm::HMM_FORWARD_BACKWARD_TABLE_4,
+            &hmm::HMM_FORWARD_BACKWARD_TABLE_8,
             &hmm::HMM_FORWARD_BACKWARD,
             &hmm_scan::HMM_SCAN_CHUNKS,
             &hmm_scan::HMM_SCAN_MERGE,
@@ -164,7 +166,7 @@ pub static OPS: [Op; 11] = [
 ];
 
 /// Every kernel: those of the ops, then the ceiling that `forback bench` measures.
-pub static KERNELS: [&Kernel; 63] = [
+pub static KERNELS: [&Kernel; 65] = [
     &philox::PHILOX,
     &performance::PERFORMANCE,
     &walk_forward_sharpe::SEGMENT_MOMENTS,
@@ -197,6 +199,8 @@ pub static KERNELS: [&Kernel; 63] = [
     &hmm::HMM_EMISSION,
     &hmm::HMM_FORWARD_BACKWARD_4,
     &hmm::HMM_FORWARD_BACKWARD_8,
+    &hmm::HMM_FORWARD_BACKWARD_TABLE_4,
+    &hmm::HMM_FORWARD_BACKWARD_TABLE_8,
     &hmm::HMM_FORWARD_BACKWARD,
     &hmm_scan::HMM_SCAN_CHUNKS,
     &hmm_scan::HMM_SCAN_MERGE,

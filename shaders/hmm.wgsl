@@ -2,6 +2,7 @@
 //   hmm_emission             grid ⌈B·T·K / WG⌉   thread = (sequence, step, state)
 //   hmm_forward_backward_4   grid ⌈B / WG⌉       thread = sequence, K ≤ 4: states in a vector, transitions in a matrix
 //   hmm_forward_backward_8   grid ⌈B / WG⌉       the same, K ≤ 8: two vectors, four matrices
+//   …_table_4, …_table_8     the same for log-probabilities, all observed, under a fixed table
 //   hmm_forward_backward     grid ⌈B / (WG / L)⌉ L threads per sequence, a state each (or every L-th), L = K rounded up to a power of two, at most WG
 
 struct HmmParams {
@@ -31,6 +32,8 @@ struct HmmParams {
 @group(0) @binding(8) var<storage, read_write> summary: array<f32>;
 
 override WG: u32 = 64u;
+// 4, 8: up to so many states. 104, 108: with log-probabilities, all observed, under a fixed table, and nothing else compiled in.
+override VARIANT: u32 = 0u;
 
 const MODELS: u32 = 1u;
 const TRANS_SEQUENCE: u32 = 2u;
@@ -52,6 +55,8 @@ const IMPOSSIBLE: f32 = -1e29;
 const LEAST: f32 = -1e28;
 // A step whose sum is below 2^-60 is done again with the joint shift.
 const RETRY: f32 = 8.67361738e-19;
+// What is predicted below this is forgotten: its reciprocal must be finite.
+const TINY: f32 = 1e-37;
 const FOLD: u32 = 128u;
 const PAIR_BLOCK: u32 = 64u;
 const LN2_HIGH: f32 = 0.693359375;
@@ -59,6 +64,18 @@ const LN2_LOW: f32 = -2.12194440e-4;
 
 fn has(bits: u32) -> bool {
     return (params.flags & bits) != 0u;
+}
+
+fn plain() -> bool {
+    return VARIANT > 100u;
+}
+
+fn varies() -> bool {
+    return !plain() && has(TRANS_STEP);
+}
+
+fn softmax() -> bool {
+    return !plain() && has(SOFTMAX);
 }
 
 // ---- inputs -------------------------------------------------------------------------------------------------------
@@ -71,7 +88,7 @@ fn length_of(b: u32) -> u32 {
 }
 
 fn observed(b: u32, t: u32) -> bool {
-    if !has(MASKED) {
+    if plain() || !has(MASKED) {
         return true;
     }
     return words[b * (1u + params.t) + 1u + t] != 0u;
@@ -172,7 +189,7 @@ fn log_b(b: u32, t: u32, state: u32) -> f32 {
 // Where the transitions of slot t of sequence b start.
 fn table_at(b: u32, slot: u32) -> u32 {
     let b_trans = select(0u, b, has(TRANS_SEQUENCE));
-    if has(SOFTMAX) {
+    if softmax() {
         return b_trans * params.k * params.k * (params.u + 1u);
     }
     let slots = select(1u, max(params.t, 2u) - 1u, has(TRANS_STEP));
@@ -181,7 +198,7 @@ fn table_at(b: u32, slot: u32) -> u32 {
 
 // Entry (i,j) of the table, or the logit: weights·(inputs(t+1), 1).
 fn transition(table: u32, b: u32, slot: u32, i: u32, j: u32) -> f32 {
-    if !has(SOFTMAX) {
+    if !softmax() {
         return log_trans[table + i * params.k + j];
     }
     let at = table + (i * params.k + j) * (params.u + 1u);
@@ -332,7 +349,7 @@ fn insert(x: States, j: u32, value: f32, two: bool) -> States {
 fn log_b_states(b: u32, t: u32, two: bool) -> States {
     var x = zero_states();
     if observed(b, t) {
-        if params.emission == 0u {
+        if plain() || params.emission == 0u {
             let at = (b * params.t + t) * params.k;
             x.lo = load4(at, 0u);
             if two {
@@ -353,8 +370,8 @@ fn row(table: u32, b: u32, slot: u32, i: u32, two: bool) -> States {
     for (var j = 0u; j < params.k; j++) {
         x = insert(x, j, transition(table, b, slot, i, j), two);
     }
-    let y = exp_states(x, select(0.0, max_of(x, two), has(SOFTMAX)), two);
-    return times(y, select(1.0, 1.0 / sum_of(y, two), has(SOFTMAX)));
+    let y = exp_states(x, select(0.0, max_of(x, two), softmax()), two);
+    return times(y, select(1.0, 1.0 / sum_of(y, two), softmax()));
 }
 
 fn insert_row(m: mat4x4<f32>, i: u32, x: vec4<f32>) -> mat4x4<f32> {
@@ -435,12 +452,23 @@ fn kept(b: u32, two: bool) -> States {
 // pred·exp(log b − shift) with the joint shift max (log b + log pred), for steps at which the plain shift leaves nothing.
 fn joint(pred: States, x: States, two: bool) -> States {
     let none = vec4<f32>(LOG_ZERO);
-    let least = vec4<f32>(1e-37);
+    let least = vec4<f32>(TINY);
     let log4 = States(
         vec4<f32>(log_f32(pred.lo.x), log_f32(pred.lo.y), log_f32(pred.lo.z), log_f32(pred.lo.w)),
         vec4<f32>(log_f32(pred.hi.x), log_f32(pred.hi.y), log_f32(pred.hi.z), log_f32(pred.hi.w)),
     );
     return States(select(none, x.lo + log4.lo, (pred.lo > least) & (x.lo > vec4<f32>(IMPOSSIBLE))), select(none, x.hi + log4.hi, (pred.hi > least) & (x.hi > vec4<f32>(IMPOSSIBLE))));
+}
+
+fn initial(b: u32, two: bool) -> States {
+    let m = model_at(b);
+    let last = params.k - 1u;
+    var x = zero_states();
+    x.lo = vec4<f32>(model[m], model[m + min(1u, last)], model[m + min(2u, last)], model[m + min(3u, last)]);
+    if two {
+        x.hi = vec4<f32>(model[m + min(4u, last)], model[m + min(5u, last)], model[m + min(6u, last)], model[m + min(7u, last)]);
+    }
+    return exp_states(padded(x), 0.0, two);
 }
 
 fn forward(b: u32, length: u32, two: bool) {
@@ -449,7 +477,8 @@ fn forward(b: u32, length: u32, two: bool) {
     let filtered = section(FILTERED) + of_b;
     let predicted = section(PREDICTED) + of_b;
     let parked = params.park * params.b * each + of_b;
-    let parks = has(PARK) && !has(FILTERED);
+    let keeps = has(FILTERED) || has(PARK);
+    let kept_at = select(parked, filtered, has(FILTERED));
     let record = b * params.record;
     var total = Total(0.0, 0.0, 0);
     var failed = -1.0;
@@ -462,36 +491,47 @@ fn forward(b: u32, length: u32, two: bool) {
         sum = select(sum_of(alpha, two), 1.0, failed >= 0.0);
     }
     var a: Transitions;
+    if plain() {
+        a = transitions_of(b, 0u, two);
+    }
     let end = min(params.end, length);
-    for (var t = params.begin; t < end; t++) {
-        if t == max(params.begin, 1u) || (has(TRANS_STEP) && t > 0u) {
-            a = transitions_of(b, t - 1u, two);
-        }
+    var t = params.begin;
+    // The inner loop is left at a step that must be done again: what that takes stays out of it.
+    while t < end {
         var pred: States;
-        if t == 0u {
-            let m = model_at(b);
-            let last = params.k - 1u;
-            var init = zero_states();
-            init.lo = vec4<f32>(model[m], model[m + min(1u, last)], model[m + min(2u, last)], model[m + min(3u, last)]);
-            if two {
-                init.hi = vec4<f32>(model[m + min(4u, last)], model[m + min(5u, last)], model[m + min(6u, last)], model[m + min(7u, last)]);
+        var x: States;
+        var shift = 0.0;
+        for (; t < end; t++) {
+            if !plain() && (t == max(params.begin, 1u) || (varies() && t > 0u)) {
+                a = transitions_of(b, t - 1u, two);
             }
-            pred = exp_states(padded(init), 0.0, two);
-        } else {
             pred = predict(a, alpha, two);
+            if t == 0u {
+                pred = initial(b, two);
+            }
+            if has(PREDICTED) {
+                store(predicted + t * params.k, times(pred, 1.0 / sum), two);
+            }
+            let exponent = exponent_of(sum);
+            total.exponents += exponent;
+            pred = times(pred, power_of_two(-exponent));
+            x = log_b_states(b, t, two);
+            shift = max_of(x, two);
+            let y = exp_states(x, shift, two);
+            alpha = States(pred.lo * y.lo, pred.hi * y.hi);
+            sum = select(sum_of(alpha, two), 0.0, shift <= IMPOSSIBLE);
+            if sum < RETRY {
+                break;
+            }
+            total = add(total, shift);
+            if t % FOLD == FOLD - 1u {
+                total = fold(total);
+            }
+            if keeps {
+                store(kept_at + t * params.k, times(alpha, 1.0 / sum), two);
+            }
         }
-        if has(PREDICTED) {
-            store(predicted + t * params.k, times(pred, 1.0 / sum), two);
-        }
-        let exponent = exponent_of(sum);
-        total.exponents += exponent;
-        pred = times(pred, power_of_two(-exponent));
-        let x = log_b_states(b, t, two);
-        var shift = max_of(x, two);
-        let y = exp_states(x, shift, two);
-        alpha = States(pred.lo * y.lo, pred.hi * y.hi);
-        sum = select(sum_of(alpha, two), 0.0, shift <= IMPOSSIBLE);
-        if sum < RETRY {
+        if t < end {
             let z = joint(pred, x, two);
             shift = max_of(z, two);
             alpha = exp_states(z, shift, two);
@@ -502,13 +542,14 @@ fn forward(b: u32, length: u32, two: bool) {
                 sum = 1.0;
                 shift = 0.0;
             }
-        }
-        total = add(total, shift);
-        if t % FOLD == FOLD - 1u {
-            total = fold(total);
-        }
-        if has(FILTERED) || parks {
-            store(select(parked, filtered, has(FILTERED)) + t * params.k, times(alpha, 1.0 / sum), two);
+            total = add(total, shift);
+            if t % FOLD == FOLD - 1u {
+                total = fold(total);
+            }
+            if keeps {
+                store(kept_at + t * params.k, times(alpha, 1.0 / sum), two);
+            }
+            t++;
         }
     }
     if params.end >= length && (params.begin < length || params.begin == 0u) {
@@ -520,7 +561,7 @@ fn forward(b: u32, length: u32, two: bool) {
         summary[record + 3u] = f32(total.exponents);
         keep(b, alpha, two);
     }
-    for (var t = max(params.begin, length); t < params.end; t++) {
+    for (t = max(params.begin, length); t < params.end; t++) {
         let at = of_b + t * params.k;
         if has(FILTERED) {
             store(section(FILTERED) + at, zero_states(), two);
@@ -584,7 +625,8 @@ fn no_pairs() -> Transitions {
 }
 
 fn ratio4(gamma: vec4<f32>, pred: vec4<f32>) -> vec4<f32> {
-    return select(vec4<f32>(0.0), gamma / pred, pred > vec4<f32>(0.0));
+    // the reciprocal does not wait for γ: a product is all that lies on the chain
+    return gamma * select(vec4<f32>(0.0), 1.0 / pred, pred > vec4<f32>(TINY));
 }
 
 fn backward(b: u32, length: u32, two: bool) {
@@ -598,6 +640,9 @@ fn backward(b: u32, length: u32, two: bool) {
         gamma = kept(b, two);
     }
     var a: Transitions;
+    if plain() {
+        a = transitions_of(b, 0u, two);
+    }
     var block = no_pairs();
     // The sum over time starts afresh in the launch that holds the last step.
     var adds = params.end < params.t;
@@ -611,7 +656,7 @@ fn backward(b: u32, length: u32, two: bool) {
                     store(posterior + t * params.k, gamma, two);
                 }
             } else {
-                if has(TRANS_STEP) || after == min(params.end, length - 1u) {
+                if !plain() && (varies() || after == min(params.end, length - 1u)) {
                     a = transitions_of(b, t, two);
                 }
                 let pred = predict(a, alpha, two);
@@ -670,6 +715,16 @@ fn hmm_forward_backward_4(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_wo
 
 @compute @workgroup_size(WG)
 fn hmm_forward_backward_8(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) nwg: vec3<u32>, @builtin(local_invocation_index) tid: u32) {
+    thread_per_sequence(group_index(wid, nwg) * WG + tid, true);
+}
+
+@compute @workgroup_size(WG)
+fn hmm_forward_backward_table_4(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) nwg: vec3<u32>, @builtin(local_invocation_index) tid: u32) {
+    thread_per_sequence(group_index(wid, nwg) * WG + tid, false);
+}
+
+@compute @workgroup_size(WG)
+fn hmm_forward_backward_table_8(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) nwg: vec3<u32>, @builtin(local_invocation_index) tid: u32) {
     thread_per_sequence(group_index(wid, nwg) * WG + tid, true);
 }
 
@@ -747,7 +802,7 @@ fn predict_state(l: Lane, slot: u32, j: u32) -> f32 {
 fn joint_state(l: Lane, j: u32) -> f32 {
     let pred = sh[l.ratio + j];
     let x = sh[l.log_b + j];
-    if pred > 1e-37 && x > IMPOSSIBLE {
+    if pred > TINY && x > IMPOSSIBLE {
         return x + log_f32(pred);
     }
     return LOG_ZERO;
@@ -957,7 +1012,7 @@ fn backward_lanes(l: Lane) {
             inverse = select(0.0, 1.0 / sum, sum > 0.0);
             for (var j = l.lane; j < k; j += l.lanes) {
                 let pred = predict_state(l, t, j);
-                sh[l.ratio + j] = select(0.0, sh[l.log_b + j] / pred, pred > 0.0);
+                sh[l.ratio + j] = select(0.0, sh[l.log_b + j] / pred, pred > TINY);
             }
         }
         workgroupBarrier();  // the ratios are complete, all have read γ
