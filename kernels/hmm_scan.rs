@@ -16,7 +16,7 @@
 //!          barrier but for the table that the CUDA column keeps in shared memory.
 //! Scratch  elements and vectors: K·(K + 3)·4 bytes per chunk of L = 64 steps, 1/RADIX more for the levels above.
 //! Floor    the work is (K + 3) / 3 of the sequential one: 2·K³ flops per step up, 2·K² forward, 4·K² backward.
-//! Crossover [`wins`]: where a thread (or some lanes) per sequence would leave most of the device idle. Measured on two cores: see there.
+//! Crossover [`wins`]: where a thread (or some lanes) per sequence would leave most of the device idle; a constant per kind of device.
 //! Numerics as in kernels/hmm.rs: probabilities, powers of two; a step whose sum falls below 2⁻⁶⁰ is redone in logarithms with a whole power of
 //!          two taken out, so that the rows of one element keep their ratios. Equal to the sequential result within 1e-5. As there, what is
 //!          below 2⁻¹²⁶ of its row is zero.
@@ -543,30 +543,27 @@ fn hmm_scan_backward_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
 
 /// Shortest series for which the scan's launches are worth it.
 const LONG: u64 = 4096;
-/// Sequences beside each other up to which a GPU is taken to be idle in the sequential kernel, where one has at most 8 threads.
+/// Sequences of three states up to which a GPU is taken to be idle in the sequential kernel.
 const IDLE_GPU: u64 = 512;
 
 /// Whether the scan is taken: the sequential kernel would leave the device idle, and the scan's (K + 3) / 3 times as much work does not
 /// eat up what it gains.
 ///
-/// `reference`: never, it is the truth. `cpu`: as many chunks as threads run at once, a sequence runs on one thread: wins for B·(K + 3)/3 below the number of threads, with
-/// half of it as margin. Two threads never win. A software adapter: its cores and lanes likewise, but its launches cost more than they
-/// give at any size that was tried (see the bench of this kernel). A GPU has room for tens of thousands of threads: up to 512 sequences.
+/// `cpu`: a sequence runs on one thread, the scan on all: where B·(K + 3)/3 stays below half the number of threads. By the count of work, so
+/// two threads never take it. GPU: up to 512 sequences of three states, fewer of more: a thread (or eight) each is little beside tens of
+/// thousands. Both wait for measurements on machines with more cores and on cards: `cargo test --test hmm crossover -- --ignored` prints
+/// them. Software adapters and `reference`, which is the truth, never take it.
 pub fn wins(device: &Device, hmm: &Hmm, wanted: Wanted) -> bool {
     if !able(device, hmm, wanted) || hmm.t < LONG {
         return false;
     }
     let threads = rayon::current_num_threads() as u64;
     match device.info().kind {
-        DeviceKind::Reference => false,
         DeviceKind::Cpu => 2 * hmm.b * (hmm.k + 3) <= 3 * threads,
-        _ if device.info().software => 2 * hmm.b * (hmm.k + 3) <= 3 * SOFTWARE_LANES * threads,
-        _ => hmm.b * (hmm.k + 3) / 3 <= IDLE_GPU,
+        DeviceKind::Wgpu | DeviceKind::Cuda if !device.info().software => hmm.b * (hmm.k + 3) <= 3 * IDLE_GPU,
+        _ => false,
     }
 }
-
-/// Sequences that a core of a software adapter runs side by side.
-const SOFTWARE_LANES: u64 = 4;
 
 /// Elements of every level per sequence, from the chunks up.
 fn levels(t: u64) -> Vec<u64> {
