@@ -1,7 +1,9 @@
-"""Compares, then times: forback's standard sweeps against hand-fused numba and vectorbt. Called by run.sh.
+"""Compares, then times: forback's standard workloads against what users would pick instead. Called by run.sh.
 
-Timed is a peer's whole call with its tables of indicators made beforehand (forback's rate includes making them); a rate is set-bars a
-second: sets x assets x returns / seconds. Peers run the workload's first sets (--sets), which are the same formula and the same work each.
+Sweeps: timed is a peer's whole call with its tables of indicators made beforehand (forback's rate includes making them); a rate is set-bars
+a second: sets x assets x returns / seconds. Peers run the workload's first sets (--sets), which are the same formula and the same work each.
+Hidden Markov models: a rate is sequence-steps a second (x iterations of a fit). hmmlearn gets its scaling implementation, the faster one,
+and fewer sequences (it runs one after the other, on one thread); dynamax gets jit and vmap over the whole batch.
 """
 
 import argparse
@@ -31,6 +33,9 @@ args = parser.parse_args()
 args.rounds = max(args.rounds, 3)
 # Read when numba is imported.
 os.environ["NUMBA_NUM_THREADS"] = str(args.threads)
+# JAX takes the cores that the process may use.
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
 warnings.filterwarnings("ignore")
 
 import numpy as np
@@ -285,6 +290,135 @@ def compare_vectorbt(folder, _):
     return compared, agree(compared, 0.02)
 
 
+# ---- hidden Markov models ---------------------------------------------------------------------------------------
+
+
+def chain(k):
+    """Initial probabilities, transitions and means of a standard workload."""
+    return np.full(k, 1 / k), np.full((k, k), 0.02) + np.eye(k) * (1 - 0.02 * k), np.arange(k) * 1.0
+
+
+def series(n):
+    """Observations [n, 1000], as f32 has them."""
+    return np.float32(np.random.default_rng(2).normal(1.0, 1.0, (n, 1000))).astype(float)
+
+
+def densities(x, k):
+    """log_obs [n, T, k] of unit normals around 0, 1, ..."""
+    return np.float32(-0.5 * (x[..., None] - np.arange(k)) ** 2 - 0.5 * math.log(2 * math.pi))
+
+
+def learner(k, **options):
+    from hmmlearn.hmm import GaussianHMM
+
+    h = GaussianHMM(k, "diag", init_params="", implementation="scaling", covars_prior=0.0, **options)
+    h.startprob_, h.transmat_, means = chain(k)
+    h.means_, h.covars_ = means[:, None], np.ones((k, 1))
+    return h
+
+
+def smoother(log_obs):
+    """dynamax's smoothed probabilities and log-likelihoods of a batch, compiled."""
+    import jax
+    import jax.numpy as jnp
+    from dynamax.hidden_markov_model import hmm_smoother
+
+    init, transitions, _ = (jnp.asarray(x, jnp.float32) for x in chain(log_obs.shape[-1]))
+    inputs = jnp.asarray(log_obs)
+
+    def one(log_obs):
+        posterior = hmm_smoother(init, transitions, log_obs)
+        return posterior.smoothed_probs, posterior.marginal_loglik
+
+    both = jax.jit(jax.vmap(one))
+    return lambda: [x.block_until_ready() for x in both(inputs)]
+
+
+def verified(folder, kernel, params, inputs, outputs, atol, rtol):
+    """What `forback verify` says of a peer's outputs as a case: the worst error as a share of the tolerance."""
+    header = {"__metadata__": {"kernel": kernel, "params": json.dumps(params), "atol": str(atol), "rtol": str(rtol), "reference_tol": "1", "source": "peer"}}
+    body = b""
+    for name, array, kind in [(f"in/{n}", x, "f4") for n, x in inputs.items()] + [(f"out/{n}", x, "f8") for n, x in outputs.items()]:
+        data = np.ascontiguousarray(array, dtype="<" + kind)
+        header[name] = {"dtype": {"f4": "F32", "f8": "F64"}[kind], "shape": list(data.shape), "data_offsets": [len(body), len(body) + data.nbytes]}
+        body += data.tobytes()
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path = Path(folder) / "peer.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+    done = subprocess.run([args.bin, "verify", str(path), "--device", args.device, "--json"], capture_output=True, text=True)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    if not rows:
+        sys.exit(f"forback verify: {done.stderr.strip()}")
+    compared = {"share_of_tolerance": rows[0]["share"], "worst": rows[0]["worst"], "atol": atol, "rtol": rtol}
+    return compared | ({"failure": rows[0]["failure"]} if rows[0]["failure"] else {}), rows[0]["passed"]
+
+
+def compare_posterior(folder, peer):
+    k, n = 4, 32
+    x = series(n)
+    log_obs = densities(x, k)
+    init, transitions, _ = chain(k)
+    inputs = {"log_init": np.log(init)[None], "log_trans": np.log(transitions)[None, None], "log_obs": log_obs}
+    if peer == "dynamax":
+        posterior, likelihood = (np.asarray(out, float) for out in smoother(log_obs)())
+        # f32 too, normalised in its own way: its own rounding is all that is left.
+        tolerance = (2e-5, 2e-5)
+    else:
+        h = learner(k, params="")
+        pairs = [h.score_samples(row[:, None]) for row in x]
+        likelihood, posterior = np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs])
+        tolerance = (5e-6, 1e-6)
+    return verified(folder, "hmm_forward_backward", {}, inputs, {"posterior": posterior, "log_likelihood": likelihood}, *tolerance)
+
+
+def compare_posterior_hmmlearn(folder, _):
+    return compare_posterior(folder, "hmmlearn")
+
+
+def compare_posterior_dynamax(folder, _):
+    return compare_posterior(folder, "dynamax")
+
+
+def compare_fit(folder, _):
+    """Three series, a model each: 20 iterations; the worst of them."""
+    k, worst, good = 3, None, True
+    init, transitions, means = chain(k)
+    for x in series(3):
+        h = learner(k, params="stmc", n_iter=20, tol=-np.inf)
+        h.fit(x[:, None])
+        inputs = {"obs": x[None, :, None], "init": init, "trans": transitions, "means": means[:, None], "covars": np.ones((k, 1))}
+        outputs = {"init": h.startprob_, "trans": h.transmat_, "means": h.means_, "covars": h.covars_.reshape(k, 1)}
+        outputs["log_likelihood"] = np.array(h.monitor_.history)
+        params = {"states": k, "iterations": 20, "covariance": "diag"}
+        compared, passed = verified(folder, "hmm_baum_welch", params, inputs, outputs, 3e-4, 3e-3)
+        if worst is None or not passed or compared["share_of_tolerance"] > worst["share_of_tolerance"]:
+            worst = compared
+        good &= passed
+    return worst, good
+
+
+def hmmlearn_posterior(_):
+    n = 128
+    h, x = learner(4, params=""), series(n).reshape(-1, 1)
+    return (lambda: h.score_samples(x, [1000] * n)), n * 1000, n
+
+
+def dynamax_posterior(_):
+    n = 4096
+    return smoother(densities(series(n), 4)), n * 1000, n
+
+
+def hmmlearn_fit(_):
+    n, x = 16, series(16)
+
+    def fit():
+        for row in x:
+            learner(3, params="stmc", n_iter=20, tol=-np.inf).fit(row[:, None])
+
+    return fit, n * 1000 * 20, n
+
+
 # ---- timing -----------------------------------------------------------------------------------------------------
 
 
@@ -317,6 +451,11 @@ def vectorbt_timed(_):
 # workload, peer, comparison, what is timed.
 ROWS = [(name, "numba", compare_sweep, numba_sweep) for name in SWEEPS]
 ROWS += [("sweep_walk_forward", "numba", compare_walk, numba_walk), ("sweep_sma", "vectorbt", compare_vectorbt, vectorbt_timed)]
+ROWS += [
+    ("hmm_posterior", "hmmlearn", compare_posterior_hmmlearn, hmmlearn_posterior),
+    ("hmm_posterior", "dynamax", compare_posterior_dynamax, dynamax_posterior),
+    ("hmm_fit", "hmmlearn", compare_fit, hmmlearn_fit),
+]
 
 
 def machine():
@@ -336,7 +475,7 @@ def versions():
     from importlib.metadata import version
 
     ours = subprocess.run([args.bin, "--version"], capture_output=True, text=True).stdout.strip()
-    return {"forback": ours, "python": platform.python_version()} | {name: version(name) for name in ("numba", "numpy", "pandas", "vectorbt")}
+    return {"forback": ours, "python": platform.python_version()} | {name: version(name) for name in ("numba", "numpy", "pandas", "vectorbt", "hmmlearn", "dynamax", "jax")}
 
 
 def main():
@@ -362,22 +501,23 @@ def main():
     slug = "".join(c if c.isalnum() else "-" for c in head["machine"].lower()).strip("-")
     path = Path(args.out) if args.out else ROOT / "benches/results" / f"{head['date'][:10]}-peers-{slug}.jsonl"
     lines = []
-    print(f"{head['machine']}, {args.threads} threads, {head['date'][:10]}, commit {head['commit']}; set-bars a second, medians of {args.rounds} rounds")
+    print(f"{head['machine']}, {args.threads} threads, {head['date'][:10]}, commit {head['commit']}; set-bars or sequence-steps a second, medians of {args.rounds} rounds")
     print(f"{'workload':<20} {'peer':<9} {'forback':>10} {'peer':>10} {'ratio':>9}")
     for workload, peer, _, prepare in rows:
         run, work, sets = prepare(workload)
         ours, theirs = [], []
         for _ in range(args.rounds):
             ours.append(forback("bench", workload, "--threads", str(args.threads), "--runs", "3")[0])
-            grid = SWEEPS[workload][1] if workload in SWEEPS else WALK_GRID
+            grid = SWEEPS[workload][1] if workload in SWEEPS else WALK_GRID if workload == "sweep_walk_forward" else None
             if ours[-1].get("grid", grid) != grid:
                 sys.exit(f"{workload}: forback bench runs {ours[-1]['grid']}, the peers {grid}; make them equal")
             theirs.append(work / seconds(run))
         ratio = statistics.median(o["rate"] / t for o, t in zip(ours, theirs))
         rate, peer_rate = statistics.median(o["rate"] for o in ours), statistics.median(theirs)
         print(f"{workload:<20} {peer:<9} {rate:>10.3g} {peer_rate:>10.3g} {ratio:>8.1f}x", flush=True)
-        line = {"workload": workload, "peer": peer, "ratio": ratio, "forback_rate": rate, "peer_rate": peer_rate, "unit": "set-bars/s"}
-        line |= {"device": ours[0]["device"], "adapter": ours[0]["adapter"], "shape": ours[0]["shape"], "peer_sets": sets}
+        line = {"workload": workload, "peer": peer, "ratio": ratio, "forback_rate": rate, "peer_rate": peer_rate}
+        line |= {"unit": "sequence-steps/s" if workload.startswith("hmm") else "set-bars/s"}
+        line |= {"device": ours[0]["device"], "adapter": ours[0]["adapter"], "shape": ours[0]["shape"], "peer_sequences" if workload.startswith("hmm") else "peer_sets": sets}
         line |= {"forback_rates": [o["rate"] for o in ours], "peer_rates": theirs, "compared": compared[workload, peer]} | head
         lines.append(json.dumps(line))
     path.parent.mkdir(parents=True, exist_ok=True)
