@@ -139,6 +139,8 @@ impl Slots {
                 left = &left[n..];
             }
         }
+        // Neighbouring sets one after the other: their results share lines of memory.
+        slots.groups.sort_by_key(|g| slots.order[g.at[0]]);
         let vector = |slot: usize| slot / lanes;
         slots.starts = (0..=slots.order.len() / lanes).map(|v| slots.results.partition_point(|r| vector(r.1) < v)).collect();
         slots
@@ -861,11 +863,37 @@ fn write<S: Simd>(simd: S, (slots, state, edge, edges): (&Slots, &State, usize, 
             if n == lanes {
                 store_u32::<S>(out, to, load_u32::<S>(plane, 0));
             } else {
-                for (out, &word) in out[to..to + n].iter_mut().zip(&plane[lane..]) {
-                    *out = word;
-                }
+                copy_few(&mut out[to..to + n], &plane[lane..lane + n]);
             }
         }
+    }
+}
+
+/// Copies less than a vector, in powers of two.
+#[inline(always)]
+fn copy_few(mut out: &mut [u32], mut from: &[u32]) {
+    #[inline(always)]
+    fn copy<'a, 'b, const N: usize>(out: &'a mut [u32], from: &'b [u32]) -> (&'a mut [u32], &'b [u32]) {
+        match (out.split_first_chunk_mut::<N>(), from.split_first_chunk::<N>()) {
+            (Some((out, more_out)), Some((from, more))) => {
+                *out = *from;
+                (more_out, more)
+            }
+            _ => (&mut [], &[]),
+        }
+    }
+    let n = out.len();
+    if n & 8 != 0 {
+        (out, from) = copy::<8>(out, from);
+    }
+    if n & 4 != 0 {
+        (out, from) = copy::<4>(out, from);
+    }
+    if n & 2 != 0 {
+        (out, from) = copy::<2>(out, from);
+    }
+    if n & 1 != 0 {
+        copy::<1>(out, from);
     }
 }
 
@@ -1436,7 +1464,7 @@ fn sweep_on(arch: Arch, mut launch: CpuLaunch<'_, f32>) -> Result<()> {
         return Err(Error::Internal("backtest_sweep: edges must ascend".into()));
     }
     let per_tile = edges.len() * 4 * TILE;
-    let run = (tiles * assets / (2 * rayon::current_num_threads())).clamp(1, JOB_TILES);
+    let run = (tiles * assets).div_ceil(rayon::current_num_threads()).clamp(1, JOB_TILES);
     let mut jobs = Vec::new();
     let (mut stats, mut prefix) = (&mut stats[..assets * tiles * STATS * TILE], &mut prefix[..assets * tiles * per_tile]);
     for asset in 0..assets {
@@ -1568,6 +1596,8 @@ mod tests {
         sides: u32,
         sized: bool,
         stops: bool,
+        /// Rows a repeat after so many sets, rows b go up.
+        grid: Option<usize>,
     }
 
     fn run(kernel: &'static Kernel, p: &BacktestParams, rows: &[u32], o: Overlays) -> (Vec<u32>, Vec<u32>) {
@@ -1586,8 +1616,9 @@ mod tests {
             let stop = |w: u32| if o.stops && !w.is_multiple_of(3) { 0.01 * (1 + w % 4) as f32 } else { crate::backtest::NO_STOP }.to_bits();
             let row = if o.sized && !w[4].is_multiple_of(5) { w[4] % p.volatility_rows } else { OFF };
             let holding = if o.stops && !w[7].is_multiple_of(2) { 1 + w[7] % 7 } else { OFF };
-            let head =
-                [rows[i % rows.len()], w[1] % p.rows.min(20), w[2] % 4, w[3] % 4, 20 + w[0] % 40, (w[0] >> 8) % o.sides, 0.1f32.to_bits(), 1.5f32.to_bits()];
+            let row_a = o.grid.map_or(rows[i % rows.len()], |n| (i % n) as u32);
+            let row_b = o.grid.map_or(w[1] % p.rows.min(20), |n| 20 + (i / n % 20) as u32);
+            let head = [row_a, row_b, w[2] % 4, w[3] % 4, 20 + w[0] % 40, (w[0] >> 8) % o.sides, 0.1f32.to_bits(), 1.5f32.to_bits()];
             [&head[..], &[row, stop(w[5]), stop(w[6]), stop(w[7]), holding, 0, 0, 0]].concat()
         };
         let sets: Vec<u32> = (0..tiles * TILE).flat_map(set).collect();
@@ -1631,7 +1662,7 @@ mod tests {
                     general: 1,
                     ..bytemuck::Zeroable::zeroed()
                 };
-                let o = Overlays { sides, sized, stops };
+                let o = Overlays { sides, sized, stops, grid: None };
                 let plain = run(&PLAIN, &p, rows, o);
                 let moved = plain.0.chunks_exact(TILE).skip(4).step_by(STATS).flatten().filter(|&&trades| trades != 0).count();
                 assert!(moved > 100, "few sets trade: {moved}");
@@ -1642,5 +1673,54 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Vectors across runs, several stretches, runs that end inside a vector, levels below 0.
+    #[test]
+    fn grids_give_the_bits_of_the_plain_column() {
+        for (n, tiles, lag, start, edges, cost) in
+            [(19, 5, 1, 0, 6, 1e-3), (19, 4, 0, 300, 0, 1e-3), (17, 6, 0, 0, 6, 0.0), (20, 3, 0, 0, 6, 0.98), (40, 3, 1, 0, 6, 1e-3)]
+        {
+            for mode in [CROSS, BAND] {
+                let p = BacktestParams {
+                    a: 1,
+                    t: 2900,
+                    rows: 40,
+                    tiles,
+                    edges,
+                    mode,
+                    lag,
+                    start,
+                    shift: 49,
+                    mask: u32::from(mode == BAND),
+                    cost,
+                    volatility_rows: 1,
+                    ..bytemuck::Zeroable::zeroed()
+                };
+                let o = Overlays { sides: 1, sized: false, stops: false, grid: Some(n) };
+                let plain = run(&PLAIN, &p, &[], o);
+                let trades: f32 = plain.0.chunks_exact(TILE).skip(4).step_by(STATS).flatten().map(|&trades| f32::from_bits(trades)).sum();
+                assert!(trades > 20_000.0, "few trades: {trades}");
+                for (name, kernel) in [("lanes", &BACKTEST_SWEEP), ("scalar", &SCALAR)] {
+                    let lanes = run(kernel, &p, &[], o);
+                    let wrong = plain.0.iter().zip(&lanes.0).position(|(a, b)| a != b);
+                    assert!(plain == lanes, "{name}, mode {mode}, rows of {n}, lag {lag}: stat {wrong:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn ends_of_runs_go_across() {
+        let (a, b): (Vec<u32>, Vec<u32>) = (0..1600).map(|i| (i % 100, 100 + i / 100)).unzip();
+        let slots = Slots::of(&a, &b, &vec![0; 1600], 16, 4);
+        assert_eq!(slots.order.len(), 1600);
+        assert_eq!(slots.groups.iter().filter(|g| g.kind == SHARED_B).map(|g| g.vectors).sum::<usize>(), 4);
+        let mut found = vec![0; 1600];
+        for &(set, slot, n) in &slots.results {
+            assert!((0..n).all(|i| slots.order[slot + i] as usize == set + i));
+            found[set..set + n].iter_mut().for_each(|f| *f += 1);
+        }
+        assert!(found.iter().all(|&f| f == 1));
     }
 }
