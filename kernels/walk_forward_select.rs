@@ -259,10 +259,10 @@ fn offer_tile(p: &SelectParams, prefix: &[u32], assets: Range<usize>, tile: usiz
         let (from, to) = (edge(p, prefix, assets.start, tile, span[0]), edge(p, prefix, assets.start, tile, span[1]));
         let mut excess = [f32::INFINITY; TILE];
         let ratio = if slot.best[1] == NONE { None } else { ratio_of(slot.best[0]) };
-        if let Some(ratio) = ratio {
-            if !arch.dispatch(Candidates { from, to, n: n as f64, shift: p.shift, ratio, excess: &mut excess }) {
-                return;
-            }
+        if let Some(ratio) = ratio
+            && !arch.dispatch(Candidates { from, to, n: n as f64, shift: p.shift, ratio, excess: &mut excess })
+        {
+            return;
         }
         for (_, set) in excess.iter().zip(sets).filter(|(excess, _)| **excess > 0.0 || excess.is_nan()) {
             let (sum, squares) = between(p, prefix, assets.start, set, span[0], span[1]);
