@@ -276,6 +276,10 @@ impl<R: Real> Set<R> {
         }
     }
 
+    fn has_stops(&self) -> bool {
+        self.max_holding != OFF || [self.stop_loss, self.take_profit, self.trailing_stop].iter().any(|&stop| stop < NO_STOP)
+    }
+
     /// Whether the position of `run`, not 0, is stopped by the close p.
     fn stopped(&self, run: &Run<R>, p: f32) -> bool {
         let h = run.held as f32;
@@ -531,7 +535,8 @@ fn replay<R: Real, const MODE: u32>(
     weights: &mut [R],
 ) -> (R, u32) {
     let mut run = Run::new();
-    let first = if p.piece > 0 { bars.start.saturating_sub(1) } else { 0 };
+    // A direction that knows nothing of earlier ones: one bar before is enough.
+    let first = if MODE == BAND || set.has_stops() { 0 } else { bars.start.saturating_sub(1) };
     for j in first..bars.end {
         if j == bars.start {
             (run.turnover, run.trades) = (R::ZERO, 0);

@@ -1,14 +1,20 @@
 //! The lane-wise f32 column of `backtest_sweep`: explicit vectors of the widest kind that the processor has, chosen at run time
 //! (AVX-512, AVX2, NEON, scalar), the same bits on all of them and as the plain column in `backtest.rs`.
 //!
-//! Layout   a job is one asset and a run of tiles. Time goes in blocks of 128 bars: all vectors of the job pass over one block while
-//!          its keys (128 × rows words) lie in the second-level cache.
+//! Layout   a job is one asset and a run of tiles. Up to four vectors make a group, which passes over up to 2,560 bars with its state in
+//!          registers; its keys are packed bar by bar, for many groups at once, so that every load is the next one in memory.
 //! Plan     neighbouring sets mostly read neighbouring rows a and the same row b, or the same rows, or neighbouring rows both. Such runs are
-//!          cut into vectors, the last one overlapping the one before; sets in shorter runs are packed in any order. Vectors that read
-//!          the same rows a run side by side, up to four with 32 registers: a tile over (fast × slow), one load of a per bar.
-//! Machines directions 0 and 1 need no arithmetic: net = select(held, r) − select(changed, cost), 11 instructions a bar with mask registers.
-//!          Shorts, sizes and stops take the general path.
-//! Warm-up  bars before a vector's first legal one are not visited; those in which some lanes are legal and others are not are masked.
+//!          cut into vectors. What is left at the ends of runs that lie one above the other makes vectors across the runs; where there
+//!          are none, the last vector overlaps the one before. Sets in shorter runs are packed in any order. Vectors that share rows run
+//!          side by side: a tile over (fast × slow), one load of a per bar.
+//! Machines directions 0 and 1 need no arithmetic: in, net = r − (cost if just entered); out, −(cost if just left). Nine instructions a bar:
+//!          compare, xor and masked add, masked move, sum, three fused multiply-adds, one minimum. A level that sinks on the next bar is not
+//!          the lowest, and only a rise can pass 1: both minima are taken at bars that rise alone, whose order the processor's
+//!          branch predictor learns in the first groups. Where a level may fall below 0 the general path is taken.
+//!          Momentum without stops: direction times size, each from a table that has few rows whatever the number of sets.
+//!          Shorts, sizes and stops of the other machines take the general path, one vector at a time, over blocks of 128 bars.
+//! Trades   where masks are bits, each bar's are stored, and changes are counted later, bit by bit in binary digits: 64 lanes at once.
+//! Warm-up  bars before a group's first legal one are not visited; those in which some lanes are legal and others are not are masked.
 
 use crate::backtest::{BAND, BLOCK, BacktestParams, CROSS, LONG, MOMENTUM, NO_STOP, OFF, SCALE_BIAS, SET_WORDS, SHORT, STATS, TILE, sharpe_of};
 use crate::kernel::CpuLaunch;
@@ -19,8 +25,9 @@ use std::any::Any;
 use std::collections::HashSet;
 use std::ops::Range;
 
-/// Most tiles of a job.
+/// Most tiles of a job, and of one whose state does not stay in registers.
 const JOB_TILES: usize = 128;
+const GENERAL_JOB_TILES: usize = 32;
 /// Most bars that a group passes over at once: its keys stay in the second-level cache, its state in registers.
 const STRETCH: usize = 20 * BLOCK;
 /// Widest vector.
@@ -139,6 +146,8 @@ impl Slots {
                 left = &left[n..];
             }
         }
+        // Neighbouring sets one after the other: their results share lines of memory.
+        slots.groups.sort_by_key(|g| slots.order[g.at[0]]);
         let vector = |slot: usize| slot / lanes;
         slots.starts = (0..=slots.order.len() / lanes).map(|v| slots.results.partition_point(|r| vector(r.1) < v)).collect();
         slots
@@ -202,18 +211,15 @@ struct Planner<'a> {
     a: &'a [u32],
     b: &'a [u32],
     first: &'a [u32],
-    general: bool,
+    /// Most vectors side by side where there are 32 registers.
+    most: usize,
 }
 
 impl WithSimd for Planner<'_> {
     type Output = Slots;
 
     fn with_simd<S: Simd>(self, _: S) -> Slots {
-        let side_by_side = match (self.general, S::F32_LANES == WIDEST) {
-            (true, _) => 1,
-            (false, true) => MOST,
-            (false, false) => 2,
-        };
+        let side_by_side = if S::F32_LANES == WIDEST { self.most } else { self.most.min(2) };
         Slots::of(self.a, self.b, self.first, S::F32_LANES, side_by_side)
     }
 }
@@ -243,6 +249,11 @@ struct Sets {
 }
 
 impl Sets {
+    /// Rows of the first or the second table.
+    fn rows(&self, table: usize) -> &[u32] {
+        if table == 0 { &self.a } else { &self.b }
+    }
+
     fn of(words: &[u32], order: &[u32], lookbacks: Vec<u32>) -> Sets {
         let word = |i: usize| -> Vec<u32> { order.iter().map(|&set| words[set as usize * SET_WORDS + i]).collect() };
         let real = |i: usize| -> Vec<f32> { word(i).into_iter().map(f32::from_bits).collect() };
@@ -523,6 +534,10 @@ impl Table<'_> {
         self.words.len() / self.stride.max(1)
     }
 
+    fn bar(&self, k: usize) -> &[u32] {
+        &self.words[k * self.stride..(k + 1) * self.stride]
+    }
+
     /// The values of any rows, one bar after the other.
     #[inline(always)]
     fn gather<S: Simd>(self, _: S, rows: &[u32], out: &mut Vec<u32>) {
@@ -581,11 +596,11 @@ fn stretches(spans: &[Span]) -> Vec<&[Span]> {
 /// Keys of a job over a stretch, as some of its groups read them: bar by bar, so that memory is read and written in order.
 #[derive(Default)]
 struct Packs {
-    /// Rows by lane that vectors share, and their keys.
-    wide: Vec<Rows>,
+    /// Table and rows by lane that vectors share, and their keys.
+    wide: Vec<(usize, Rows)>,
     wide_keys: Vec<Vec<u32>>,
-    /// Rows that whole vectors compare with, one of each vector of a group, and their keys.
-    tiles: Vec<[u32; MOST]>,
+    /// Table and rows that whole vectors compare with, one of each vector of a group, and their keys.
+    tiles: Vec<(usize, [u32; MOST])>,
     tile_keys: Vec<Vec<[u32; MOST]>>,
     /// Rows a and b of a group whose vectors read their own.
     own: [[Vec<u32>; 2]; MOST],
@@ -598,12 +613,12 @@ const TILES: usize = 64;
 impl Packs {
     /// Notes a group's rows; false where there is no place left.
     fn wants(&mut self, group: &Group, lanes: usize, sets: &Sets) -> bool {
-        let by_lane = |rows: &[u32]| Rows::of(&rows[group.at[0]..group.at[0] + lanes]);
-        let by_vector = |rows: &[u32]| Some(group.at.map(|at| rows[at]));
+        let by_lane = |table: usize| (table, Rows::of(&sets.rows(table)[group.at[0]..group.at[0] + lanes]));
+        let by_vector = |table: usize| Some((table, group.at.map(|at| sets.rows(table)[at])));
         let (wide, tile) = match group.kind {
-            SHARED_A => (vec![by_lane(&sets.a)], by_vector(&sets.b)),
-            SHARED_B => (vec![by_lane(&sets.b)], by_vector(&sets.a)),
-            SHARED_AB => (vec![by_lane(&sets.a), by_lane(&sets.b)], None),
+            SHARED_A => (vec![by_lane(0)], by_vector(1)),
+            SHARED_B => (vec![by_lane(1)], by_vector(0)),
+            SHARED_AB => (vec![by_lane(0), by_lane(1)], None),
             _ => return true,
         };
         let fits = self.wide.len() + 2 <= WIDE && self.tiles.len() < TILES;
@@ -617,10 +632,10 @@ impl Packs {
         fits || known
     }
 
-    /// Fills what was noted from the table's bars.
+    /// Fills what was noted from the tables' bars.
     #[inline(always)]
-    fn fill<S: Simd>(&mut self, _: S, table: Table<'_>) {
-        let (lanes, bars) = (S::U32_LANES, table.bars());
+    fn fill<S: Simd>(&mut self, _: S, tables: [Table<'_>; 2]) {
+        let (lanes, bars) = (S::U32_LANES, tables[0].bars());
         self.wide_keys.resize_with(self.wide.len().max(self.wide_keys.len()), Vec::new);
         self.tile_keys.resize_with(self.tiles.len().max(self.tile_keys.len()), Vec::new);
         for keys in &mut self.wide_keys {
@@ -629,28 +644,30 @@ impl Packs {
         for keys in &mut self.tile_keys {
             keys.resize(bars, [0; MOST]);
         }
-        for (k, bar) in table.words.chunks_exact(table.stride.max(1)).enumerate() {
-            for (keys, &rows) in self.wide_keys.iter_mut().zip(&self.wide) {
-                let out = &mut keys[k * lanes..(k + 1) * lanes];
+        for k in 0..bars {
+            let bar = [tables[0].bar(k), tables[1].bar(k)];
+            for (keys, &(table, rows)) in self.wide_keys.iter_mut().zip(&self.wide) {
+                let (out, bar) = (&mut keys[k * lanes..(k + 1) * lanes], bar[table]);
                 match rows {
                     Rows::From(row) => store_u32::<S>(out, 0, load_u32::<S>(bar, row)),
                     Rows::Same(row) => out.fill(bar[row]),
                     Rows::Any => {}
                 }
             }
-            for (keys, rows) in self.tile_keys.iter_mut().zip(&self.tiles) {
+            for (keys, (table, rows)) in self.tile_keys.iter_mut().zip(&self.tiles) {
+                let bar = bar[*table];
                 keys[k] = [bar[rows[0] as usize], bar[rows[1] as usize], bar[rows[2] as usize], bar[rows[3] as usize]];
             }
         }
     }
 
-    fn wide(&self, rows: &[u32]) -> &[u32] {
-        let at = self.wide.iter().position(|&wide| wide == Rows::of(rows));
+    fn wide(&self, table: usize, rows: &[u32]) -> &[u32] {
+        let at = self.wide.iter().position(|&wide| wide == (table, Rows::of(rows)));
         at.map_or(&[], |at| &self.wide_keys[at])
     }
 
-    fn tile(&self, rows: [u32; MOST]) -> &[[u32; MOST]] {
-        let at = self.tiles.iter().position(|&tile| tile == rows);
+    fn tile(&self, table: usize, rows: [u32; MOST]) -> &[[u32; MOST]] {
+        let at = self.tiles.iter().position(|&tile| tile == (table, rows));
         at.map_or(&[], |at| &self.tile_keys[at])
     }
 }
@@ -668,6 +685,8 @@ struct Plain<'a> {
     spans: &'a [Span],
     edges: usize,
     prefix: &'a mut [u32],
+    /// Directions and sizes of the momentum machine.
+    weights: Option<&'a Weights>,
 }
 
 impl WithSimd for Plain<'_> {
@@ -677,7 +696,8 @@ impl WithSimd for Plain<'_> {
     fn with_simd<S: Simd>(mut self, simd: S) {
         match self.p.mode {
             CROSS => self.groups::<S, CROSS>(simd),
-            _ => self.groups::<S, BAND>(simd),
+            BAND => self.groups::<S, BAND>(simd),
+            _ => self.groups::<S, MOMENTUM>(simd),
         }
     }
 }
@@ -688,13 +708,14 @@ struct Registers<S: Simd, const G: usize> {
     inside: [S::f32s; G],
     /// The direction held, where masks are vectors.
     held: [S::f32s; G],
-    /// What leaving costs: −cost if held, else 0.
+    /// What leaving costs: −cost if held, else 0. The weight, where there are sizes.
     owed: [S::f32s; G],
     level: [S::f32s; G],
     lowest: [S::f32s; G],
     sum: [S::f32s; G],
     square: [S::f32s; G],
     growth: [S::f32s; G],
+    turnover: [S::f32s; G],
     trades: [S::u32s; G],
 }
 
@@ -720,10 +741,15 @@ impl<'a> Plain<'a> {
         self.spans.first().map_or(0, |s| s.from).max(self.p.lag as usize).min(to)..to
     }
 
-    /// Keys that decide about them.
-    fn table(&self) -> Table<'a> {
-        let (Range { start, end }, lag, rows) = (self.bars(), self.p.lag as usize, self.m.rows);
-        Table { words: &self.m.keys[start.saturating_sub(lag) * rows..end.saturating_sub(lag) * rows], stride: rows }
+    /// What decides about them, by rows a and by rows b.
+    fn tables(&self) -> [Table<'a>; 2] {
+        let Range { start, end } = self.bars();
+        if let Some(weights) = self.weights {
+            return [(&weights.directions, weights.signals.len()), (&weights.sizes, weights.kinds.len())]
+                .map(|(words, stride)| Table { words: &words[start * stride..end * stride], stride });
+        }
+        let (lag, rows) = (self.p.lag as usize, self.m.rows);
+        [Table { words: &self.m.keys[start.saturating_sub(lag) * rows..end.saturating_sub(lag) * rows], stride: rows }; 2]
     }
 
     #[inline(always)]
@@ -732,10 +758,10 @@ impl<'a> Plain<'a> {
         let mut packed = 0;
         for (i, group) in slots.groups.iter().enumerate() {
             if i == packed {
-                let table = self.table();
+                let tables = self.tables();
                 (self.packs.wide, self.packs.tiles) = (Vec::new(), Vec::new());
                 packed += slots.groups[i..].iter().take_while(|group| self.packs.wants(group, S::F32_LANES, self.sets)).count().max(1);
-                self.packs.fill(simd, table);
+                self.packs.fill(simd, tables);
             }
             match (group.kind, group.vectors) {
                 (SHARED_A, 4) => self.group::<S, MODE, SHARED_A, 4>(simd, i, group),
@@ -763,11 +789,11 @@ impl<'a> Plain<'a> {
         let begin = (group.first.0 + lag).max(if MODE == BAND { 0 } else { counted }).max(base).min(to);
         let at = |v: usize| group.at[v]..group.at[v] + lanes;
         if KIND == OWN && begin < to {
-            let table = self.table();
+            let tables = self.tables();
             for v in 0..G {
                 let [a, b] = &mut self.packs.own[v];
-                table.gather(simd, &sets.a[at(v)], a);
-                table.gather(simd, &sets.b[at(v)], b);
+                tables[0].gather(simd, &sets.a[at(v)], a);
+                tables[1].gather(simd, &sets.b[at(v)], b);
             }
         }
         let packs = &*self.packs;
@@ -783,9 +809,9 @@ impl<'a> Plain<'a> {
             base,
         };
         match KIND {
-            SHARED_A => (reads.wide[0][0], reads.tile) = (packs.wide(&sets.a[at(0)]), packs.tile(group.at.map(|at| sets.b[at]))),
-            SHARED_B => (reads.wide[0][0], reads.tile) = (packs.wide(&sets.b[at(0)]), packs.tile(group.at.map(|at| sets.a[at]))),
-            SHARED_AB => reads.wide[0] = [packs.wide(&sets.a[at(0)]), packs.wide(&sets.b[at(0)])],
+            SHARED_A => (reads.wide[0][0], reads.tile) = (packs.wide(0, &sets.a[at(0)]), packs.tile(1, group.at.map(|at| sets.b[at]))),
+            SHARED_B => (reads.wide[0][0], reads.tile) = (packs.wide(1, &sets.b[at(0)]), packs.tile(0, group.at.map(|at| sets.a[at]))),
+            SHARED_AB => reads.wide[0] = [packs.wide(0, &sets.a[at(0)]), packs.wide(1, &sets.b[at(0)])],
             _ => {
                 for v in 0..G {
                     reads.wide[v] = [&packs.own[v][0], &packs.own[v][1]];
@@ -803,9 +829,10 @@ impl<'a> Plain<'a> {
             sum: [zero; G],
             square: [zero; G],
             growth: [one; G],
+            turnover: [zero; G],
             trades: words_at(simd, &state.age, group),
         };
-        self.history.begin(self.state.before[index]);
+        self.history.begin(self.state.before[index], MODE != MOMENTUM);
         for span in self.spans {
             if begin < span.to {
                 // Bars that only the machine sees, that some lanes still warm up in, and all others.
@@ -813,11 +840,21 @@ impl<'a> Plain<'a> {
                 let start = begin.max(counted).min(span.to);
                 let legal = start.max(group.first.1 + lag).min(span.to);
                 self.history.make_room(simd, span.to - start);
-                if MODE == BAND {
-                    bars::<S, MODE, KIND, true, false, G>(simd, (p, m, begin..start), &reads, self.history, &mut x);
+                if MODE == MOMENTUM {
+                    weighted::<S, KIND, true, G>(simd, (p, m, start..legal), &reads, self.history, &mut x);
+                    weighted::<S, KIND, false, G>(simd, (p, m, legal..span.to), &reads, self.history, &mut x);
+                    for v in 0..G {
+                        let turnover = simd.add_f32s(load_f32::<S>(&self.state.turnover, group.at[v]), x.turnover[v]);
+                        store::<S>(&mut self.state.turnover, group.at[v], turnover);
+                    }
+                    x.turnover = [zero; G];
+                } else {
+                    if MODE == BAND {
+                        bars::<S, MODE, KIND, true, false, G>(simd, (p, m, begin..start), &reads, self.history, &mut x);
+                    }
+                    bars::<S, MODE, KIND, true, true, G>(simd, (p, m, start..legal), &reads, self.history, &mut x);
+                    bars::<S, MODE, KIND, false, true, G>(simd, (p, m, legal..span.to), &reads, self.history, &mut x);
                 }
-                bars::<S, MODE, KIND, true, true, G>(simd, (p, m, start..legal), &reads, self.history, &mut x);
-                bars::<S, MODE, KIND, false, true, G>(simd, (p, m, legal..span.to), &reads, self.history, &mut x);
                 for v in 0..G {
                     self.state.flush(simd, group.at[v], self.units, x.sum[v], x.square[v], x.growth[v]);
                 }
@@ -861,11 +898,37 @@ fn write<S: Simd>(simd: S, (slots, state, edge, edges): (&Slots, &State, usize, 
             if n == lanes {
                 store_u32::<S>(out, to, load_u32::<S>(plane, 0));
             } else {
-                for (out, &word) in out[to..to + n].iter_mut().zip(&plane[lane..]) {
-                    *out = word;
-                }
+                copy_few(&mut out[to..to + n], &plane[lane..lane + n]);
             }
         }
+    }
+}
+
+/// Copies less than a vector, in powers of two.
+#[inline(always)]
+fn copy_few(mut out: &mut [u32], mut from: &[u32]) {
+    #[inline(always)]
+    fn copy<'a, 'b, const N: usize>(out: &'a mut [u32], from: &'b [u32]) -> (&'a mut [u32], &'b [u32]) {
+        match (out.split_first_chunk_mut::<N>(), from.split_first_chunk::<N>()) {
+            (Some((out, more_out)), Some((from, more))) => {
+                *out = *from;
+                (more_out, more)
+            }
+            _ => (&mut [], &[]),
+        }
+    }
+    let n = out.len();
+    if n & 8 != 0 {
+        (out, from) = copy::<8>(out, from);
+    }
+    if n & 4 != 0 {
+        (out, from) = copy::<4>(out, from);
+    }
+    if n & 2 != 0 {
+        (out, from) = copy::<2>(out, from);
+    }
+    if n & 1 != 0 {
+        copy::<1>(out, from);
     }
 }
 
@@ -970,7 +1033,128 @@ fn bars<S: Simd, const MODE: u32, const KIND: u32, const LEGAL: bool, const EARN
     for v in 0..G {
         (x.inside[v], x.held[v]) = (simd.select_f32s(inside[v], one, zero), simd.select_f32s(held[v], one, zero));
     }
-    *x = Registers { inside: x.inside, held: x.held, owed, level, lowest, sum, square, growth, trades };
+    *x = Registers { inside: x.inside, held: x.held, owed, level, lowest, sum, square, growth, turnover: x.turnover, trades };
+}
+
+/// Bars of one span, direction times size. LEGAL: some lanes may still warm up.
+#[inline(always)]
+fn weighted<S: Simd, const KIND: u32, const LEGAL: bool, const G: usize>(
+    simd: S,
+    block: (&BacktestParams, &Market<'_>, Range<usize>),
+    reads: &Reads<'_, S, G>,
+    history: &mut History,
+    x: &mut Registers<S, G>,
+) {
+    let (p, m, bars) = block;
+    if bars.is_empty() {
+        return;
+    }
+    let (zero, one, unit) = (simd.splat_f32s(0.0), simd.splat_f32s(1.0), simd.splat_u32s(1));
+    let fee = reads.fee;
+    let (n, first, decided) = (bars.len(), bars.start - reads.base, bars.start - p.lag as usize);
+    let returns = &m.returns[bars];
+    let mut wide: [[&[S::u32s]; 2]; G] = [[&[]; 2]; G];
+    for v in 0..if KIND == OWN { G } else { 1 } {
+        wide[v][0] = vectors::<S>(reads.wide[v][0], first, n);
+        if KIND != SHARED_A && KIND != SHARED_B {
+            wide[v][1] = vectors::<S>(reads.wide[v][1], first, n);
+        }
+    }
+    let tile = if KIND == SHARED_A || KIND == SHARED_B { &reads.tile[first..first + n] } else { &[] };
+    let history = history.words(if packed::<S>() { n } else { 0 });
+    let Registers { owed: mut weight, mut level, mut lowest, mut sum, mut square, mut growth, mut turnover, mut trades, .. } = *x;
+    for k in 0..n {
+        let r = simd.splat_f32s(returns[k]);
+        let legal = simd.splat_u32s((decided + k) as u32);
+        for v in 0..G {
+            let (direction, size) = match KIND {
+                SHARED_A | SHARED_B => (wide[0][0][k], simd.splat_u32s(tile[k][v])),
+                SHARED_AB => (wide[0][0][k], wide[0][1][k]),
+                _ => (wide[v][0][k], wide[v][1][k]),
+            };
+            let mut now = simd.mul_f32s(simd.transmute_f32s_u32s(direction), simd.transmute_f32s_u32s(size));
+            if LEGAL {
+                now = simd.select_f32s(simd.less_than_or_equal_u32s(reads.first[v], legal), now, zero);
+            }
+            let traded = simd.abs_f32s(simd.sub_f32s(now, weight[v]));
+            weight[v] = now;
+            turnover[v] = simd.add_f32s(turnover[v], traded);
+            let trade = simd.greater_than_f32s(traded, zero);
+            if packed::<S>() {
+                history[k][v] = bits(trade);
+            } else {
+                trades[v] = simd.add_u32s(trades[v], simd.select_u32s(trade, unit, simd.splat_u32s(0)));
+            }
+            let net = simd.mul_add_f32s(now, r, simd.mul_f32s(fee, traded));
+            sum[v] = simd.add_f32s(sum[v], net);
+            square[v] = simd.mul_add_f32s(net, net, square[v]);
+            growth[v] = simd.mul_add_f32s(growth[v], net, growth[v]);
+            level[v] = simd.min_f32s(simd.mul_add_f32s(level[v], net, level[v]), one);
+            lowest[v] = simd.min_f32s(lowest[v], level[v]);
+        }
+    }
+    *x = Registers { inside: x.inside, held: x.held, owed: weight, level, lowest, sum, square, growth, turnover, trades };
+}
+
+// ---- directions and sizes ---------------------------------------------------------------------------------------------------
+
+/// Directions of the momentum machine and sizes, as bits of reals: few of each, whatever the number of sets.
+struct Weights {
+    /// (side, lookback), a row of directions each.
+    signals: Vec<(u32, u32)>,
+    /// (volatility row or OFF, target, leverage), a row of sizes each.
+    kinds: Vec<(u32, u32, u32)>,
+    /// By the bar over which they are held.
+    directions: Vec<u32>,
+    sizes: Vec<u32>,
+}
+
+/// Most words of the tables.
+const WEIGHTS: usize = 1 << 22;
+
+impl Weights {
+    /// None where the tables would not be small.
+    fn of(words: &[u32], lag: usize, m: &Market<'_>) -> Option<Weights> {
+        let mut signals: Vec<(u32, u32)> = words.chunks_exact(SET_WORDS).map(signal_of).collect();
+        let mut kinds: Vec<(u32, u32, u32)> = words.chunks_exact(SET_WORDS).map(kind_of).collect();
+        signals.sort_unstable();
+        signals.dedup();
+        kinds.sort_unstable();
+        kinds.dedup();
+        let bars = m.returns.len();
+        if bars * (signals.len() + kinds.len()) > WEIGHTS {
+            return None;
+        }
+        let (mut directions, mut sizes) = (vec![0; bars * signals.len()], vec![0; bars * kinds.len()]);
+        for (j, (directions, sizes)) in directions.chunks_exact_mut(signals.len()).zip(sizes.chunks_exact_mut(kinds.len())).enumerate().skip(lag) {
+            let now = m.close[j - lag];
+            for (out, &(side, lookback)) in directions.iter_mut().zip(&signals) {
+                let then = m.close[(j - lag).saturating_sub(lookback as usize)];
+                let (up, down) = (f32::from(now > then && side != SHORT), f32::from(now < then && side != LONG));
+                *out = (up - down).to_bits();
+            }
+            let inverse_volatility = &m.inverse_volatility[m.inverse_volatility.len().min((j - lag) * m.volatility_rows)..];
+            for (out, &(row, target, leverage)) in sizes.iter_mut().zip(&kinds) {
+                let size = |volatility: &u32| (f32::from_bits(target) * f32::from_bits(*volatility)).min(f32::from_bits(leverage));
+                *out = inverse_volatility.get(row as usize).filter(|_| row != OFF).map_or(1.0, size).to_bits();
+            }
+        }
+        Some(Weights { signals, kinds, directions, sizes })
+    }
+
+    /// Rows of the two tables that a set reads.
+    fn rows(&self, set: &[u32]) -> [u32; 2] {
+        let row = |at: std::result::Result<usize, usize>| at.unwrap_or(0) as u32;
+        [row(self.signals.binary_search(&signal_of(set))), row(self.kinds.binary_search(&kind_of(set)))]
+    }
+}
+
+fn signal_of(set: &[u32]) -> (u32, u32) {
+    (set[5], set[1])
+}
+
+fn kind_of(set: &[u32]) -> (u32, u32, u32) {
+    if set[8] == OFF { (OFF, 0, 0) } else { (set[8], set[6], set[7]) }
 }
 
 // ---- trades -----------------------------------------------------------------------------------------------------------------
@@ -998,6 +1182,8 @@ struct History {
     /// The bar before, and those kept.
     words: Box<[u64; ROW + KEPT]>,
     n: usize,
+    /// Whether changes from bar to bar count, or the bits themselves.
+    changes: bool,
     digits: [[u64; ROW]; DIGITS],
 }
 
@@ -1010,12 +1196,12 @@ fn add_digits<S: Simd>(simd: S, a: S::u64s, b: S::u64s, c: S::u64s) -> (S::u64s,
 
 impl History {
     fn new() -> History {
-        History { words: Box::new([0; ROW + KEPT]), n: 0, digits: [[0; ROW]; DIGITS] }
+        History { words: Box::new([0; ROW + KEPT]), n: 0, changes: true, digits: [[0; ROW]; DIGITS] }
     }
 
     /// A new group, whose directions were `before`.
-    fn begin(&mut self, before: u64) {
-        (self.words[ROW - 1], self.n, self.digits) = (before, 0, [[0; ROW]; DIGITS]);
+    fn begin(&mut self, before: u64, changes: bool) {
+        (self.words[ROW - 1], self.n, self.changes, self.digits) = (before, 0, changes, [[0; ROW]; DIGITS]);
     }
 
     /// Counts, if `bars` more would not fit.
@@ -1039,7 +1225,7 @@ impl History {
     fn count<S: Simd>(&mut self, simd: S) {
         let last = self.words[ROW + self.n - 1];
         let n = self.n.next_multiple_of(8 * ROW);
-        self.words[ROW + self.n..ROW + n].fill(last);
+        self.words[ROW + self.n..ROW + n].fill(if self.changes { last } else { 0 });
         let mut d = [simd.splat_u64s(0); DIGITS];
         for i in 0..DIGITS {
             d[i] = load_u64::<S>(&self.digits[i], 0);
@@ -1048,7 +1234,10 @@ impl History {
             let mut changed = [d[0]; 8];
             for i in 0..8 {
                 let here = at + i * ROW;
-                changed[i] = simd.xor_u64s(load_u64::<S>(&self.words[..], here), load_u64::<S>(&self.words[..], here - 1));
+                changed[i] = load_u64::<S>(&self.words[..], here);
+                if self.changes {
+                    changed[i] = simd.xor_u64s(changed[i], load_u64::<S>(&self.words[..], here - 1));
+                }
             }
             let mut twos = [d[1]; 4];
             for i in 0..4 {
@@ -1436,7 +1625,8 @@ fn sweep_on(arch: Arch, mut launch: CpuLaunch<'_, f32>) -> Result<()> {
         return Err(Error::Internal("backtest_sweep: edges must ascend".into()));
     }
     let per_tile = edges.len() * 4 * TILE;
-    let run = (tiles * assets / (2 * rayon::current_num_threads())).clamp(1, JOB_TILES);
+    let most = if p.general == 0 || p.mode == MOMENTUM { JOB_TILES } else { GENERAL_JOB_TILES };
+    let run = (tiles * assets).div_ceil(rayon::current_num_threads()).clamp(1, most);
     let mut jobs = Vec::new();
     let (mut stats, mut prefix) = (&mut stats[..assets * tiles * STATS * TILE], &mut prefix[..assets * tiles * per_tile]);
     for asset in 0..assets {
@@ -1474,20 +1664,33 @@ fn simulate(arch: Arch, p: &BacktestParams, market: &Market<'_>, words: &[u32], 
     // Levels stay above 0.
     let solvent = cost <= 1.0 && market.returns.iter().all(|r| r - cost >= -1.0);
     let plain = p.mode != MOMENTUM && solvent && words.chunks_exact(SET_WORDS).all(is_plain);
+    let stops = words.chunks_exact(SET_WORDS).any(has_stops);
+    let weights = if p.mode == MOMENTUM && !stops { Weights::of(words, p.lag as usize, market) } else { None };
+    let weighted = weights.is_some();
     let word = |i: usize| -> Vec<u32> { words.iter().skip(i).step_by(SET_WORDS).copied().collect() };
-    let slots = arch.dispatch(Planner { a: &word(0), b: &word(1), first: &word(4), general: !plain });
-    let mut lookbacks = if p.mode == MOMENTUM { word(1) } else { Vec::new() };
+    let (mut a, mut b) = (word(0), word(1));
+    if let Some(weights) = &weights {
+        (a, b) = words.chunks_exact(SET_WORDS).map(|set| weights.rows(set)).map(|[a, b]| (a, b)).unzip();
+    }
+    let most = if plain { MOST } else { 1 + usize::from(weighted) };
+    let slots = arch.dispatch(Planner { a: &a, b: &b, first: &word(4), most });
+    let mut lookbacks = if p.mode == MOMENTUM && !weighted { word(1) } else { Vec::new() };
     lookbacks.sort_unstable();
     lookbacks.dedup();
-    let sets = Sets::of(words, &slots.order, lookbacks);
-    let mut state = State::new(slots.order.len(), slots.groups.len(), !plain);
+    let mut sets = Sets::of(words, &slots.order, lookbacks);
+    if weighted {
+        (sets.a, sets.b) = slots.order.iter().map(|&set| (a[set as usize], b[set as usize])).unzip();
+    }
+    let sets = sets;
+    let mut state = State::new(slots.order.len(), slots.groups.len(), !plain && !weighted);
     let units = Units::of(p.shift as i32, scale);
     let spans = spans_of(edges, market.returns.len());
-    if plain {
+    if plain || weighted {
         let (mut packs, mut history) = (Packs::default(), History::new());
         for spans in stretches(&spans) {
             let (state, packs, history) = (&mut state, &mut packs, &mut history);
-            arch.dispatch(Plain { p, m: market, sets: &sets, slots: &slots, state, packs, history, units, spans, edges: edges.len(), prefix: job.prefix });
+            let (m, sets, slots, weights, prefix) = (market, &sets, &slots, weights.as_ref(), &mut *job.prefix);
+            arch.dispatch(Plain { p, m, sets, slots, state, packs, history, units, spans, edges: edges.len(), prefix, weights });
         }
     } else {
         let mut tiles = [[0u32; BLOCK * WIDEST]; 3];
@@ -1509,7 +1712,11 @@ fn simulate(arch: Arch, p: &BacktestParams, market: &Market<'_>, words: &[u32], 
             stats[TILE + l] = (state.mantissa[i] * 2f64.powi(state.exponent[i]) - 1.0) as f32;
             stats[2 * TILE + l] = 1.0 - state.lowest[i];
             let trades = state.age[i] as f32;
-            (stats[3 * TILE + l], stats[4 * TILE + l]) = if plain { (trades, trades) } else { (state.turnover[i], state.trades[i] as f32) };
+            (stats[3 * TILE + l], stats[4 * TILE + l]) = match (plain, weighted) {
+                (true, _) => (trades, trades),
+                (_, true) => (state.turnover[i], trades),
+                _ => (state.turnover[i], state.trades[i] as f32),
+            };
         }
     }
 }
@@ -1568,6 +1775,8 @@ mod tests {
         sides: u32,
         sized: bool,
         stops: bool,
+        /// Rows a repeat after so many sets, rows b go up.
+        grid: Option<usize>,
     }
 
     fn run(kernel: &'static Kernel, p: &BacktestParams, rows: &[u32], o: Overlays) -> (Vec<u32>, Vec<u32>) {
@@ -1586,8 +1795,9 @@ mod tests {
             let stop = |w: u32| if o.stops && !w.is_multiple_of(3) { 0.01 * (1 + w % 4) as f32 } else { crate::backtest::NO_STOP }.to_bits();
             let row = if o.sized && !w[4].is_multiple_of(5) { w[4] % p.volatility_rows } else { OFF };
             let holding = if o.stops && !w[7].is_multiple_of(2) { 1 + w[7] % 7 } else { OFF };
-            let head =
-                [rows[i % rows.len()], w[1] % p.rows.min(20), w[2] % 4, w[3] % 4, 20 + w[0] % 40, (w[0] >> 8) % o.sides, 0.1f32.to_bits(), 1.5f32.to_bits()];
+            let row_a = o.grid.map_or_else(|| rows[i % rows.len()], |n| (i % n) as u32);
+            let row_b = o.grid.map_or(w[1] % p.rows.min(20), |n| 20 + (i / n % 20) as u32);
+            let head = [row_a, row_b, w[2] % 4, w[3] % 4, 20 + w[0] % 40, (w[0] >> 8) % o.sides, 0.1f32.to_bits(), 1.5f32.to_bits()];
             [&head[..], &[row, stop(w[5]), stop(w[6]), stop(w[7]), holding, 0, 0, 0]].concat()
         };
         let sets: Vec<u32> = (0..tiles * TILE).flat_map(set).collect();
@@ -1631,7 +1841,7 @@ mod tests {
                     general: 1,
                     ..bytemuck::Zeroable::zeroed()
                 };
-                let o = Overlays { sides, sized, stops };
+                let o = Overlays { sides, sized, stops, grid: None };
                 let plain = run(&PLAIN, &p, rows, o);
                 let moved = plain.0.chunks_exact(TILE).skip(4).step_by(STATS).flatten().filter(|&&trades| trades != 0).count();
                 assert!(moved > 100, "few sets trade: {moved}");
@@ -1642,5 +1852,54 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Vectors across runs, several stretches, runs that end inside a vector, levels below 0.
+    #[test]
+    fn grids_give_the_bits_of_the_plain_column() {
+        for (n, tiles, lag, start, edges, cost) in
+            [(19, 5, 1, 0, 6, 1e-3), (19, 4, 0, 300, 0, 1e-3), (17, 6, 0, 0, 6, 0.0), (20, 3, 0, 0, 6, 0.98), (40, 3, 1, 0, 6, 1e-3)]
+        {
+            for mode in [CROSS, BAND] {
+                let p = BacktestParams {
+                    a: 1,
+                    t: 2900,
+                    rows: 40,
+                    tiles,
+                    edges,
+                    mode,
+                    lag,
+                    start,
+                    shift: 49,
+                    mask: u32::from(mode == BAND),
+                    cost,
+                    volatility_rows: 1,
+                    ..bytemuck::Zeroable::zeroed()
+                };
+                let o = Overlays { sides: 1, sized: false, stops: false, grid: Some(n) };
+                let plain = run(&PLAIN, &p, &[], o);
+                let trades: f32 = plain.0.chunks_exact(TILE).skip(4).step_by(STATS).flatten().map(|&trades| f32::from_bits(trades)).sum();
+                assert!(trades > 20_000.0, "few trades: {trades}");
+                for (name, kernel) in [("lanes", &BACKTEST_SWEEP), ("scalar", &SCALAR)] {
+                    let lanes = run(kernel, &p, &[], o);
+                    let wrong = plain.0.iter().zip(&lanes.0).position(|(a, b)| a != b);
+                    assert!(plain == lanes, "{name}, mode {mode}, rows of {n}, lag {lag}: stat {wrong:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn ends_of_runs_go_across() {
+        let (a, b): (Vec<u32>, Vec<u32>) = (0..1600).map(|i| (i % 100, 100 + i / 100)).unzip();
+        let slots = Slots::of(&a, &b, &vec![0; 1600], 16, 4);
+        assert_eq!(slots.order.len(), 1600);
+        assert_eq!(slots.groups.iter().filter(|g| g.kind == SHARED_B).map(|g| g.vectors).sum::<usize>(), 4);
+        let mut found = vec![0; 1600];
+        for &(set, slot, n) in &slots.results {
+            assert!((0..n).all(|i| slots.order[slot + i] as usize == set + i));
+            found[set..set + n].iter_mut().for_each(|f| *f += 1);
+        }
+        assert!(found.iter().all(|&f| f == 1));
     }
 }

@@ -587,6 +587,8 @@ impl<'a> Job<'a> {
         let run = run.min((limits.loop_rounds / per_set).max(1)).min(if cpu { CPU_LAUNCH_TILES } else { LAUNCH_TILES });
         let run = run.min((scratch_bytes / (4 * together * tile_elements)).max(1)) as usize * TILE;
         let count = self.machine.count();
+        // On the CPU launches of equal size: a short last one would not fill its threads.
+        let run = if cpu { count.div_ceil(count.div_ceil(run)).next_multiple_of(TILE) } else { run };
         Ok(Plan {
             assets: assets.into_iter().map(|r| r.start as usize..r.end as usize).collect(),
             sets: (0..count.div_ceil(run)).map(|i| i * run..((i + 1) * run).min(count)).collect(),

@@ -220,7 +220,7 @@ fn indicator_sma_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
     let (price, exponents, sums, periods) = (launch.real()?, launch.word()?, launch.word()?, launch.word()?);
     let (t, arch) = (p.t as usize, Arch::new());
     let longest = periods.iter().copied().max().unwrap_or(1);
-    let (longest_bits, counts) = (64 - u64::from(longest).leading_zeros(), periods.iter().map(|&n| f64::from(n)).collect::<Vec<_>>());
+    let (longest_bits, inverses) = (64 - u64::from(longest).leading_zeros(), periods.iter().map(|&n| 1.0 / f64::from(n)).collect::<Vec<_>>());
     // Where n·p stays below 2^62 the low words of the sums tell all.
     let narrow = (p.bits + longest_bits <= 62).then(|| (0..sums.len() / 4).map(|i| get64(sums, 2 * i)).collect::<Vec<u64>>());
     each_bar(&p, launch.word_mut()?, |a, j, out| {
@@ -230,7 +230,7 @@ fn indicator_sma_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
         match &narrow {
             Some(low) if periods.is_sorted() => {
                 let sums = &low[end - (j + 1)..=end];
-                arch.dispatch(MeanKeys { sums, x, periods: &periods[..ready], counts: &counts[..ready], keys: &mut out[..ready], exact: &exact });
+                arch.dispatch(MeanKeys { sums, x, periods: &periods[..ready], inverses: &inverses[..ready], keys: &mut out[..ready], exact: &exact });
                 out[ready..].fill(0);
             }
             _ => {
@@ -249,7 +249,8 @@ struct MeanKeys<'a, F> {
     sums: &'a [u64],
     x: u64,
     periods: &'a [u32],
-    counts: &'a [f64],
+    /// 1/n.
+    inverses: &'a [f64],
     keys: &'a mut [u32],
     exact: &'a F,
 }
@@ -260,27 +261,25 @@ impl<F: Fn(u32) -> u32> WithSimd for MeanKeys<'_, F> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
         let (last, total) = (self.sums.len() - 1, self.sums[self.sums.len() - 1]);
-        for ((periods, counts), keys) in self.periods.chunks(64).zip(self.counts.chunks(64)).zip(self.keys.chunks_mut(64)) {
-            let mut doubtful = 0u32;
-            for ((&n, &count), key) in periods.iter().zip(counts).zip(keys.iter_mut()) {
+        let mut distances = [0i64; 64];
+        for ((periods, inverses), keys) in self.periods.chunks(64).zip(self.inverses.chunks(64)).zip(self.keys.chunks_mut(64)) {
+            for (distance, &n) in distances.iter_mut().zip(periods) {
                 let sum = total.wrapping_sub(self.sums[last - n as usize]);
-                let distance = sum.wrapping_sub(u64::from(n).wrapping_mul(self.x)) as i64;
-                let bits = (distance as f64 / count).to_bits();
-                // 25 bits of mantissa are kept; two roundings move the 27 below by at most 2 units.
+                *distance = sum.wrapping_sub(u64::from(n).wrapping_mul(self.x)) as i64;
+            }
+            let mut doubtful = 0u32;
+            for ((&distance, &inverse), key) in distances.iter().zip(inverses).zip(keys.iter_mut()) {
+                let bits = (distance as f64 * inverse).to_bits();
+                // 25 bits of mantissa are kept; three roundings move the 27 below by at most 2 units.
                 let rest = (bits as u32) & 0x7ff_ffff;
                 let exponent = ((bits >> 52) as u32 & 0x7ff).wrapping_sub(1023);
                 let magnitude = ((exponent << 25) | ((bits >> 27) as u32 & 0x1ff_ffff)).wrapping_add(1);
                 let negative = (bits >> 63) as u32;
                 let value = KEY_ZERO.wrapping_add((magnitude ^ negative.wrapping_neg()).wrapping_add(negative));
-                let sure = rest.wrapping_sub(4) < 0x7ff_fff8 && exponent < 62;
+                let sure = (rest.wrapping_sub(4) < 0x7ff_fff8) & (exponent < 62);
                 // Zero is exact and has its own key; 0 marks what must be looked at again.
-                *key = if distance == 0 {
-                    KEY_ZERO
-                } else if sure {
-                    value
-                } else {
-                    0
-                };
+                let value = if sure { value } else { 0 };
+                *key = if distance == 0 { KEY_ZERO } else { value };
                 doubtful |= u32::from(*key == 0);
             }
             if doubtful != 0 {
@@ -500,7 +499,7 @@ mod tests {
             })
             .collect();
         let periods: Vec<u32> = (1..600).collect();
-        let counts: Vec<f64> = periods.iter().map(|&n| f64::from(n)).collect();
+        let inverses: Vec<f64> = periods.iter().map(|&n| 1.0 / f64::from(n)).collect();
         let bits = sum_bits(599);
         let max = crate::fixed::exponent(25.0);
         let fixed: Vec<u64> = prices.iter().map(|&p| fixed_price(p, max, bits)).collect();
@@ -514,7 +513,7 @@ mod tests {
             let ready = periods.partition_point(|&n| n as usize <= j + 1);
             let exact = |n: u32| mean_key(fixed[j + 1 - n as usize..=j].iter().map(|&x| u128::from(x)).sum(), n, fixed[j]);
             let mut keys = vec![0; ready];
-            let job = MeanKeys { sums: &sums[..j + 2], x: fixed[j], periods: &periods[..ready], counts: &counts[..ready], keys: &mut keys, exact: &exact };
+            let job = MeanKeys { sums: &sums[..j + 2], x: fixed[j], periods: &periods[..ready], inverses: &inverses[..ready], keys: &mut keys, exact: &exact };
             Arch::new().dispatch(job);
             assert!(keys.iter().zip(&periods).all(|(&key, &n)| key == exact(n)), "bar {j}");
         }
