@@ -27,11 +27,12 @@
 //! Numerics probabilities scaled by max_k (log b + exponent of the predicted probability): no observation underflows. Sums run in blocks of 64
 //!          steps. Moments within 1e-5 of f64 in f32, log-likelihood within 1e-7.
 //! Source   Rabiner 1989; Kim 1994 for the backward pass; Liu & Rubin 1995 for Student-t; hmmlearn's M-step for the meaning of the priors.
-//! Files    shaders/hmm_baum_welch.wgsl · cuda/hmm_baum_welch.cu · reference: the `_cpu` functions
+//! Files    shaders/hmm_baum_welch.wgsl · cuda/hmm_baum_welch.cu · reference: the `_cpu` functions · lanes: hmm_expectation.rs
 
 use crate::conformance::{Case, Outputs};
 use crate::device::{Buffer, Device, DeviceKind, Pass, View};
 use crate::hmm::{Emission, HmmParams, LOG_ZERO, MAX_STATES, log_density};
+use crate::hmm_expectation;
 use crate::kernel::{Cost, Cpu, CpuLaunch, Kernel, layout, params_of, reads, reads_u32, writes, writes_u32};
 use crate::real::Real;
 use crate::{Error, Result};
@@ -234,7 +235,7 @@ pub static HMM_EXPECTATION: Kernel = Kernel {
     groups: |words| u64::from(params(words).jobs).div_ceil(u64::from(WG)),
     wgsl: wgsl!("hmm_baum_welch"),
     cuda: cuda!("hmm_baum_welch"),
-    cpu: Some(Cpu { f32: expectation_cpu::<f32>, f64: expectation_cpu::<f64> }),
+    cpu: Some(Cpu { f32: expectation_f32, f64: expectation_cpu::<f64> }),
     cost: Cost { unit: "sequence-step", units: sequence_steps, bytes: 56.0, flops: 220.0 },
 };
 
@@ -328,6 +329,23 @@ fn compensated<R: Real>(sum: &mut R, low: &mut R, x: R) {
     *sum = next;
 }
 
+/// The f32 column: sequences in lanes where `hmm_expectation.rs` has them, else the plain one.
+fn expectation_f32(mut launch: CpuLaunch<'_, f32>) -> Result<()> {
+    let p: BaumWelchParams = launch.params()?;
+    if !hmm_expectation::fits(&p) {
+        return expectation_cpu(launch);
+    }
+    let (obs, words, parameters, model, status) = (launch.real()?, launch.word()?, launch.real()?, launch.real()?, launch.word()?);
+    let (_, statistics) = (launch.real_mut()?, launch.real_mut()?);
+    let w = Widths::of(&p);
+    let status = &status[p.iteration as usize * p.models as usize..];
+    let running = |job: &usize| status[job / p.per_model as usize] == 0;
+    let mut rows: Vec<(usize, &mut [f32])> = statistics.chunks_exact_mut(w.statistics).enumerate().filter(|(job, _)| running(job)).collect();
+    let lanes = hmm_expectation::Launch { p, obs, words, parameters, model, widths: [w.parameters, w.model, w.statistics] };
+    hmm_expectation::run(&lanes, &mut rows);
+    Ok(())
+}
+
 fn expectation_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
     let p: BaumWelchParams = launch.params()?;
     let (obs, words, parameters, model, status) = (launch.real()?, launch.word()?, launch.real()?, launch.real()?, launch.word()?);
@@ -407,12 +425,12 @@ fn forward<R: Real>(task: &Task<'_, R>, k: usize, scratch: &mut Scratch<R>) -> R
             continue;
         }
         for state in 0..k {
-            log_b[state] = log_density(&task.p, task.packed, task.x(t), state);
+            log_b[state] = if task.p.emission == 0 { task.x(t)[state] } else { log_density(&task.p, task.packed, task.x(t), state) };
         }
         let (shift, total) = weigh(at, log_b, k).ok_or(t)?;
         let scale = R::ONE / total;
         for x in at.iter_mut() {
-            *x = *x * scale;
+            *x *= scale;
         }
         compensated(&mut sum, &mut low, shift);
         compensated(&mut sum, &mut low, total.ln());
@@ -495,7 +513,7 @@ fn backward<R: Real>(task: &Task<'_, R>, k: usize, scratch: &mut Scratch<R>, sum
                 total += gamma[i];
             }
             let scale = if total > R::ZERO { R::ONE / total } else { R::ZERO };
-            gamma.iter_mut().for_each(|g| *g = *g * scale);
+            gamma.iter_mut().for_each(|g| *g *= scale);
         }
         if t.is_multiple_of(BLOCK) {
             for (sum, x) in sums[k..].iter_mut().zip(pairs.iter_mut().chain(weights.iter_mut())) {
@@ -506,7 +524,7 @@ fn backward<R: Real>(task: &Task<'_, R>, k: usize, scratch: &mut Scratch<R>, sum
     }
     sums[..k].copy_from_slice(gamma);
     for (sum, &a) in sums[k..].iter_mut().zip(trans) {
-        *sum = *sum * a;
+        *sum *= a;
     }
 }
 
@@ -963,7 +981,7 @@ impl<'a> Observations<'a> {
                 return wrong(x, "mark the step as missing in `observed`, or fill the gap");
             }
             match emission {
-                Emission::LogProbabilities => {}
+                Emission::LogProbabilities if x < f32::INFINITY => {}
                 _ if x.is_infinite() => return wrong(x, "observations are finite"),
                 Emission::Poisson if x < 0.0 || x.fract() != 0.0 => return wrong(x, "a Poisson emission observes counts 0, 1, 2 …"),
                 Emission::Categorical { symbols } if x < 0.0 || x.fract() != 0.0 || x >= symbols as f32 => {
@@ -986,12 +1004,12 @@ impl<'a> Observations<'a> {
             .collect()
     }
 
-    /// The observations, zero where there is none.
+    /// The observations, zero where there is none, and log 0 as devices write it.
     fn filled(&self) -> std::borrow::Cow<'a, [f32]> {
-        if (0..self.n).all(|n| (0..self.t).all(|t| self.seen(n, t))) {
+        if (0..self.n).all(|n| (0..self.t).all(|t| self.seen(n, t))) && self.obs.iter().all(|x| x.is_finite()) {
             return self.obs.into();
         }
-        let fill = |i: usize, &x: &f32| if self.seen(i / self.width / self.t, i / self.width % self.t) { x } else { 0.0 };
+        let fill = |i: usize, &x: &f32| if self.seen(i / self.width / self.t, i / self.width % self.t) { x.max(LOG_ZERO as f32) } else { 0.0 };
         self.obs.iter().enumerate().map(|(i, x)| fill(i, x)).collect::<Vec<f32>>().into()
     }
 }
@@ -1078,11 +1096,12 @@ pub struct BaumWelch {
     pub iterations: u32,
     most: u32,
     params: BaumWelchParams,
+    /// Statistics of each (model, sequence) of its last expectation; the last is the first impossible step or −1.
+    pub statistics: Buffer,
     obs: Buffer,
     words: Buffer,
     guards: Buffer,
     states: Buffer,
-    statistics: Buffer,
     packed: bool,
 }
 
@@ -1210,7 +1229,7 @@ impl BaumWelch {
         let (small, k) = (u64::from(params.k) <= SMALL, u64::from(params.k));
         let density = emission_of(&params).rounds(u64::from(params.d));
         let per_lane = k.div_ceil(lanes(k));
-        let (forward, backward) = if small { (2 + 4 * density, 2) } else { (3 + per_lane * (k + density + 2) + k, 3 + 2 * per_lane * (k + 1)) };
+        let (forward, backward) = if small { (2 + 4 * density, 2) } else { (3 + per_lane * (k + density + 2) + 2 * k, 4 + k + 2 * per_lane * (k + 2)) };
         let kernel = if small { &HMM_EXPECTATION } else { &HMM_EXPECTATION_LANES };
         let t = u64::from(params.t);
         let stretches = |rounds: u64| -> Result<Vec<(u32, u32)>> {

@@ -763,6 +763,8 @@ struct Outcome {
     path: Vec<f64>,
     status: Vec<u32>,
     totals: Vec<f64>,
+    /// First impossible step of each (model, sequence), or −1.
+    failed: Vec<f64>,
 }
 
 fn fit_groups(
@@ -845,14 +847,15 @@ fn outcomes(device: &Device, engines: Vec<Engine>, models: usize) -> Result<Vec<
     for engine in engines {
         let Engine { k, mut fit, .. } = engine;
         fit.finish(&mut pass)?;
-        let all = [pass.read(&fit.parameters)?, pass.read(&fit.path)?, pass.read(&fit.totals)?, pass.read(&fit.status)?];
+        let all = [pass.read(&fit.parameters)?, pass.read(&fit.path)?, pass.read(&fit.totals)?, pass.read(&fit.statistics)?, pass.read(&fit.status)?];
         reads.push((k, fit.iterations as usize, all));
     }
     let mut done = pass.submit()?;
     let mut outcomes = Vec::new();
-    for (k, iterations, [parameters, path, totals, status]) in reads {
+    for (k, iterations, [parameters, path, totals, statistics, status]) in reads {
         let (parameters, path, totals, status) = (done.f64(parameters)?, done.f64(path)?, done.f64(totals)?, done.u32(status)?);
-        outcomes.push(Outcome { k, models, iterations, parameters, path, status, totals });
+        let failed = done.f64(statistics)?.chunks_exact(totals.len() / models).map(|row| row[row.len() - 1]).collect();
+        outcomes.push(Outcome { k, models, iterations, parameters, path, status, totals, failed });
     }
     Ok(outcomes)
 }
@@ -880,11 +883,15 @@ fn best(options: &FitOptions, data: &Observations<'_>, facts: &[Facts], first: u
         let runs: Vec<(Vec<f64>, Restart)> = (0..options.restarts).map(|r| outcome.run(g * options.restarts + r)).collect();
         let likeliest = (0..options.restarts).max_by(|&a, &b| runs[a].1.log_likelihood.total_cmp(&runs[b].1.log_likelihood).then(b.cmp(&a))).unwrap_or(0);
         let end = runs[likeliest].1;
-        if !end.log_likelihood.is_finite() {
-            let help = format!("series {}: every start with {k} states gives some observation probability zero; give another start", first + g);
-            return wrong("start", end.log_likelihood.to_string(), &help);
-        }
         let m = g * options.restarts + likeliest;
+        if !end.log_likelihood.is_finite() {
+            let per_model = outcome.failed.len() / outcome.models;
+            let at = (0..per_model).map(|q| (q, outcome.failed[m * per_model + q])).find(|(_, step)| *step >= 0.0);
+            let (q, step) = at.unwrap_or((0, 0.0));
+            let help = format!("every start with {k} states makes it impossible; allow for it, or give another start");
+            let name = format!("obs of sequence {} at step {step}", (first + g) * per_model + q);
+            return wrong(&name, format!("{:?}", data.x(g * per_model + q, step as usize)), &help);
+        }
         let (width, each) = (outcome.parameters.len() / outcome.models, outcome.totals.len() / outcome.models);
         let parameters = Parameters::of(options.emission, k, d, &outcome.parameters[m * width..(m + 1) * width]);
         let totals = &outcome.totals[m * each..(m + 1) * each];

@@ -20,6 +20,7 @@ pub mod error;
 pub mod fixed;
 pub mod hmm;
 pub mod hmm_baum_welch;
+mod hmm_expectation;
 pub mod hmm_fit;
 pub mod hmm_gradient;
 mod hmm_lanes;

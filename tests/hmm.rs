@@ -3,6 +3,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test that cannot go on fails")]
 
 mod common;
+
+#[path = "hmm/baum_welch.rs"]
+mod baum_welch;
 #[path = "hmm/forward_backward.rs"]
 mod forward_backward;
 #[path = "hmm/gradient.rs"]
