@@ -8,6 +8,8 @@
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use forback::kernels::backtest_sweep::{Execution, Strategy, Sweep};
 use forback::kernels::fixed::exponent;
+use forback::kernels::hmm::{Emission, Hmm, Pair, Transitions, Wanted, hmm_forward_backward, hmm_forward_backward_into};
+use forback::kernels::hmm_baum_welch::{BaumWelch, Observations, Settings};
 use forback::kernels::indicators::{self, IndicatorParams, PRICE_BITS, bollinger_bits, log_bits, span_alpha, sum_bits, wilder_alpha};
 use forback::kernels::performance::performance_read;
 use forback::kernels::philox::{normals, philox, philox4x32};
@@ -86,6 +88,63 @@ fn statistics(c: &mut Criterion) {
             }))
         });
     }
+}
+
+/// 256 sequences of 500 steps: every result of forward-backward, and ten iterations of Baum-Welch.
+fn markov(c: &mut Criterion) {
+    let (b, t) = (256usize, 500usize);
+    for k in [2usize, 4, 16] {
+        let log_init = vec![-(k as f32).ln(); k];
+        let stay = (1.0 - 0.02 * (k - 1) as f32).ln();
+        let log_trans: Vec<f32> = (0..k * k).map(|i| if i % (k + 1) == 0 { stay } else { 0.02f32.ln() }).collect();
+        let log_obs: Vec<f32> = returns(b * t * k).iter().map(|r| 100.0 * r - 1.0).collect();
+        for (name, wanted) in [
+            ("posterior", Wanted { posterior: true, ..Wanted::default() }),
+            ("all", Wanted { filtered: true, predicted: true, posterior: true, pair: Pair::Sum }),
+        ] {
+            each_device(c, &format!("hmm_forward_backward/{name}/K={k}"), b * t, |device| {
+                let view = |name, values: &[f32]| Ok::<_, forback::Error>(View::from(&device.upload(name, values)?));
+                let hmm = Hmm {
+                    b: b as u64,
+                    t: t as u64,
+                    k: k as u64,
+                    d: 0,
+                    emission: Emission::LogProbabilities,
+                    model: view("model", &log_init)?,
+                    per_sequence: false,
+                    transitions: Transitions::Table { log_trans: view("log_trans", &log_trans)?, per_sequence: false, per_step: false },
+                    obs: view("log_obs", &log_obs)?,
+                    words: None,
+                    masked: false,
+                };
+                let mut pass = device.pass("hmm");
+                let out = hmm_forward_backward(&mut pass, &hmm, wanted)?;
+                pass.submit()?;
+                let device = device.clone();
+                Ok(Box::new(move || {
+                    let mut pass = device.pass("hmm");
+                    hmm_forward_backward_into(&mut pass, &hmm, wanted, &out)?;
+                    let read = out.read(&mut pass)?;
+                    out.likelihoods(&mut pass.submit()?, read).map(drop)
+                }))
+            });
+        }
+    }
+    // init, transitions, means, variances of three states
+    let one = [1.0 / 3.0, 1.0 / 3.0, 1.0 / 3.0, 0.96, 0.02, 0.02, 0.02, 0.96, 0.02, 0.02, 0.02, 0.96, -1.0, 0.0, 1.0, 1.0, 1.0, 1.0];
+    let series: Vec<f32> = returns(b * t).iter().map(|r| 100.0 * r).collect();
+    each_device(c, "hmm_baum_welch/K=3", 10 * b * t, |device| {
+        let (device, series) = (device.clone(), series.clone());
+        let (start, guards) = (one.repeat(b), [1e-6f32, 0.0].repeat(b));
+        Ok(Box::new(move || {
+            let data = Observations::new(&series, b, t, 1);
+            let mut fit = BaumWelch::new(&device, &data, &Settings::plain(Emission::GaussianDiagonal, 3, 1), &start, &guards, 10)?;
+            let mut pass = device.pass("hmm_baum_welch");
+            fit.record(&mut pass, 10)?;
+            let read = pass.read(&fit.path)?;
+            pass.submit()?.f64(read).map(drop)
+        }))
+    });
 }
 
 /// Tables of 16 rows for 16 assets.
@@ -177,5 +236,5 @@ fn sweeps(c: &mut Criterion) {
     }
 }
 
-criterion_group!(kernels, numbers, statistics, tables, sweeps);
+criterion_group!(kernels, numbers, statistics, markov, tables, sweeps);
 criterion_main!(kernels);

@@ -41,8 +41,13 @@ type Lane<T> = [T; WIDEST];
 
 /// Runs every sequence of a batch.
 pub(crate) fn forward_backward(batch: &Batch<'_, f32>, outs: &mut [SequenceOut<'_, f32>]) {
-    let plan = Plan::of(batch);
-    outs.par_chunks_mut(plan.lanes).enumerate().for_each(|(i, outs)| plan.in_memory(batch, |memory| plan.tile(batch, i * plan.lanes, outs, memory)));
+    on(Arch::new(), batch, outs);
+}
+
+fn on(arch: Arch, batch: &Batch<'_, f32>, outs: &mut [SequenceOut<'_, f32>]) {
+    let plan = Plan::of(arch, batch);
+    let tiles = outs.par_chunks_mut(plan.lanes).enumerate();
+    tiles.for_each(|(i, outs)| plan.in_memory(batch, |memory| plan.tile(batch, i * plan.lanes, outs, memory)));
 }
 
 /// Memory that a thread keeps from one call to the next: 1 M reals. Fresh pages cost more than the work on them.
@@ -84,8 +89,7 @@ struct Plan {
 }
 
 impl Plan {
-    fn of(batch: &Batch<'_, f32>) -> Plan {
-        let arch = Arch::new();
+    fn of(arch: Arch, batch: &Batch<'_, f32>) -> Plan {
         let (t, k) = (batch.p.t as usize, batch.p.k as usize);
         let backward = batch.has(flag::POSTERIOR | flag::PAIR_SUM | flag::PAIR_STEPS);
         let block = (BLOCK / k).max(1);
@@ -500,7 +504,7 @@ impl WithSimd for Gather<'_> {
             }
             return;
         }
-        let skip = unaligned(rows[0]);
+        let skip = unaligned(rows[0], lanes);
         let mut done = 0;
         while done < count {
             let at = done.min(count - lanes);
@@ -533,7 +537,7 @@ impl WithSimd for Scatter<'_, '_> {
             }
             return;
         }
-        let skip = unaligned(self.rows[0]);
+        let skip = unaligned(self.rows[0], lanes);
         let mut done = 0;
         while done < count {
             let at = done.min(count - lanes);
@@ -548,9 +552,9 @@ impl WithSimd for Scatter<'_, '_> {
     }
 }
 
-/// Values before the first cache line of a row: from there on, whole lines are read and written (rows often lie alike).
-fn unaligned(row: &[f32]) -> usize {
-    row.as_ptr().align_offset(4 * WIDEST) % WIDEST
+/// Values of a row before the first that lies at a multiple of a vector's size: from there on no vector crosses a cache line.
+fn unaligned(row: &[f32], lanes: usize) -> usize {
+    row.as_ptr().align_offset(4 * lanes) % lanes
 }
 
 // No closures around vector instructions, here and below: a closure is a function without the caller's target features.
@@ -1416,6 +1420,19 @@ mod tests {
                         assert!(whole[at + run.start * each..at + run.end * each] == part[s * n..(s + 1) * n], "K {k} {run:?} section {s}");
                     }
                 }
+            }
+        }
+    }
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn every_width_of_vector_gives_the_same_bits() {
+        let narrower = [pulp::x86::V3::try_new().map(Arch::V3), Some(Arch::Scalar)];
+        for (kind, k, t) in [(0, 4, 150), (flag::LENGTHS | flag::MASKED | flag::MODELS, 3, 75), (flag::SOFTMAX, 2, 75), (0, 11, 40), (0, 1, 5)] {
+            let host = Host::new([19, t, k, 0], kind | flag::PAIR_SUM | EVERYTHING);
+            let widest = bits(&host.lanes());
+            for arch in narrower.into_iter().flatten() {
+                assert!(widest == bits(&host.run(|batch, outs| on(arch, batch, outs))), "K {k} {arch:?}");
             }
         }
     }
