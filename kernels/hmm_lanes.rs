@@ -454,8 +454,7 @@ impl Tile<'_> {
             self.scatter(m.pair, kk, &(0..1), outs.iter_mut().filter_map(|out| out.pair.as_deref_mut()));
         }
         for (lost, least) in lost.iter_mut().zip(least) {
-            // NaN is lost too.
-            *lost |= !(least >= SMALLEST);
+            *lost |= least.is_nan() || least < SMALLEST;
         }
     }
 
@@ -921,10 +920,7 @@ impl<const K: usize> Of<Forward<'_>, K> {
         let (mut least_s, mut least_m) = (lane::<S>(&state.least_s), lane::<S>(&state.least_m));
         let mut exponents = S::as_simd_u32s(&state.exponents[..S::F32_LANES]).0[0];
         for n in 0..steps.len() {
-            let active = match lengths {
-                Some(lengths) => Some(within(simd, steps.start + n, S::as_simd_u32s(&lengths[..S::F32_LANES]).0[0])),
-                None => None,
-            };
+            let active = lengths.map(|lengths| within(simd, steps.start + n, S::as_simd_u32s(&lengths[..S::F32_LANES]).0[0]));
             let (before, here) = store.split_at_mut(n * 2 * k);
             let (b, alpha) = here[..2 * k].split_at_mut(k);
             let previous = if n == 0 { &last[..k] } else { &before[(2 * n - 1) * k..2 * n * k] };
@@ -1322,7 +1318,7 @@ mod tests {
         }
 
         fn lanes(&self) -> [Vec<f32>; 3] {
-            self.run(|batch, outs| forward_backward(batch, outs))
+            self.run(forward_backward)
         }
 
         fn plain(&self) -> [Vec<f32>; 3] {
@@ -1374,7 +1370,7 @@ mod tests {
         });
         let worst = ulps.fold(0.0, f64::max);
         assert!(worst < 0.9, "{worst} ulp");
-        let edges = vec![0.0, -1e30, -1e29, -100.0, f32::NEG_INFINITY, f32::NAN, -87.5, -0.0];
+        let edges = [0.0, -1e30, -1e29, -100.0, f32::NEG_INFINITY, f32::NAN, -87.5, -0.0];
         let y = Arch::new().dispatch(All(edges.iter().copied().cycle().take(16).collect()));
         assert_eq!((y[0], y[7]), (1.0, 1.0));
         assert!(y[5].is_nan() && [1, 2, 3, 4, 6].iter().all(|&i| y[i] == 0.0), "{y:?}");

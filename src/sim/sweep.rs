@@ -378,6 +378,11 @@ struct Executed {
     outcome: Outcome,
 }
 
+/// Weights over all bars of (column, asset).
+type WeightsOf<'a> = dyn Fn(usize, usize) -> Vec<f32> + Sync + 'a;
+/// What takes the weights of some columns: the first one's position, the columns, their weights.
+type UseWeights<'a> = dyn FnMut(usize, &[u32], &WeightsOf<'_>) -> Result<()> + 'a;
+
 impl<'a> SweepRun<'a> {
     /// A sweep over closes [T,N].
     /// # Errors
@@ -675,7 +680,7 @@ impl<'a> SweepRun<'a> {
     }
 
     /// Ungated weights of columns at ascending indices, some at a time: `use_them(first, columns, weights of (i, asset))`.
-    fn positions(&self, columns: &[u32], use_them: &mut dyn FnMut(usize, &[u32], &(dyn Fn(usize, usize) -> Vec<f32> + Sync)) -> Result<()>) -> Result<()> {
+    fn positions(&self, columns: &[u32], use_them: &mut UseWeights<'_>) -> Result<()> {
         let g = self.config.regimes.as_ref().map_or(1, |gates| gates.thresholds().len()) as u32;
         let bars = self.bars.saturating_sub(1);
         let most = (GATED_VALUES / (bars * self.assets).max(1)).max(1);

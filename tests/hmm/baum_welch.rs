@@ -313,7 +313,7 @@ fn start_of(rng: &mut Rng, emission: Emission, k: usize, d: usize, spread: &dyn 
             (0..k * d).for_each(|_| theta.push(exact(0.5 + 0.5 * rng.unit())));
             theta.extend(vec![4.0; k * d]);
             // log Γ(5/2) − log Γ(2) − ½·ln 4π
-            theta.extend(vec![0.284_682_870_472_919_16 - 0.5 * (4.0 * std::f64::consts::PI).ln(); k * d]);
+            theta.extend(vec![0.284_682_870_472_919_2 - 0.5 * (4.0 * std::f64::consts::PI).ln(); k * d]);
         }
         Emission::Poisson => (0..k * d).for_each(|e| theta.push(exact(2.0 + 3.5 * (e / d) as f64 + rng.unit()))),
         Emission::Categorical { symbols } => (0..k).for_each(|s| theta.extend(row(rng, symbols as usize, s))),
