@@ -151,7 +151,8 @@ fn durations_of_constant_chains() {
         close("20", twenty.1[0], 20.0, tolerance);
         close("90 %", twenty.1[2], 0.1f64.ln() / 0.95f64.ln(), tolerance);
         // log a = −1e-6 keeps its digits; a state that is never left, and one that is always left.
-        let log_trans = [-1e-6f32, -13.815_511, LOG_ZERO as f32, LOG_ZERO as f32, 0.0, LOG_ZERO as f32, -0.693_147_2, -0.693_147_2, LOG_ZERO as f32];
+        let log_trans =
+            [-1e-6f32, -13.815_511, LOG_ZERO as f32, LOG_ZERO as f32, 0.0, LOG_ZERO as f32, -std::f32::consts::LN_2, -std::f32::consts::LN_2, LOG_ZERO as f32];
         let transitions = Transitions::Table { log_trans: View::from(&device.upload("log_trans", &log_trans).unwrap()), per_sequence: false, per_step: false };
         for steps in [0, 5] {
             let x = sojourn(&device, &ahead(&device, &[0.0, 0.0, 1.0], 3, steps, transitions.clone()), 0.5, 2e6);

@@ -66,8 +66,11 @@ pub(crate) fn close(what: &str, got: &[f64], want: &[f64], tolerance: f64) {
     }
 }
 
+/// A value of a small model, one of whose numbers may be moved.
+type Objective<'a> = dyn Fn(&Small, Option<(usize, f64)>) -> f64 + 'a;
+
 /// Changes of everything that a batch is made of, one number at a time: log_obs, model, links.
-fn slopes(small: &Small, f: &dyn Fn(&Small, Option<(usize, f64)>) -> f64) -> [Vec<f64>; 3] {
+fn slopes(small: &Small, f: &Objective<'_>) -> [Vec<f64>; 3] {
     let log_obs = (0..small.b * small.t * small.k).map(|at| slope(|h| f(small, Some((at, h))))).collect();
     let mut model = Vec::new();
     for (m, i) in (0..small.theta.len()).flat_map(|m| (0..small.theta[m].len()).map(move |i| (m, i))) {
