@@ -1182,7 +1182,8 @@ fn block_of(device: &Device, hmm: &Hmm, backward: bool) -> Result<u64> {
         return Ok(hmm.t);
     }
     device.check_rounds("hmm_forward_backward", once + ahead.max(back), "rounds per step")?;
-    Ok((limit - once) / ahead.max(back))
+    // Never the whole time: a launch of all of it would run both directions.
+    Ok(((limit - once) / ahead.max(back)).min(hmm.t.div_ceil(2)))
 }
 
 /// Records forward-backward over a batch.
