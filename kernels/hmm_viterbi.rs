@@ -158,7 +158,7 @@ fn pointer_words(k: u64, steps: u64) -> u64 {
 fn pack(pointers: &mut [u32], k: usize, step: usize, from: &[u32]) {
     if k <= 4 {
         let byte = (0..k).fold(0, |byte, j| byte | from[j] << (2 * j));
-        let before = if step % 4 == 0 { 0 } else { pointers[step / 4] };
+        let before = if step.is_multiple_of(4) { 0 } else { pointers[step / 4] };
         pointers[step / 4] = before | byte << (8 * (step % 4));
     } else if k <= 256 {
         let (per_word, bits) = if k <= 16 { (8, 4) } else { (4, 8) };
