@@ -702,6 +702,22 @@ impl WithSimd for Plain<'_> {
     }
 }
 
+/// One group, as a function of its own: all of them inside one another would take the compiler minutes.
+struct One<'a, 'b, const MODE: u32, const KIND: u32, const G: usize> {
+    plain: &'b mut Plain<'a>,
+    index: usize,
+    group: &'b Group,
+}
+
+impl<const MODE: u32, const KIND: u32, const G: usize> WithSimd for One<'_, '_, MODE, KIND, G> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        self.plain.group::<S, MODE, KIND, G>(simd, self.index, self.group);
+    }
+}
+
 /// State of a group between spans.
 struct Registers<S: Simd, const G: usize> {
     /// The band machine's direction.
@@ -764,18 +780,18 @@ impl<'a> Plain<'a> {
                 self.packs.fill(simd, tables);
             }
             match (group.kind, group.vectors) {
-                (SHARED_A, 4) => self.group::<S, MODE, SHARED_A, 4>(simd, i, group),
-                (SHARED_A, 2) => self.group::<S, MODE, SHARED_A, 2>(simd, i, group),
-                (SHARED_A, _) => self.group::<S, MODE, SHARED_A, 1>(simd, i, group),
-                (SHARED_B, 4) => self.group::<S, MODE, SHARED_B, 4>(simd, i, group),
-                (SHARED_B, 2) => self.group::<S, MODE, SHARED_B, 2>(simd, i, group),
-                (SHARED_B, _) => self.group::<S, MODE, SHARED_B, 1>(simd, i, group),
-                (SHARED_AB, 4) => self.group::<S, MODE, SHARED_AB, 4>(simd, i, group),
-                (SHARED_AB, 2) => self.group::<S, MODE, SHARED_AB, 2>(simd, i, group),
-                (SHARED_AB, _) => self.group::<S, MODE, SHARED_AB, 1>(simd, i, group),
-                (_, 4) => self.group::<S, MODE, OWN, 4>(simd, i, group),
-                (_, 2) => self.group::<S, MODE, OWN, 2>(simd, i, group),
-                _ => self.group::<S, MODE, OWN, 1>(simd, i, group),
+                (SHARED_A, 4) => simd.vectorize(One::<MODE, SHARED_A, 4> { plain: self, index: i, group }),
+                (SHARED_A, 2) => simd.vectorize(One::<MODE, SHARED_A, 2> { plain: self, index: i, group }),
+                (SHARED_A, _) => simd.vectorize(One::<MODE, SHARED_A, 1> { plain: self, index: i, group }),
+                (SHARED_B, 4) => simd.vectorize(One::<MODE, SHARED_B, 4> { plain: self, index: i, group }),
+                (SHARED_B, 2) => simd.vectorize(One::<MODE, SHARED_B, 2> { plain: self, index: i, group }),
+                (SHARED_B, _) => simd.vectorize(One::<MODE, SHARED_B, 1> { plain: self, index: i, group }),
+                (SHARED_AB, 4) => simd.vectorize(One::<MODE, SHARED_AB, 4> { plain: self, index: i, group }),
+                (SHARED_AB, 2) => simd.vectorize(One::<MODE, SHARED_AB, 2> { plain: self, index: i, group }),
+                (SHARED_AB, _) => simd.vectorize(One::<MODE, SHARED_AB, 1> { plain: self, index: i, group }),
+                (_, 4) => simd.vectorize(One::<MODE, OWN, 4> { plain: self, index: i, group }),
+                (_, 2) => simd.vectorize(One::<MODE, OWN, 2> { plain: self, index: i, group }),
+                _ => simd.vectorize(One::<MODE, OWN, 1> { plain: self, index: i, group }),
             }
         }
     }
