@@ -36,7 +36,7 @@
 //!          side, bars before the warm-up not visited 6.0; blocks of 128 bars 6.9; results handed out after every launch, so that its memory
 //!          is used again while warm, 8.8; state in registers over 2,560 bars, nine instructions a bar, sums converted by vectors, vectors across
 //!          the ends of runs 10.0 (same run, quiet machine). What is left: the bar loop takes 5.3 cycles a vector of 16 where Zen 4, which runs
-//!          512 bits in two halves, needs 4.5; packing keys was a third of the rest of the time in that measurement.
+//!          512 bits in two halves, needs 4.5, and is 60 % of the simulation; a quarter is packing keys.
 //!          WGSL on llvmpipe: branches in the bar loop 0.06
 //!          on a busy machine, without them 0.14 there and 0.22 to 0.29 on a quiet one: three loads a bar, each a loop over
 //!          eight lanes there. CUDA: not measured yet.
