@@ -34,9 +34,10 @@
 //! Ladder   sweep_sma, 1M pairs × 2,520 bars. CPU, 2 threads, AVX-512: plain lanes 0.29 G pair-bars/s; explicit vectors over blocks of 64 bars
 //!          2.3 (busy machine) to 3.4; two vectors side by side and packed keys 4.8 to 5.3; tiles over (fast × slow), four vectors side by
 //!          side, bars before the warm-up not visited 6.0; blocks of 128 bars 6.9; results handed out after every launch, so that its memory
-//!          is used again while warm, 8.9. What is left: the bar loop takes 6.3 cycles a vector of 16 where Zen 4, which runs 512 bits in two
-//!          halves, needs 5.5, and is 60 % of the time; the rest is sums into fixed point, state between blocks, and the eighth of all
-//!          lanes that overlap where runs of 100 sets are cut into 16. WGSL on llvmpipe: branches in the bar loop 0.06
+//!          is used again while warm, 8.8; state in registers over 2,560 bars, nine instructions a bar, sums converted by vectors, vectors across
+//!          the ends of runs 10.0 (same run, quiet machine). What is left: the bar loop takes 5.3 cycles a vector of 16 where Zen 4, which runs
+//!          512 bits in two halves, needs 4.5, and is 60 % of the simulation; a quarter is packing keys.
+//!          WGSL on llvmpipe: branches in the bar loop 0.06
 //!          on a busy machine, without them 0.14 there and 0.22 to 0.29 on a quiet one: three loads a bar, each a loop over
 //!          eight lanes there. CUDA: not measured yet.
 //! Source   definitions as in the conformance files; stops as in most back-testers, on closes.

@@ -598,7 +598,9 @@ fn stretches(spans: &[Span]) -> Vec<&[Span]> {
 struct Packs {
     /// Table and rows by lane that vectors share, and their keys.
     wide: Vec<(usize, Rows)>,
-    wide_keys: Vec<Vec<u32>>,
+    wide_keys: Vec<Line>,
+    /// Lines between the keys of one vector and those of the next.
+    stride: usize,
     /// Table and rows that whole vectors compare with, one of each vector of a group, and their keys.
     tiles: Vec<(usize, [u32; MOST])>,
     tile_keys: Vec<Vec<[u32; MOST]>>,
@@ -606,9 +608,14 @@ struct Packs {
     own: [[Vec<u32>; 2]; MOST],
 }
 
+/// A line of the cache.
+#[derive(Clone, Copy, Default, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(64))]
+struct Line([u32; WIDEST]);
+
 /// Most rows of each kind that are packed at a time.
-const WIDE: usize = 8;
-const TILES: usize = 64;
+const WIDE: usize = 24;
+const TILES: usize = 128;
 
 impl Packs {
     /// Notes a group's rows; false where there is no place left.
@@ -636,17 +643,17 @@ impl Packs {
     #[inline(always)]
     fn fill<S: Simd>(&mut self, _: S, tables: [Table<'_>; 2]) {
         let (lanes, bars) = (S::U32_LANES, tables[0].bars());
-        self.wide_keys.resize_with(self.wide.len().max(self.wide_keys.len()), Vec::new);
+        // Written side by side: no two of them in the same set of the cache.
+        self.stride = (bars * lanes).div_ceil(WIDEST).next_multiple_of(64) + 9;
+        self.wide_keys.resize(self.wide.len() * self.stride, Line::default());
         self.tile_keys.resize_with(self.tiles.len().max(self.tile_keys.len()), Vec::new);
-        for keys in &mut self.wide_keys {
-            keys.resize(bars * lanes, 0);
-        }
         for keys in &mut self.tile_keys {
             keys.resize(bars, [0; MOST]);
         }
         for k in 0..bars {
             let bar = [tables[0].bar(k), tables[1].bar(k)];
-            for (keys, &(table, rows)) in self.wide_keys.iter_mut().zip(&self.wide) {
+            for (keys, &(table, rows)) in self.wide_keys.chunks_exact_mut(self.stride).zip(&self.wide) {
+                let keys: &mut [u32] = bytemuck::cast_slice_mut(keys);
                 let (out, bar) = (&mut keys[k * lanes..(k + 1) * lanes], bar[table]);
                 match rows {
                     Rows::From(row) => store_u32::<S>(out, 0, load_u32::<S>(bar, row)),
@@ -663,7 +670,7 @@ impl Packs {
 
     fn wide(&self, table: usize, rows: &[u32]) -> &[u32] {
         let at = self.wide.iter().position(|&wide| wide == (table, Rows::of(rows)));
-        at.map_or(&[], |at| &self.wide_keys[at])
+        at.map_or(&[], |at| bytemuck::cast_slice(&self.wide_keys[at * self.stride..(at + 1) * self.stride]))
     }
 
     fn tile(&self, table: usize, rows: [u32; MOST]) -> &[[u32; MOST]] {
