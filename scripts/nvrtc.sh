@@ -6,6 +6,7 @@
 #   scripts/nvrtc.sh               the units of ${FORBACK:-target/release/forback}
 #   UNITS=dir scripts/nvrtc.sh     the units in a directory, one <kernel>.cu each
 #   ARCHS="80 90" scripts/nvrtc.sh other architectures
+#   SKIP='hmm_*' scripts/nvrtc.sh  without these units, which are named
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -27,4 +28,10 @@ if [ -z "${UNITS:-}" ]; then
     mkdir -p "$UNITS"
     "${FORBACK:-${CARGO_TARGET_DIR:-target}/release/forback}" kernels --cuda-units "$UNITS"
 fi
+for unit in "$UNITS"/${SKIP:-none}.cu; do
+    if [ -e "$unit" ]; then
+        echo "left out: $(basename "$unit")"
+        rm "$unit"
+    fi
+done
 "$venv/bin/python" scripts/nvrtc.py "$UNITS" ${ARCHS:-75 80 90 100}

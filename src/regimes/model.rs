@@ -270,7 +270,7 @@ impl Model {
 
     /// Bars that a state lasts on average, 1/(1 − a_kk), from what leaves it so that no digit is lost; infinite if nothing does.
     pub(super) fn duration(&self, state: usize) -> f64 {
-        let leaves: f64 = (0..self.k).filter(|&j| j != state).map(|j| self.transition[state * self.k + j]).sum();
+        let leaves = (0..self.k).filter(|&j| j != state).fold(0.0, |sum, j| sum + self.transition[state * self.k + j]);
         1.0 / leaves
     }
 }
