@@ -503,7 +503,6 @@ impl WithSimd for Gather<'_> {
             }
             return;
         }
-        let skip = unaligned(rows[0], lanes);
         let mut done = 0;
         while done < count {
             let at = done.min(count - lanes);
@@ -513,7 +512,7 @@ impl WithSimd for Gather<'_> {
             }
             let x = transpose(simd, x);
             S::as_mut_simd_f32s(&mut self.out[at * lanes..(at + lanes) * lanes]).0.copy_from_slice(&x[..lanes]);
-            done = if at == 0 && skip > 0 { skip } else { at + lanes };
+            done = at + lanes;
         }
     }
 }
@@ -536,7 +535,6 @@ impl WithSimd for Scatter<'_, '_> {
             }
             return;
         }
-        let skip = unaligned(self.rows[0], lanes);
         let mut done = 0;
         while done < count {
             let at = done.min(count - lanes);
@@ -546,14 +544,9 @@ impl WithSimd for Scatter<'_, '_> {
             for (l, row) in self.rows.iter_mut().enumerate() {
                 S::as_mut_simd_f32s(&mut row[at..at + lanes]).0[0] = x[l];
             }
-            done = if at == 0 && skip > 0 { skip } else { at + lanes };
+            done = at + lanes;
         }
     }
-}
-
-/// Values of a row before the first that lies at a multiple of a vector's size: from there on no vector crosses a cache line.
-fn unaligned(row: &[f32], lanes: usize) -> usize {
-    row.as_ptr().align_offset(4 * lanes) % lanes
 }
 
 // No closures around vector instructions, here and below: a closure is a function without the caller's target features.
