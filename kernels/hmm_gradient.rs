@@ -1118,10 +1118,10 @@ pub fn hmm_tangent(pass: &mut Pass, hmm: &Hmm, probabilities: &Probabilities, di
 /// Both sweeps in one launch where the loops may be as long as the series; else forward over blocks of time, then backward.
 fn record_sweeps(pass: &mut Pass, hmm: &Hmm, params: HmmGradientParams, args: &[View]) -> Result<()> {
     let (t, k) = (hmm.t, hmm.k);
-    // A loop of n takes n + 1 rounds.
+    // A loop of n takes n + 1 rounds; twice over, because a software adapter walks the branches that are not taken too.
     let own = k.div_ceil(u64::from(params.lanes).max(1));
     let driven = if params.has(flag::SOFTMAX) { own + 1 + own * (2 * k + 1) + 3 * own * k * (u64::from(params.u) + 1) } else { 0 };
-    let (once, rounds) = (2 * own + 4, 2 + 2 * (own + 1) + own * (k + 1) + (k + 1) + driven);
+    let (once, rounds) = (4 * own + 16, 24 + 2 * (2 * (own + 1) + own * (k + 1) + (k + 1) + driven));
     pass.device().check_rounds("hmm_tangent", once + rounds, "rounds per step")?;
     let limit = pass.device().limits().loop_rounds - once;
     let mut launch = |bits: u32, range: Range<u64>| {

@@ -9,7 +9,7 @@
 //!             chain starts at row 0 of the data, in the intercept form at row p.
 //! Fit         maximum likelihood by BFGS on the devices' exact gradients (kernels/hmm_gradient.rs), all restarts as one batch. Parameters
 //!             and data go to the device as f32; what rounding took away is given back to first order, posteriors times lost logarithms, so
-//!             that `reference` is good to 1e-8 nats.
+//!             that `reference` is good to 2e-7 nats.
 //! Source      Hamilton 1989, Econometrica 57; Kim 1994, J. Econometrics 60; Filardo 1994, J. Business & Economic Statistics 12.
 
 use crate::kernels::hmm::{Emission, Hmm, Transitions, Wanted, hmm_forward_backward};
