@@ -126,9 +126,30 @@ impl Case {
         self.params.get(name).and_then(Value::as_f64).ok_or_else(|| self.problem(format!("no number '{name}' among the params")))
     }
 
+    /// Whether a param is there and true.
+    pub fn flag(&self, name: &str) -> bool {
+        self.params.get(name).and_then(Value::as_bool).unwrap_or(false)
+    }
+
     /// A text among the params.
     pub fn text(&self, name: &str) -> Result<&str> {
         self.params.get(name).and_then(Value::as_str).ok_or_else(|| self.problem(format!("no text '{name}' among the params")))
+    }
+
+    /// Whether a param is there and is not null.
+    pub fn given(&self, name: &str) -> bool {
+        self.params.get(name).is_some_and(|value| !value.is_null())
+    }
+
+    /// A true-or-false param; false where it is absent or null.
+    /// # Errors
+    /// `Data` if it is something else.
+    pub fn truth(&self, name: &str) -> Result<bool> {
+        match self.params.get(name) {
+            None | Some(Value::Null) => Ok(false),
+            Some(Value::Bool(x)) => Ok(*x),
+            Some(other) => Err(self.problem(format!("'{name}' among the params is {other}, not true or false"))),
+        }
     }
 
     /// Inputs whose name starts with `prefix`, without it.
@@ -205,11 +226,16 @@ pub fn files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
 
 /// Runs one case on a device and judges it.
 pub fn verify(device: &Device, case: &Case) -> Verdict {
-    let start = Instant::now();
-    let result = match OPS.iter().find(|op| op.name == case.kernel) {
+    verify_by(device, case, |device, case| match OPS.iter().find(|op| op.name == case.kernel) {
         Some(op) => (op.verify)(device, case),
         None => Err(Error::Unknown { kind: "kernel", given: case.kernel.clone(), suggestion: None, known: OPS.iter().map(|op| op.name.to_string()).collect() }),
-    };
+    })
+}
+
+/// Runs one case by a binding that is not in the list, and judges it.
+pub fn verify_by(device: &Device, case: &Case, run: impl FnOnce(&Device, &Case) -> Result<Outputs>) -> Verdict {
+    let start = Instant::now();
+    let result = run(device, case);
     let ms = start.elapsed().as_secs_f64() * 1e3;
     let verdict = Verdict { kernel: case.kernel.clone(), case: case.name.clone(), launches: 0, share: f64::INFINITY, worst: String::new(), ms, failure: None };
     let outputs = match result {

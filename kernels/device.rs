@@ -153,15 +153,48 @@ pub(crate) enum HostData {
     U32(Vec<u32>),
 }
 
+impl HostData {
+    fn len(&self) -> usize {
+        match self {
+            HostData::F32(x) => x.len(),
+            HostData::F64(x) => x.len(),
+            HostData::U32(x) => x.len(),
+        }
+    }
+
+    fn elem(&self) -> Elem {
+        if matches!(self, HostData::U32(_)) { Elem::U32 } else { Elem::F32 }
+    }
+
+    /// As words of a device whose reals are f32.
+    #[cfg_attr(not(any(feature = "wgpu", feature = "cuda", feature = "cuda-host")), allow(dead_code, reason = "the CPU column holds values as they are"))]
+    pub(crate) fn words(self) -> Vec<u32> {
+        match self {
+            HostData::F32(x) => bytemuck::cast_vec(x),
+            HostData::F64(x) => x.into_iter().map(|v| (v as f32).to_bits()).collect(),
+            HostData::U32(x) => x,
+        }
+    }
+}
+
 /// What a backend has to do; everything else is shared.
 pub(crate) trait Backend: Send + Sync {
     /// Makes a buffer holding `data`, or zeros.
     fn alloc(&self, label: &str, elem: Elem, len: u64, data: Option<Cow<'_, [u32]>>) -> Result<Box<dyn Any + Send + Sync>>;
+    /// Overwrites a range that is as long as `data`.
+    fn write(&self, to: &View, data: HostData) -> Result<()>;
+    /// What runs of the same commands can share: bind groups, a graph. Nothing where the commands are all there is.
+    fn prepare(&self, _: &Recorded<'_>) -> Result<Prepared> {
+        Ok(Box::new(()))
+    }
     /// Runs the commands in order and returns the reads, in order.
     fn run(&self, recorded: Recorded<'_>) -> Result<(Vec<HostData>, Vec<LaunchTime>)>;
     /// Makes the device unusable, as a driver reset would.
     fn lose(&self);
 }
+
+/// What a backend keeps for running the same commands again.
+pub(crate) type Prepared = Box<dyn Any + Send + Sync>;
 
 struct Inner {
     info: DeviceInfo,
@@ -173,6 +206,13 @@ struct Inner {
 /// An open device. Cloning is cheap and shares it.
 #[derive(Clone)]
 pub struct Device(Arc<Inner>);
+
+impl PartialEq for Device {
+    /// Whether both are handles of the same open device.
+    fn eq(&self, other: &Device) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
 
 impl std::fmt::Debug for Device {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -273,6 +313,48 @@ impl Device {
     /// A buffer of `len` words, zero.
     pub fn zeros_u32(&self, label: &str, len: u64) -> Result<Buffer> {
         self.alloc(label, Elem::U32, len, None)
+    }
+
+    /// Overwrites a range with reals, after all passes submitted before.
+    /// # Errors
+    /// `Shape` for another length or element type.
+    pub fn write(&self, to: impl Into<View>, data: &[f32]) -> Result<()> {
+        self.write_host(to.into(), HostData::F32(data.to_vec()))
+    }
+
+    /// The same from f64: exact on `reference`, rounded elsewhere.
+    /// # Errors
+    /// As for [`Device::write`].
+    pub fn write_f64(&self, to: impl Into<View>, data: &[f64]) -> Result<()> {
+        self.write_host(to.into(), HostData::F64(data.to_vec()))
+    }
+
+    /// Overwrites a range with words.
+    /// # Errors
+    /// As for [`Device::write`].
+    pub fn write_u32(&self, to: impl Into<View>, data: &[u32]) -> Result<()> {
+        self.write_host(to.into(), HostData::U32(data.to_vec()))
+    }
+
+    fn write_host(&self, to: View, data: HostData) -> Result<()> {
+        self.check_view("write", &to)?;
+        if data.len() as u64 != to.len() || data.elem() != to.elem() {
+            let got = format!("{} × {}", data.len(), data.elem().wgsl());
+            return Err(Error::Shape { op: "write", arg: "data".into(), expected: format!("{} × {}", to.len(), to.elem().wgsl()), got });
+        }
+        if data.len() == 0 { Ok(()) } else { self.0.backend.write(&to, data) }
+    }
+
+    fn check_view(&self, op: &'static str, view: &View) -> Result<()> {
+        if !Arc::ptr_eq(&view.buffer.device().0, &self.0) {
+            let got = format!("on another device, {}", view.buffer.device().info());
+            return Err(Error::Shape { op, arg: "buffer".into(), expected: format!("on {}", self.info()), got });
+        }
+        if view.range.start > view.range.end || view.range.end > view.buffer.len() {
+            let expected = format!("inside 0..{}", view.buffer.len());
+            return Err(Error::Shape { op, arg: "range".into(), expected, got: format!("{:?}", view.range) });
+        }
+        Ok(())
     }
 
     fn alloc(&self, label: &str, elem: Elem, len: u64, data: Option<Cow<'_, [u32]>>) -> Result<Buffer> {
@@ -478,10 +560,34 @@ impl View {
         self.range.end - self.range.start
     }
 
+    /// The device that it lives on.
+    pub fn device(&self) -> &Device {
+        self.buffer.device()
+    }
+
+    /// Element type.
+    pub fn elem(&self) -> Elem {
+        self.buffer.elem()
+    }
+
     /// Elements of the view, counted from its first; cut where the view ends.
     pub fn part(&self, range: Range<u64>) -> View {
         let at = |i: u64| self.range.start + i.min(self.len());
         View { buffer: self.buffer.clone(), range: at(range.start)..at(range.end) }
+    }
+
+    fn overlaps(&self, other: &View) -> bool {
+        self.range.start.max(other.range.start) < self.range.end.min(other.range.end)
+    }
+
+    /// Whether the other is the same range of the same buffer.
+    pub fn is(&self, other: &View) -> bool {
+        self.buffer.is(&other.buffer) && self.range == other.range
+    }
+
+    /// The same, not cut: a range beyond the buffer is found by the check of whatever records it.
+    fn at(&self, range: Range<u64>) -> View {
+        View { buffer: self.buffer.clone(), range: self.range.start + range.start..self.range.start + range.end }
     }
 
     #[cfg_attr(not(feature = "wgpu"), allow(dead_code, reason = "every backend reads it"))]
@@ -523,6 +629,8 @@ pub(crate) struct Recorded<'a> {
     pub(crate) label: &'a str,
     pub(crate) commands: &'a [Command],
     pub(crate) profile: bool,
+    #[cfg_attr(not(any(feature = "wgpu", feature = "cuda")), allow(dead_code, reason = "the CPU column prepares nothing"))]
+    pub(crate) prepared: Option<&'a Prepared>,
 }
 
 /// Time of one launch of a profiled pass.
@@ -583,6 +691,11 @@ impl Pass {
         self.commands.iter().filter(|c| matches!(c, Command::Launch(_))).count()
     }
 
+    /// Names of the kernels launched so far, in order.
+    pub fn kernels(&self) -> Vec<&'static str> {
+        self.commands.iter().filter_map(|c| if let Command::Launch(l) = c { Some(l.kernel.name) } else { None }).collect()
+    }
+
     /// Records a launch of `kernel`.
     /// # Errors
     /// `Unsupported` if the kernel lacks this device's column; `Shape` if the arguments are not those of the list; `TooLarge` if a
@@ -606,8 +719,10 @@ impl Pass {
         for (i, (arg, view)) in kernel.args.iter().zip(args).enumerate() {
             self.check_arg(kernel, arg.name, arg.elem, view)?;
             let writes = |j: usize| kernel.args[j].access == Access::Write;
-            if (0..i).any(|j| args[j].buffer.is(&view.buffer) && (writes(i) || writes(j))) {
-                return Err(shape(kernel, arg.name, "a buffer of its own", "one that another argument of the launch uses"));
+            let clash = |j: &usize| args[*j].buffer.is(&view.buffer) && (writes(i) != writes(*j) || writes(i) && args[*j].overlaps(view));
+            if let Some(j) = (0..i).find(clash) {
+                let got = format!("what argument '{}' of the launch uses", kernel.args[j].name);
+                return Err(shape(kernel, arg.name, "a buffer of its own, or a range that only this argument writes", &got));
             }
         }
         let params: Vec<u32> = bytemuck::cast_slice(bytemuck::bytes_of(params)).to_vec();
@@ -630,7 +745,7 @@ impl Pass {
 
     fn check_arg(&self, kernel: &Kernel, name: &str, elem: Elem, view: &View) -> Result<()> {
         let limits = self.device.limits();
-        self.check_view(view)?;
+        self.device.check_view(kernel.name, view)?;
         if view.buffer.elem() != elem {
             return Err(shape(kernel, name, elem.wgsl(), view.buffer.elem().wgsl()));
         }
@@ -644,26 +759,11 @@ impl Pass {
         Ok(())
     }
 
-    fn check_view(&self, view: &View) -> Result<()> {
-        if !Arc::ptr_eq(&view.buffer.device().0, &self.device.0) {
-            return Err(Error::Shape { op: "pass", arg: "buffer".into(), expected: "on the pass's device".into(), got: "on another device".into() });
-        }
-        if view.range.start > view.range.end || view.range.end > view.buffer.len() {
-            return Err(Error::Shape {
-                op: "pass",
-                arg: "range".into(),
-                expected: format!("inside 0..{}", view.buffer.len()),
-                got: format!("{:?}", view.range),
-            });
-        }
-        Ok(())
-    }
-
     /// Records a copy between two ranges of equal length and type.
     pub fn copy(&mut self, from: impl Into<View>, to: impl Into<View>) -> Result<()> {
         let (from, to) = (from.into(), to.into());
-        self.check_view(&from)?;
-        self.check_view(&to)?;
+        self.device.check_view("copy", &from)?;
+        self.device.check_view("copy", &to)?;
         if from.len() != to.len() || from.buffer.elem() != to.buffer.elem() || from.buffer.is(&to.buffer) {
             return Err(Error::Shape { op: "copy", arg: "to".into(), expected: format!("{from:?}, another buffer"), got: format!("{to:?}") });
         }
@@ -674,24 +774,33 @@ impl Pass {
     }
 
     /// A range to bind for reading: the range itself where its start is aligned, else an aligned copy.
-    pub fn input(&mut self, buffer: &Buffer, range: Range<u64>) -> Result<View> {
-        let view = buffer.view(range);
+    pub fn input(&mut self, of: impl Into<View>, range: Range<u64>) -> Result<View> {
+        let view = of.into().at(range);
         if view.range.start.is_multiple_of(self.device.limits().align) {
             return Ok(view);
         }
-        let own = self.device.alloc("aligned input", buffer.elem(), view.len(), None)?;
+        let own = self.device.alloc("aligned input", view.buffer.elem(), view.len(), None)?;
         self.copy(&view, &own)?;
         Ok(View::from(&own))
     }
 
     /// A range to bind for writing; hand the result to [`Pass::finish`] after the launch.
-    pub fn output(&mut self, buffer: &Buffer, range: Range<u64>) -> Result<Output> {
-        let view = buffer.view(range);
+    pub fn output(&mut self, of: impl Into<View>, range: Range<u64>) -> Result<Output> {
+        let view = of.into().at(range);
         if view.range.start.is_multiple_of(self.device.limits().align) {
             return Ok(Output { view, target: None });
         }
-        let own = self.device.alloc("aligned output", buffer.elem(), view.len(), None)?;
+        let own = self.device.alloc("aligned output", view.buffer.elem(), view.len(), None)?;
         Ok(Output { view: View::from(&own), target: Some(view) })
+    }
+
+    /// As [`Pass::output`], for a kernel that writes only parts of the range.
+    pub fn update(&mut self, of: impl Into<View>, range: Range<u64>) -> Result<Output> {
+        let output = self.output(of, range)?;
+        if let Some(target) = &output.target {
+            self.copy(target, &output.view)?;
+        }
+        Ok(output)
     }
 
     /// Copies an output back where it was not written in place.
@@ -705,7 +814,7 @@ impl Pass {
     /// Records a download of a whole buffer or a range, with the values that it has at this point of the pass.
     pub fn read(&mut self, what: impl Into<View>) -> Result<Read> {
         let view = what.into();
-        self.check_view(&view)?;
+        self.device.check_view("read", &view)?;
         self.commands.push(Command::Read(view));
         self.reads += 1;
         Ok(Read(self.reads - 1))
@@ -715,9 +824,50 @@ impl Pass {
     /// # Errors
     /// `Compile` with file and line, `OutOfMemory`, `DeviceLost`, `Driver`.
     pub fn submit(self) -> Result<Done> {
-        let recorded = Recorded { label: &self.label, commands: &self.commands, profile: self.profile };
-        let (values, profile) = self.device.0.backend.run(recorded)?;
+        self.run(None)
+    }
+
+    /// Makes ready what runs of this pass can share, so that the host has next to nothing to do for each.
+    /// # Errors
+    /// As for [`Pass::submit`].
+    pub fn prepare(self) -> Result<Replay> {
+        let prepared = self.device.0.backend.prepare(&self.recorded(None))?;
+        Ok(Replay { pass: self, prepared })
+    }
+
+    fn recorded<'a>(&'a self, prepared: Option<&'a Prepared>) -> Recorded<'a> {
+        Recorded { label: &self.label, commands: &self.commands, profile: self.profile, prepared }
+    }
+
+    fn run(&self, prepared: Option<&Prepared>) -> Result<Done> {
+        let (values, profile) = self.device.0.backend.run(self.recorded(prepared))?;
         Ok(Done { values: values.into_iter().map(Some).collect(), profile })
+    }
+}
+
+/// A pass to run many times: the same kernels, params and buffers; what the buffers hold may change in between. A CUDA graph, wgpu bind
+/// groups made once, the recorded list elsewhere.
+pub struct Replay {
+    pass: Pass,
+    prepared: Prepared,
+}
+
+impl Replay {
+    /// Runs everything, waits, and returns the downloads; reads are those that the pass recorded.
+    /// # Errors
+    /// As for [`Pass::submit`].
+    pub fn run(&self) -> Result<Done> {
+        self.pass.run(Some(&self.prepared))
+    }
+
+    /// Number of launches in a run.
+    pub fn launches(&self) -> usize {
+        self.pass.launches()
+    }
+
+    /// Names of the kernels that a run launches, in order.
+    pub fn kernels(&self) -> Vec<&'static str> {
+        self.pass.kernels()
     }
 }
 

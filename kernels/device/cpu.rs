@@ -6,6 +6,7 @@ use crate::real::Real;
 use crate::{Error, Result};
 use std::any::Any;
 use std::borrow::Cow;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Instant;
@@ -61,6 +62,16 @@ impl Backend for CpuBackend {
         Ok(Box::new(RwLock::new(data)))
     }
 
+    fn write(&self, to: &View, data: HostData) -> Result<()> {
+        self.check()?;
+        let data = match (data, self.reference) {
+            (HostData::F32(x), true) => HostData::F64(x.into_iter().map(f64::from).collect()),
+            (HostData::F64(x), false) => HostData::F32(x.into_iter().map(|v| v as f32).collect()),
+            (same, _) => same,
+        };
+        paste(&mut *write_lock(to)?, to, &data)
+    }
+
     fn run(&self, recorded: Recorded<'_>) -> Result<(Vec<HostData>, Vec<LaunchTime>)> {
         self.check()?;
         let _running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
@@ -112,7 +123,7 @@ fn write_lock(view: &View) -> Result<RwLockWriteGuard<'_, HostData>> {
     Ok(view.storage::<Storage>()?.write().unwrap_or_else(PoisonError::into_inner))
 }
 
-fn range(view: &View) -> std::ops::Range<usize> {
+fn range(view: &View) -> Range<usize> {
     view.range.start as usize..view.range.end as usize
 }
 
@@ -160,28 +171,52 @@ enum Guard<'a> {
     Write(RwLockWriteGuard<'a, HostData>),
 }
 
+/// Ranges of one slice, ascending and apart, each to write.
+fn apart<T>(mut rest: &mut [T], ranges: impl Iterator<Item = Range<usize>>) -> impl Iterator<Item = &mut [T]> {
+    let mut at = 0;
+    ranges.map(move |r| {
+        let (_, tail) = std::mem::take(&mut rest).split_at_mut(r.start - at);
+        let (part, tail) = tail.split_at_mut(r.len());
+        (rest, at) = (tail, r.end);
+        part
+    })
+}
+
 fn run_launch<R: Stored>(launch: &Launch, entry: fn(CpuLaunch<'_, R>) -> Result<()>) -> Result<()> {
-    let mut guards = Vec::with_capacity(launch.args.len());
-    for (arg, view) in launch.kernel.args.iter().zip(&launch.args) {
-        guards.push(match arg.access {
-            Access::Read => Guard::Read(read_lock(view)?),
-            Access::Write => Guard::Write(write_lock(view)?),
-        });
+    // Each buffer once, with the arguments that bind ranges of it in ascending order.
+    let mut order: Vec<usize> = (0..launch.args.len()).collect();
+    order.sort_by_key(|&i| (launch.args[i].range.start, launch.args[i].range.end));
+    let mut bound: Vec<(Guard<'_>, Vec<usize>)> = Vec::with_capacity(order.len());
+    for i in order {
+        let (arg, view) = (&launch.kernel.args[i], &launch.args[i]);
+        match bound.iter_mut().find(|(_, those)| launch.args[those[0]].buffer.is(&view.buffer)) {
+            Some((_, those)) => those.push(i),
+            None if arg.access == Access::Read => bound.push((Guard::Read(read_lock(view)?), vec![i])),
+            None => bound.push((Guard::Write(write_lock(view)?), vec![i])),
+        }
     }
     let wrong = || Error::Internal(format!("{}: an argument of another element type", launch.kernel.name));
-    let mut args = Vec::with_capacity(guards.len());
-    for (guard, view) in guards.iter_mut().zip(&launch.args) {
-        let r = range(view);
-        args.push(match guard {
-            Guard::Read(g) => match &**g {
-                HostData::U32(x) => CpuArg::Word(&x[r]),
-                other => CpuArg::Real(&R::get(other).ok_or_else(wrong)?[r]),
-            },
+    let mut args: Vec<Option<CpuArg<'_, R>>> = (0..launch.args.len()).map(|_| None).collect();
+    for (guard, those) in &mut bound {
+        let ranges = those.iter().map(|&i| range(&launch.args[i]));
+        match guard {
+            Guard::Read(g) => {
+                for (&i, r) in those.iter().zip(ranges) {
+                    args[i] = Some(match &**g {
+                        HostData::U32(x) => CpuArg::Word(&x[r]),
+                        other => CpuArg::Real(&R::get(other).ok_or_else(wrong)?[r]),
+                    });
+                }
+            }
             Guard::Write(g) => match &mut **g {
-                HostData::U32(x) => CpuArg::WordMut(&mut x[r]),
-                other => CpuArg::RealMut(&mut R::get_mut(other).ok_or_else(wrong)?[r]),
+                HostData::U32(x) => those.iter().zip(apart(x, ranges)).for_each(|(&i, part)| args[i] = Some(CpuArg::WordMut(part))),
+                other => {
+                    let x = R::get_mut(other).ok_or_else(wrong)?;
+                    those.iter().zip(apart(x, ranges)).for_each(|(&i, part)| args[i] = Some(CpuArg::RealMut(part)));
+                }
             },
-        });
+        }
     }
+    let args: Vec<CpuArg<'_, R>> = args.into_iter().flatten().collect();
     entry(CpuLaunch { kernel: launch.kernel.name, params: &launch.params, args: args.into_iter() })
 }

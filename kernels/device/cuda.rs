@@ -8,11 +8,11 @@
 //! Multiplications and additions contract to FMA, as is NVRTC's default; nothing else departs from IEEE.
 
 use super::unit_cache::{self, UnitCache};
-use super::{Backend, Command, DeviceInfo, DeviceKind, HostData, Launch, LaunchTime, Limits, Recorded, View};
+use super::{Backend, Command, DeviceInfo, DeviceKind, HostData, Launch, LaunchTime, Limits, Prepared, Recorded, View};
 use crate::kernel::{Elem, Kernel};
 use crate::{Error, Result};
 use cudarc::driver::sys::{CUdevice_attribute, CUdeviceptr, CUevent_flags, CUmemPool_attribute, CUresult};
-use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, DriverError, result, sys};
+use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaGraph, CudaStream, DriverError, result, sys};
 use cudarc::nvrtc::Ptx;
 use cudarc::nvrtc::result as nvrtc;
 use cudarc::nvrtc::sys as nvrtc_sys;
@@ -435,6 +435,17 @@ struct Submitted {
     events: Vec<(CudaEvent, CudaEvent)>,
 }
 
+/// The launches and copies of a pass up to its first read.
+struct Graph {
+    graph: CudaGraph,
+    until: usize,
+}
+
+// SAFETY: the handles are the driver's, which takes calls from any thread; launches are ordered by the backend's `running` lock.
+unsafe impl Send for Graph {}
+// SAFETY: as above.
+unsafe impl Sync for Graph {}
+
 impl Cuda {
     fn function(&self, kernel: &'static Kernel) -> Result<CudaFunction> {
         let mut functions = lock(&self.functions);
@@ -529,12 +540,53 @@ impl Backend for Cuda {
         Ok(Box::new(memory))
     }
 
+    fn write(&self, to: &View, data: HostData) -> Result<()> {
+        let gpu = &self.gpu;
+        gpu.enter()?;
+        let (target, words) = (Memory::at(to)?, data.words());
+        // SAFETY: the range is as long as the words, as the device checked; from pageable host memory the call returns when they are staged.
+        unsafe { result::memcpy_htod_async(target, &words, gpu.stream.cu_stream()) }.map_err(|error| gpu.error("writing a buffer", error))
+    }
+
+    fn prepare(&self, recorded: &Recorded<'_>) -> Result<Prepared> {
+        let gpu = &self.gpu;
+        let _running = lock(&self.running);
+        gpu.enter()?;
+        // A graph holds what comes before the first read, and no clocks.
+        let until = recorded.commands.iter().position(|c| matches!(c, Command::Read(_))).unwrap_or(recorded.commands.len());
+        if recorded.profile || until == 0 {
+            return Ok(Box::new(()));
+        }
+        for command in &recorded.commands[..until] {
+            if let Command::Launch(launch) = command {
+                // Modules load outside of the capture.
+                self.function(launch.kernel)?;
+            }
+        }
+        let capturing = |error| gpu.error("capturing a graph", error);
+        gpu.stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).map_err(capturing)?;
+        let head = Recorded { commands: &recorded.commands[..until], ..*recorded };
+        let result = self.submit(&head, &mut Submitted::default());
+        let graph = gpu.stream.end_capture(sys::CUgraphInstantiate_flags(0)).map_err(capturing)?;
+        result?;
+        Ok(match graph {
+            Some(graph) => Box::new(Graph { graph, until }) as Prepared,
+            None => Box::new(()),
+        })
+    }
+
     fn run(&self, recorded: Recorded<'_>) -> Result<(Vec<HostData>, Vec<LaunchTime>)> {
         let gpu = &self.gpu;
         let _running = lock(&self.running);
         gpu.enter()?;
         let mut submitted = Submitted::default();
-        let result = self.submit(&recorded, &mut submitted);
+        let result = match recorded.prepared.and_then(|p| p.downcast_ref::<Graph>()) {
+            Some(Graph { graph, until }) => {
+                let tail = Recorded { commands: &recorded.commands[*until..], ..recorded };
+                graph.launch().map_err(|error| gpu.error("launching a graph", error)).and_then(|()| self.submit(&tail, &mut submitted))
+            }
+            None => self.submit(&recorded, &mut submitted),
+        };
         // Also after an error: copies into `submitted` may be under way.
         let idle = gpu.stream.synchronize().map_err(|error| gpu.error(&format!("running pass '{}'", recorded.label), error));
         result?;

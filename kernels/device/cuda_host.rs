@@ -395,6 +395,11 @@ impl Backend for CudaHost {
         Ok(Box::new(Storage::new(words)))
     }
 
+    fn write(&self, to: &View, data: HostData) -> Result<()> {
+        self.check()?;
+        paste(to, &data.words())
+    }
+
     fn run(&self, recorded: Recorded<'_>) -> Result<(Vec<HostData>, Vec<LaunchTime>)> {
         self.check()?;
         let (mut reads, mut times) = (Vec::new(), Vec::new());

@@ -3,7 +3,7 @@
 //! One encoder, one submit and one wait per pass. Bind groups bind the params at 0 and the arguments from 1 on, in the kernel's
 //! order. Release shaders run without the compiler's bounds and loop checks; `FORBACK_CHECKED=1` keeps them.
 
-use super::{Backend, Command, DeviceInfo, DeviceKind, HostData, Launch, LaunchTime, Limits, OpenOptions, Recorded};
+use super::{Backend, Command, DeviceInfo, DeviceKind, HostData, Launch, LaunchTime, Limits, OpenOptions, Prepared, Recorded, View};
 use crate::kernel::{Access, Elem, Kernel};
 use crate::{Error, Result};
 use pollster::block_on;
@@ -205,10 +205,19 @@ impl WgpuBackend {
         })
     }
 
-    fn encode(&self, recorded: &Recorded<'_>) -> Result<Encoded> {
+    /// Pipelines and bind groups of the launches.
+    fn bound(&self, recorded: &Recorded<'_>) -> Result<Vec<Bound>> {
         let launches: Vec<&Launch> = recorded.commands.iter().filter_map(|c| if let Command::Launch(l) = c { Some(l) } else { None }).collect();
         let pipelines: Vec<Arc<Pipeline>> = launches.iter().map(|l| self.pipeline(l.kernel)).collect::<Result<_>>()?;
         let (params, offsets) = self.params(&launches);
+        let bind = |((launch, pipeline), at): ((&&Launch, Arc<Pipeline>), (u64, u64))| {
+            let group = self.bind(launch, &pipeline, &params, at)?;
+            Ok(Bound { pipeline, group })
+        };
+        launches.iter().zip(pipelines).zip(offsets).map(bind).collect()
+    }
+
+    fn encode(&self, recorded: &Recorded<'_>, launches: &[Bound]) -> Result<Encoded> {
         let queries = (recorded.profile && self.timestamps && !launches.is_empty()).then(|| {
             let count = 2 * launches.len().min(MAX_TIMED) as u32;
             let set = self.device.create_query_set(&wgpu::QuerySetDescriptor { label: None, ty: wgpu::QueryType::Timestamp, count });
@@ -242,9 +251,9 @@ impl WgpuBackend {
                     let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some(recorded.label), timestamp_writes: timed });
                     let mut launch = Some(first);
                     while let Some(l) = launch {
-                        let group = self.bind(l, &pipelines[next], &params, offsets[next])?;
-                        pass.set_pipeline(&pipelines[next].pipeline);
-                        pass.set_bind_group(0, &group, &[]);
+                        let Bound { pipeline, group } = &launches[next];
+                        pass.set_pipeline(&pipeline.pipeline);
+                        pass.set_bind_group(0, group, &[]);
                         pass.dispatch_workgroups(l.grid[0], l.grid[1], l.grid[2]);
                         next += 1;
                         launch = match commands.peek() {
@@ -307,6 +316,12 @@ impl WgpuBackend {
 /// Timed launches per pass: a query set holds 4,096 entries at least.
 const MAX_TIMED: usize = 2048;
 
+/// A launch with its pipeline and what it binds.
+struct Bound {
+    pipeline: Arc<Pipeline>,
+    group: wgpu::BindGroup,
+}
+
 struct Encoded {
     commands: wgpu::CommandBuffer,
     staging: Vec<(wgpu::Buffer, Elem, u64)>,
@@ -328,9 +343,23 @@ impl Backend for WgpuBackend {
         })
     }
 
+    fn write(&self, to: &View, data: HostData) -> Result<()> {
+        self.scoped("writing a buffer", || {
+            self.queue.write_buffer(to.storage::<wgpu::Buffer>()?, 4 * to.range.start, bytemuck::cast_slice(&data.words()));
+            Ok(())
+        })
+    }
+
+    fn prepare(&self, recorded: &Recorded<'_>) -> Result<Prepared> {
+        self.scoped("preparing a pass", || Ok(Box::new(self.bound(recorded)?) as Prepared))
+    }
+
     fn run(&self, recorded: Recorded<'_>) -> Result<(Vec<HostData>, Vec<LaunchTime>)> {
         let encoded = self.scoped("running a pass", || {
-            let Encoded { commands, staging, times } = self.encode(&recorded)?;
+            let Encoded { commands, staging, times } = match recorded.prepared.and_then(|p| p.downcast_ref::<Vec<Bound>>()) {
+                Some(bound) => self.encode(&recorded, bound)?,
+                None => self.encode(&recorded, &self.bound(&recorded)?)?,
+            };
             self.queue.submit([commands]);
             for buffer in staging.iter().map(|(b, _, _)| b).chain(&times) {
                 buffer.slice(..).map_async(wgpu::MapMode::Read, |_| {});
