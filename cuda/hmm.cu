@@ -4,7 +4,7 @@
 //   hmm_forward_backward_8   grid ⌈B / WG⌉       the same, K = 5 … 8
 //   …_table_4, …_table_8     the same for log-probabilities, all observed, under a fixed table
 //   hmm_forward_backward     grid ⌈B / (WG / L)⌉ L threads per sequence, a state each (or every L-th), L = K rounded up to a power of two, at most WG
-//   spill: some bytes around the call of `density`; the table variants call nothing and spill nothing
+//   spill: some words outside the chain of products, where ptxas stops at 80 or 255 registers; the table variants spill nothing
 
 struct HmmParams {
     uint32_t b;
@@ -40,6 +40,7 @@ struct HmmParams {
 #define LOG_ZERO (-1e30f)
 #define IMPOSSIBLE (-1e29f)
 #define LEAST (-1e28f)
+#define MOST 1e28f
 // A step whose sum is below 2^-60 is done again with the joint shift.
 #define RETRY 8.67361738e-19f
 // What is predicted below this is forgotten: its reciprocal must be finite.
@@ -102,19 +103,23 @@ __device__ __forceinline__ float log_factorial(float x) {
     return (z - 0.5f) * logf(z) - z + 0.918938533f + series - logf(product);
 }
 
+__device__ __forceinline__ float capped(float x) {
+    return fminf(fmaxf(x, -1e18f), 1e18f);
+}
+
 __device__ __forceinline__ float bounded(float z) {
     return fminf(fmaxf(z, -1e14f), 1e14f);
 }
 
 // Log-density of a state at observation x, with the parameters that lie behind log_init.
-__device__ __noinline__ float density(uint32_t emission, uint32_t k, uint32_t d, uint32_t symbols, const float* __restrict__ parameters,
-                                      const float* __restrict__ x, uint32_t state) {
+__device__ __forceinline__ float density(uint32_t emission, uint32_t k, uint32_t d, uint32_t symbols, const float* __restrict__ parameters,
+                                         const float* __restrict__ x, uint32_t state) {
     float value = 0.0f;
     switch (emission) {
         case 1: {
             const float* mean = parameters + state * d;
             for (uint32_t i = 0; i < d; i++) {
-                const float z = bounded((x[i] - mean[i]) * mean[k * d + i]);
+                const float z = bounded(capped(x[i] - mean[i]) * mean[k * d + i]);
                 value += z * z;
             }
             value = parameters[2 * k * d + state] - 0.5f * value;
@@ -127,7 +132,7 @@ __device__ __noinline__ float density(uint32_t emission, uint32_t k, uint32_t d,
             for (uint32_t i = 0; i < d; i++) {
                 float z = 0.0f;
                 for (uint32_t j = 0; j <= i; j++) {
-                    z += row[j] * (x[j] - mean[j]);
+                    z += row[j] * capped(x[j] - mean[j]);
                 }
                 row += i + 1;
                 z = bounded(z);
@@ -139,7 +144,7 @@ __device__ __noinline__ float density(uint32_t emission, uint32_t k, uint32_t d,
         case 3: {
             const float* location = parameters + state * d;
             for (uint32_t i = 0; i < d; i++) {
-                const float z = bounded((x[i] - location[i]) * location[k * d + i]);
+                const float z = bounded(capped(x[i] - location[i]) * location[k * d + i]);
                 value += location[2 * k * d + i] * log1pf(z * z * location[3 * k * d + i]);
             }
             value = parameters[4 * k * d + state] - value;
@@ -148,7 +153,7 @@ __device__ __noinline__ float density(uint32_t emission, uint32_t k, uint32_t d,
         case 4: {
             value = parameters[k * d + state];
             for (uint32_t i = 0; i < d; i++) {
-                value += x[i] * parameters[state * d + i] - log_factorial(x[i]);
+                value += capped(x[i]) * parameters[state * d + i] - log_factorial(capped(x[i]));
             }
             break;
         }
@@ -157,9 +162,9 @@ __device__ __noinline__ float density(uint32_t emission, uint32_t k, uint32_t d,
             const uint32_t r = d - 1;
             float fit = 0.0f;
             for (uint32_t i = 0; i < r; i++) {
-                fit += x[1 + i] * parameters[state * r + i];
+                fit += capped(x[1 + i]) * parameters[state * r + i];
             }
-            const float z = bounded((x[0] - fit) * parameters[k * r + state]);
+            const float z = bounded((capped(x[0]) - fit) * parameters[k * r + state]);
             value = parameters[k * r + k + state] - 0.5f * z * z;
         }
     }
@@ -172,7 +177,7 @@ __device__ __forceinline__ float log_b(const Hmm& h, uint32_t b, uint32_t t, uin
         return 0.0f;
     }
     if (PLAIN || h.p.emission == 0) {
-        return h.obs[(b * h.p.t + t) * h.p.k + state];
+        return fminf(h.obs[(b * h.p.t + t) * h.p.k + state], MOST);
     }
     return density(h.p.emission, h.p.k, h.p.d, h.p.symbols, h.model + model_at(h, b) + h.p.k, h.obs + (b * h.p.t + t) * h.p.d, state);
 }
@@ -196,7 +201,7 @@ __device__ __forceinline__ float transition(const Hmm& h, const float* __restric
     const float* input = h.inputs + (b * h.p.t + slot + 1) * h.p.u;
     float logit = w[h.p.u];
     for (uint32_t c = 0; c < h.p.u; c++) {
-        logit += w[c] * input[c];
+        logit += w[c] * capped(input[c]);
     }
     return logit;
 }
@@ -247,8 +252,9 @@ __device__ __forceinline__ uint32_t section(const Hmm& h, uint32_t bit) {
 
 // ---- a thread per sequence ----------------------------------------------------------------------------------------
 
-// Rows that are fetched before they are needed: the chain of one step is far shorter than a trip to memory.
-#define AHEAD 4
+// Rows that are fetched before they are needed: the chain of one step is far shorter than a trip to memory. The time loop is unrolled so
+// many times; the general kernels, whose steps are long, hold each path of a step once.
+#define AHEAD (PLAIN ? 4 : 1)
 
 template <int K>
 __device__ __forceinline__ float sum_of(const float (&x)[K]) {
@@ -295,23 +301,48 @@ __device__ __forceinline__ void store(float* to, const float (&x)[K], float fact
     }
 }
 
+// The matrix of a slot: the table, or a softmax of logits that gather one input after the other.
 template <int K>
 __device__ __forceinline__ void transitions_of(const Hmm& h, uint32_t b, uint32_t slot, float (&a)[K][K]) {
     const float* table = table_of(h, b, slot);
+    const bool softmax = h.has(SOFTMAX);
+    const uint32_t each = softmax ? h.p.u + 1 : 1, last = each - 1;
 #pragma unroll
     for (int i = 0; i < K; i++) {
-        float most = LOG_ZERO;
 #pragma unroll
         for (int j = 0; j < K; j++) {
-            a[i][j] = transition(h, table, b, slot, i, j);
-            most = fmaxf(most, a[i][j]);
+            a[i][j] = table[(i * K + j) * each + last];
         }
-        const float shift = h.has(SOFTMAX) ? most : 0.0f;
+    }
+    if (softmax) {
+        const float* inputs = h.inputs + (b * h.p.t + slot + 1) * h.p.u;
+#pragma unroll 1
+        for (uint32_t c = 0; c < last; c++) {
+            const float input = capped(inputs[c]);
+#pragma unroll
+            for (int i = 0; i < K; i++) {
+#pragma unroll
+                for (int j = 0; j < K; j++) {
+                    a[i][j] += table[(i * K + j) * each + c] * input;
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < K; i++) {
+        float shift = 0.0f;
+        if (softmax) {
+            shift = LOG_ZERO;
+#pragma unroll
+            for (int j = 0; j < K; j++) {
+                shift = fmaxf(shift, a[i][j]);
+            }
+        }
 #pragma unroll
         for (int j = 0; j < K; j++) {
             a[i][j] = probability_of(a[i][j] - shift);
         }
-        const float factor = h.has(SOFTMAX) ? 1.0f / sum_of(a[i]) : 1.0f;
+        const float factor = softmax ? 1.0f / sum_of(a[i]) : 1.0f;
 #pragma unroll
         for (int j = 0; j < K; j++) {
             a[i][j] *= factor;
@@ -319,21 +350,29 @@ __device__ __forceinline__ void transitions_of(const Hmm& h, uint32_t b, uint32_
     }
 }
 
+// The row of log-probabilities of a step; zeros where nothing was observed.
 template <int K>
-__device__ __forceinline__ void log_b_states(const Hmm& h, uint32_t b, uint32_t t, float (&x)[K]) {
-    if (!observed(h, b, t)) {
+__device__ __forceinline__ void load_log_b(const Hmm& h, uint32_t b, uint32_t t, float (&x)[K]) {
+    load(h.obs + (b * h.p.t + t) * K, x);
+    const bool seen = observed(h, b, t);
+#pragma unroll
+    for (int j = 0; j < K; j++) {
+        x[j] = seen ? fminf(x[j], MOST) : 0.0f;
+    }
+}
+
+// Densities of all states at a step: one copy of `density`, called state by state; x stays in registers.
+template <int K>
+__device__ __forceinline__ void densities(const Hmm& h, uint32_t b, uint32_t t, float (&x)[K]) {
+    const float* parameters = h.model + model_at(h, b) + K;
+    const float* observation = h.obs + (b * h.p.t + t) * h.p.d;
+    const bool seen = observed(h, b, t);
+#pragma unroll 1
+    for (int state = 0; state < K; state++) {
+        const float value = seen ? density(h.p.emission, K, h.p.d, h.p.symbols, parameters, observation, state) : 0.0f;
 #pragma unroll
         for (int j = 0; j < K; j++) {
-            x[j] = 0.0f;
-        }
-    } else if (PLAIN || h.p.emission == 0) {
-        load(h.obs + (b * h.p.t + t) * K, x);
-    } else {
-        const float* parameters = h.model + model_at(h, b) + K;
-        const float* observation = h.obs + (b * h.p.t + t) * h.p.d;
-#pragma unroll
-        for (int j = 0; j < K; j++) {
-            x[j] = density(h.p.emission, K, h.p.d, h.p.symbols, parameters, observation, j);
+            x[j] = j == state ? value : x[j];
         }
     }
 }
@@ -401,8 +440,11 @@ __device__ __forceinline__ void forward(const Hmm& h, uint32_t b, uint32_t lengt
 #pragma unroll
     for (int q = 0; q < AHEAD; q++) {
         if ((PLAIN || h.p.emission == 0) && h.p.begin + q < end) {
-            log_b_states(h, b, h.p.begin + q, ahead[q]);
+            load_log_b(h, b, h.p.begin + q, ahead[q]);
         }
+    }
+    if (PLAIN) {
+        transitions_of(h, b, 0, a);
     }
     for (uint32_t first = h.p.begin; first < end; first += AHEAD) {
 #pragma unroll
@@ -411,17 +453,17 @@ __device__ __forceinline__ void forward(const Hmm& h, uint32_t b, uint32_t lengt
             if (t >= end) {
                 break;
             }
-            float x[K], pred[K];
+            float x[K] = {}, pred[K];
             if (PLAIN || h.p.emission == 0) {
 #pragma unroll
                 for (int j = 0; j < K; j++) {
                     x[j] = ahead[q][j];
                 }
                 if (t + AHEAD < end) {
-                    log_b_states(h, b, t + AHEAD, ahead[q]);
+                    load_log_b(h, b, t + AHEAD, ahead[q]);
                 }
             } else {
-                log_b_states(h, b, t, x);
+                densities(h, b, t, x);
             }
             if (t == 0) {
                 const float* init = h.model + model_at(h, b);
@@ -430,7 +472,7 @@ __device__ __forceinline__ void forward(const Hmm& h, uint32_t b, uint32_t lengt
                     pred[j] = probability_of(init[j]);
                 }
             } else {
-                if (h.has(TRANS_STEP) || t == max(h.p.begin, 1u)) {
+                if (!PLAIN && (h.has(TRANS_STEP) || t == max(h.p.begin, 1u))) {
                     transitions_of(h, b, t - 1, a);
                 }
                 predict(a, alpha, pred);
@@ -559,6 +601,9 @@ __device__ __forceinline__ void backward(const Hmm& h, uint32_t b, uint32_t leng
     if (h.p.end < length) {
         load(record + 4, gamma);
     }
+    if (PLAIN) {
+        transitions_of(h, b, 0, a);
+    }
     // α(end − 1 − q) waits in row q; steps past the length have none.
     float ahead[AHEAD][K];
     const uint32_t steps = h.p.end - h.p.begin;
@@ -595,7 +640,7 @@ __device__ __forceinline__ void backward(const Hmm& h, uint32_t b, uint32_t leng
                         store(posterior + t * K, gamma, 1.0f);
                     }
                 } else {
-                    if (h.has(TRANS_STEP) || after == min(h.p.end, length - 1)) {
+                    if (!PLAIN && (h.has(TRANS_STEP) || after == min(h.p.end, length - 1))) {
                         transitions_of(h, b, t, a);
                     }
                     smooth(h, a, alpha, gamma, block, posterior + t * K);

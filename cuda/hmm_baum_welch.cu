@@ -4,6 +4,7 @@
 //   hmm_sums               grid  ⌈jobs·sums / WG⌉        thread = one sum over time of one (model, sequence); none where K ≤ 4, D = 1, normal
 //   hmm_reduce             grid  ⌈M·statistics / WG⌉     thread = (model, sum)
 //   hmm_maximisation       grid  ⌈M·K / WG⌉              thread = (model, state)
+//   spill: some words of hmm_expectation_lanes outside its loops over states, where ptxas stops at 56 registers for the sake of occupancy
 // states: γ over α [T,K,jobs] where K ≤ 4; else γ, α and γ/predicted, each [jobs,T,K].
 
 struct BaumWelchParams {

@@ -144,13 +144,23 @@ __device__ __forceinline__ float digamma_step(float x) {
     return sum + inverse * (0.125f - inverse * (0.015625f - inverse * 0.0078125f));
 }
 
+// An observation, or its distance from a mean: products stay finite.
+__device__ __forceinline__ float capped(float x) {
+    return fminf(fmaxf(x, -1e18f), 1e18f);
+}
+
+// A distance in deviations, whose square stays finite.
+__device__ __forceinline__ float bounded(float z) {
+    return fminf(fmaxf(z, -1e14f), 1e14f);
+}
+
 // Row `row` of the inverse Cholesky factor, times x − mean.
 __device__ __forceinline__ float whitened(const float* __restrict__ factor, const float* __restrict__ mean, const float* __restrict__ x, uint32_t row) {
     float sum = 0.0f;
     for (uint32_t c = 0; c <= row; c++) {
-        sum += factor[row * (row + 1) / 2 + c] * (x[c] - mean[c]);
+        sum += factor[row * (row + 1) / 2 + c] * capped(x[c] - mean[c]);
     }
-    return sum;
+    return bounded(sum);
 }
 
 // Derivative of log b_k(x) with respect to one parameter of the sequence's model.
@@ -158,7 +168,7 @@ __device__ __forceinline__ float score(const HmmGradientParams& params, Paramete
     const uint32_t kd = params.k * params.d;
     const float* own = model + params.k + q.k * params.d + q.i;
     if (params.emission == GAUSSIAN_DIAGONAL) {
-        const float z = (x[q.i] - own[0]) * own[kd];
+        const float z = bounded(capped(x[q.i] - own[0]) * own[kd]);
         return q.kind == 0 ? z * own[kd] : 0.5f * (z * z - 1.0f);
     }
     if (params.emission == GAUSSIAN_FULL) {
@@ -166,7 +176,7 @@ __device__ __forceinline__ float score(const HmmGradientParams& params, Paramete
         const float* factor = model + params.k + kd + q.k * (params.d * (params.d + 1) / 2);
         if (q.kind == 1) {
             const float diagonal = q.i == q.j ? 1.0f / factor[q.i * (q.i + 3) / 2] : 0.0f;
-            return diagonal - whitened(factor, mean, x, q.i) * (x[q.j] - mean[q.j]);
+            return diagonal - whitened(factor, mean, x, q.i) * capped(x[q.j] - mean[q.j]);
         }
         float sum = 0.0f;
         for (uint32_t row = q.i; row < params.d; row++) {
@@ -176,7 +186,7 @@ __device__ __forceinline__ float score(const HmmGradientParams& params, Paramete
     }
     if (params.emission == STUDENT_T) {
         const float scale = own[kd], inverse = own[3 * kd];
-        const float z = (x[q.i] - own[0]) * scale;
+        const float z = bounded(capped(x[q.i] - own[0]) * scale);
         const float tail = z * z * inverse;
         const float w = 2.0f * own[2 * kd] / (1.0f + tail);
         if (q.kind == 0) {
@@ -188,20 +198,20 @@ __device__ __forceinline__ float score(const HmmGradientParams& params, Paramete
         return 0.5f * (digamma_step(0.5f / inverse) - log1pf(tail) + w * tail * inverse);
     }
     if (params.emission == POISSON) {
-        return x[q.i] - expf(own[0]);
+        return capped(x[q.i]) - expf(own[0]);
     }
     if (params.emission == CATEGORICAL) {
         return (uint32_t)x[0] == q.i ? 1.0f : 0.0f;
     }
     const uint32_t width = params.d - 1;
     const float* beta = model + params.k + q.k * width;
-    float residual = x[0];
+    float residual = capped(x[0]);
     for (uint32_t r = 0; r < width; r++) {
-        residual -= beta[r] * x[1 + r];
+        residual -= beta[r] * capped(x[1 + r]);
     }
     const float inverse = model[params.k + params.k * width + q.k];
-    const float z = residual * inverse;
-    return q.kind == 0 ? z * inverse * x[1 + q.i] : 0.5f * (z * z - 1.0f);
+    const float z = bounded(residual * inverse);
+    return q.kind == 0 ? z * inverse * capped(x[1 + q.i]) : 0.5f * (z * z - 1.0f);
 }
 
 extern "C" __global__ void __launch_bounds__(WG)
@@ -295,7 +305,7 @@ __device__ __forceinline__ float logit(const HmmGradientParams& params, const fl
     const float* x = inputs + (b * params.t + t + 1) * params.u;
     float sum = w[params.u];
     for (uint32_t q = 0; q < params.u; q++) {
-        sum += w[q] * x[q];
+        sum += w[q] * capped(x[q]);
     }
     return sum;
 }
@@ -351,7 +361,7 @@ extern "C" __global__ void __launch_bounds__(WG)
             const uint32_t j = p / (params.u + 1), q = p % (params.u + 1);
             float sum = 0.0f;
             for (uint32_t s = 0; s < steps; s++) {
-                const float x = q < params.u ? inputs[(b * params.t + from + s + 1) * params.u + q] : 1.0f;
+                const float x = q < params.u ? capped(inputs[(b * params.t + from + s + 1) * params.u + q]) : 1.0f;
                 sum += sh_tile[s * k + j] * x;
             }
             float* own = partials + group * width + p;
@@ -397,7 +407,8 @@ __device__ __forceinline__ float log_normaliser(const HmmGradientParams& params,
 __device__ __forceinline__ float transition(const HmmGradientParams& params, const float* __restrict__ transitions, const float* __restrict__ inputs,
                                             uint32_t b, uint32_t t, uint32_t i, uint32_t j, float row) {
     if (has(params, SOFTMAX)) {
-        return expf(logit(params, transitions, inputs, b, t, i, j) - row);
+        // Large logits are rounded more coarsely than 1.
+        return expf(fminf(logit(params, transitions, inputs, b, t, i, j) - row, 0.0f));
     }
     return expf(transitions[b * params.trans_stride + t * params.trans_step + i * params.k + j]);
 }

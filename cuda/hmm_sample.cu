@@ -3,6 +3,7 @@
 //   hmm_sample               grid  ⌈B / WG⌉              thread = path, steps from_step .. to_step
 //   hmm_sample_observations  grid  ⌈B·⌈T/4⌉ / WG⌉        thread = path and four steps, which share their random words
 //   hmm_sample_posterior     grid  ⌈B·draws / WG⌉        thread = path, steps to_step .. from_step
+//   spill: some words of hmm_sample_observations around the sine and cosine, where ptxas stops at 56 or 64 registers
 
 struct HmmSampleParams {
     uint32_t b;

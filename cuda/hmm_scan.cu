@@ -5,6 +5,7 @@
 //   hmm_scan_forward   grid  ⌈B·C / WG⌉     thread = sequence and chunk: `chunk` steps
 //   hmm_scan_sum       grid  ⌈B / WG⌉       thread = sequence: C records
 //   hmm_scan_backward  grid  ⌈B·C / WG⌉     thread = sequence and chunk: `chunk` steps
+//   spill: one to four words of addresses, where ptxas stops at 64, 96 or 128 registers for the sake of occupancy
 //   Vectors, and transitions up to K = 4, lie in registers: templates on K rounded up to 2, 4, 8 or 16. One table for all steps and
 //   sequences is made into probabilities once a block, in shared memory.
 
@@ -33,6 +34,7 @@ struct HmmScanParams {
 
 #define LOG_ZERO (-1e30f)
 #define IMPOSSIBLE (-1e29f)
+#define MOST 1e28f
 #define NONE 0xffffffffu
 #define DEAD (-0x1000000)
 #define RETRY 8.6736174e-19f
@@ -69,6 +71,8 @@ __device__ __forceinline__ uint32_t length_of(const uint32_t* __restrict__ words
 // States padded to K; entries from params.k on are 0.
 template <int K>
 struct Vector {
+    // Products with a matrix take so many rows at once, then turn the vector: of 16 states the code is that of four.
+    static constexpr uint32_t ROWS = K <= 8 ? K : 4;
     float x[K];
 
     __device__ __forceinline__ float sum() const {
@@ -100,6 +104,15 @@ struct Vector {
             if (j < k) {
                 to[j] = x[j] * by;
             }
+        }
+    }
+
+    // Moves every entry ROWS places to the front, and the first ones to the end.
+    __device__ __forceinline__ void turn() {
+        const Vector<K> before = *this;
+#pragma unroll
+        for (uint32_t j = 0; j < K; j++) {
+            x[j] = before.x[(j + ROWS) % K];
         }
     }
 
@@ -160,14 +173,18 @@ struct Matrix {
 
     // v·A.
     __device__ __forceinline__ Vector<K> times(const Vector<K>& v) const {
-        Vector<K> out;
+        Vector<K> out, turning = v;
         out.unit(K);
+#pragma unroll 1
+        for (uint32_t first = 0; first < K; first += Vector<K>::ROWS) {
 #pragma unroll
-        for (uint32_t i = 0; i < K; i++) {
+            for (uint32_t i = 0; i < Vector<K>::ROWS; i++) {
 #pragma unroll
-            for (uint32_t j = 0; j < K; j++) {
-                out.x[j] += v.x[i] * at(i, j);
+                for (uint32_t j = 0; j < K; j++) {
+                    out.x[j] += turning.x[i] * at(first + i, j);
+                }
             }
+            turning.turn();
         }
         return out;
     }
@@ -183,7 +200,7 @@ __device__ __forceinline__ int observe(const float* __restrict__ obs, const uint
     shift = LOG_ZERO;
 #pragma unroll
     for (uint32_t j = 0; j < K; j++) {
-        log_b[j] = j < params.k ? (seen ? row[j] : 0.0f) : LOG_ZERO;
+        log_b[j] = j < params.k ? (seen ? fminf(row[j], MOST) : 0.0f) : LOG_ZERO;
         shift = fmaxf(shift, log_b[j]);
     }
     float sum = 0.0f;
@@ -301,15 +318,20 @@ __device__ __forceinline__ int times_element(const float* element, Vector<K>& v,
     }
     Vector<K> out;
     out.unit(K);
+#pragma unroll 1
+    for (uint32_t first = 0; first < K; first += Vector<K>::ROWS) {
 #pragma unroll
-    for (uint32_t i = 0; i < K; i++) {
-        if (i < k && v.x[i] > 0.0f) {
-            const float x = v.x[i] * pow2((int)element[i * (k + 1) + k] - top);
+        for (uint32_t i = 0; i < Vector<K>::ROWS; i++) {
+            const float* row = element + (first + i) * (k + 1);
+            if (first + i < k && v.x[i] > 0.0f) {
+                const float x = v.x[i] * pow2((int)row[k] - top);
 #pragma unroll
-            for (uint32_t j = 0; j < K; j++) {
-                out.x[j] += j < k ? x * element[i * (k + 1) + j] : 0.0f;
+                for (uint32_t j = 0; j < K; j++) {
+                    out.x[j] += j < k ? x * row[j] : 0.0f;
+                }
             }
         }
+        v.turn();
     }
     const float sum = out.sum();
     if (sum <= 1e-37f) {
@@ -356,14 +378,19 @@ __device__ __forceinline__ void element_times(const float* element, Vector<K>& v
     Vector<K> out;
     int top = DEAD;
     float most = 0.0f;
+    out.unit(K);
+#pragma unroll 1
+    for (uint32_t first = 0; first < K; first += Vector<K>::ROWS) {
 #pragma unroll
-    for (uint32_t i = 0; i < K; i++) {
-        out.x[i] = 0.0f;
+        for (uint32_t i = 0; i < Vector<K>::ROWS; i++) {
+            const float* row = element + (first + i) * (k + 1);
 #pragma unroll
-        for (uint32_t j = 0; j < K; j++) {
-            out.x[i] += i < k && j < k ? element[i * (k + 1) + j] * v.x[j] : 0.0f;
+            for (uint32_t j = 0; j < K; j++) {
+                out.x[i] += first + i < k && j < k ? row[j] * v.x[j] : 0.0f;
+            }
+            top = out.x[i] > 0.0f ? max(top, (int)row[k]) : top;
         }
-        top = out.x[i] > 0.0f ? max(top, (int)element[i * (k + 1) + k]) : top;
+        out.turn();
     }
 #pragma unroll
     for (uint32_t i = 0; i < K; i++) {
@@ -533,14 +560,18 @@ __device__ void backward_chunk(const uint32_t* __restrict__ words, const float* 
             for (uint32_t j = 0; j < K; j++) {
                 ratio.x[j] = ratio.x[j] > 0.0f ? gamma.x[j] / ratio.x[j] : 0.0f;
             }
+#pragma unroll 1
+            for (uint32_t first = 0; first < K; first += Vector<K>::ROWS) {
 #pragma unroll
-            for (uint32_t i = 0; i < K; i++) {
-                float sum = 0.0f;
+                for (uint32_t i = 0; i < Vector<K>::ROWS; i++) {
+                    float sum = 0.0f;
 #pragma unroll
-                for (uint32_t j = 0; j < K; j++) {
-                    sum += a.at(i, j) * ratio.x[j];
+                    for (uint32_t j = 0; j < K; j++) {
+                        sum += a.at(first + i, j) * ratio.x[j];
+                    }
+                    v.x[i] *= sum;
                 }
-                v.x[i] *= sum;
+                v.turn();
             }
         }
         const float sum = v.sum();

@@ -5,6 +5,7 @@
 //                                               up to K = 32 keep a lane's column in registers (template on its bound), and groups of
 //                                               at most a warp wait for their warp alone
 //   hmm_viterbi_path   grid  ⌈B / WG⌉           thread = sequence, back through the pointers
+//   spill: three to eight words of hmm_viterbi_lanes, where ptxas stops at 64 or 96 registers on sm_75 for the sake of occupancy
 //   All of them take steps from_step .. to_step.      shared memory: 3·STATES floats, 2·PACKED words
 
 struct HmmViterbiParams {
@@ -29,6 +30,7 @@ struct HmmViterbiParams {
 #define IMPOSSIBLE (-1e30f)
 #define DEAD (-1e29f)
 #define LOWEST (-3e38f)
+#define MOST 1e28f
 #define NONE 0xffffffffu
 #define PACKED 256
 
@@ -91,11 +93,24 @@ struct Walk {
                 }
                 continue;
             }
-            const uint32_t from_input = (b * x.params.t + t) * x.params.u;
+            // logits gather one input after the other
+            const uint32_t u = x.params.u, from_input = (b * x.params.t + t) * u, at = b * x.params.trans_row + i * K * (u + 1);
             float top = IMPOSSIBLE, sum = 0.0f;
 #pragma unroll
             for (uint32_t j = 0; j < K; j++) {
-                a[i][j] = x.logit(b * x.params.trans_row + (i * K + j) * (x.params.u + 1), from_input);
+                a[i][j] = x.log_trans[at + j * (u + 1) + u];
+            }
+#pragma unroll 1
+            for (uint32_t c = 0; c < u; c++) {
+                const float input = x.inputs[from_input + c];
+#pragma unroll
+                for (uint32_t j = 0; j < K; j++) {
+                    a[i][j] += x.log_trans[at + j * (u + 1) + c] * input;
+                }
+            }
+#pragma unroll
+            for (uint32_t j = 0; j < K; j++) {
+                a[i][j] = fmaxf(a[i][j], IMPOSSIBLE);
                 top = fmaxf(top, a[i][j]);
             }
 #pragma unroll
@@ -177,7 +192,7 @@ __device__ __forceinline__ void load_obs(const Given& x, uint32_t b, uint32_t t,
         const bool seen = t + c < stop && x.observed(b, t + c);
 #pragma unroll
         for (uint32_t j = 0; j < K; j++) {
-            o[c][j] = seen ? x.obs[(b * x.params.t + t + c) * K + j] : 0.0f;
+            o[c][j] = seen ? fminf(x.obs[(b * x.params.t + t + c) * K + j], MOST) : 0.0f;
         }
     }
 }
@@ -332,7 +347,7 @@ __device__ void walk_lanes(const Given& x, const Group& g, bool here, float* car
             float top = LOWEST;
             uint32_t top_state = 0;
             for (uint32_t j = lane; j < k; j += lanes) {
-                const float o = seen ? x.obs[(b * x.params.t + t) * k + j] : 0.0f;
+                const float o = seen ? fminf(x.obs[(b * x.params.t + t) * k + j], MOST) : 0.0f;
                 float best = LOWEST;
                 uint32_t from_state = 0;
                 if (t == 0) {

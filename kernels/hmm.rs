@@ -14,10 +14,13 @@
 //!          summary [B,record]: log-likelihood as the sum of two, first impossible step or −1, then what a later launch continues from.
 //! Zeros    −1e30 stands for log 0; whatever is ≤ −1e29 is impossible. A sequence with an impossible step has log-likelihood −∞, filtered
 //!          0 from that step on, posterior and pair 0; the others are untouched.
+//! Sizes    log-probabilities above 1e28 count as 1e28; what is observed, its distance from a mean and inputs of a softmax as ±1e18 beyond
+//!          that, a distance in deviations as ±1e14: every finite input has finite results, and so has its gradient.
 //! Launch   K ≤ 4 and K ≤ 8: a thread per sequence, states and transition matrix in registers; log-probabilities under a fixed table have
 //!          kernels of their own, in which nothing else is compiled. More states: 16 to 64 threads of a workgroup per sequence, a state
 //!          each. A launch covers steps begin..end of the forward or the backward pass, or both over the whole time.
-//!          sm_90: 120 registers for K ≤ 4 under a table, 254 for K ≤ 8, 96 for the rest; none of these spills.
+//!          sm_90: 92 registers for K ≤ 4 under a table, 168 for K ≤ 8, no spill; 133 and 255 for the general kernels of so many states,
+//!          96 for more.
 //! Scratch  α lies in the filtered or the posterior output until it is overwritten; where neither is asked for and the pair is, in a bounded
 //!          scratch that the runs of the batch share.
 //! Floor    4·K bytes of log-probabilities read, 4·K written by the forward pass; 4·K read and written by the backward pass, which needs
@@ -171,6 +174,8 @@ pub const MAX_STATES: u64 = 512;
 pub const LOG_ZERO: f64 = -1e30;
 /// Logarithms at or below stand for zero.
 pub const IMPOSSIBLE: f64 = -1e29;
+/// Log-probabilities above count as this: sums over any number of steps stay finite.
+pub const MOST: f64 = 1e28;
 /// Where a fused log-density is cut off: far outliers are unlikely, not impossible.
 pub const LEAST: f64 = -1e28;
 
@@ -446,7 +451,7 @@ impl<'a, R: Real> Batch<'a, R> {
         if !self.observed(b, t) {
             out.fill(R::ZERO);
         } else if self.p.emission == 0 {
-            out.copy_from_slice(&self.obs[at..at + k]);
+            out.iter_mut().zip(&self.obs[at..at + k]).for_each(|(out, x)| *out = x.min(R::of(MOST)));
         } else {
             let parameters = &self.model(b)[k..];
             for (state, log_b) in out.iter_mut().enumerate() {
@@ -470,7 +475,7 @@ impl<'a, R: Real> Batch<'a, R> {
         let input = &self.inputs[at..at + u];
         let weights = self.log_trans[b_trans * k * k * (u + 1)..].chunks_exact(u + 1);
         for (logit, w) in out.iter_mut().zip(weights) {
-            *logit = w[..u].iter().zip(input).map(|(&w, &x)| w * x).sum::<R>() + w[u];
+            *logit = w[..u].iter().zip(input).map(|(&w, &x)| w * capped(x)).sum::<R>() + w[u];
         }
         for row in out.chunks_exact_mut(k) {
             let total = log_sum_exp(row);
@@ -505,15 +510,23 @@ pub(crate) fn log_factorial<R: Real>(x: R) -> R {
     (z - R::of(0.5)) * z.ln() - z + R::of(0.918_938_533_204_672_8) + series - product.ln()
 }
 
+/// An observation, or its distance from a mean: products with any sensible parameter stay finite.
+pub(crate) fn capped<R: Real>(x: R) -> R {
+    x.max(R::of(-1e18)).min(R::of(1e18))
+}
+
+/// A distance in deviations, whose square stays finite.
+pub(crate) fn bounded<R: Real>(z: R) -> R {
+    z.max(R::of(-1e14)).min(R::of(1e14))
+}
+
 /// Log-density of one state at one observation, not below [`LEAST`].
 pub(crate) fn log_density<R: Real>(p: &HmmParams, parameters: &[R], x: &[R], state: usize) -> R {
     let (k, d) = (p.k as usize, p.d as usize);
-    // Beyond this a square would overflow.
-    let bounded = |z: R| z.max(R::of(-1e14)).min(R::of(1e14));
     let value = match p.emission {
         1 => {
             let (mean, scale) = (&parameters[state * d..], &parameters[(k + state) * d..]);
-            let squares = (0..d).map(|i| bounded((x[i] - mean[i]) * scale[i])).fold(R::ZERO, |sum, z| sum + z * z);
+            let squares = (0..d).map(|i| bounded(capped(x[i] - mean[i]) * scale[i])).fold(R::ZERO, |sum, z| sum + z * z);
             parameters[2 * k * d + state] - R::of(0.5) * squares
         }
         2 => {
@@ -522,7 +535,7 @@ pub(crate) fn log_density<R: Real>(p: &HmmParams, parameters: &[R], x: &[R], sta
             let mut squares = R::ZERO;
             for i in 0..d {
                 let row = &factor[i * (i + 1) / 2..];
-                let z = bounded((0..=i).fold(R::ZERO, |sum, j| sum + row[j] * (x[j] - mean[j])));
+                let z = bounded((0..=i).fold(R::ZERO, |sum, j| sum + row[j] * capped(x[j] - mean[j])));
                 squares += z * z;
             }
             parameters[k * (d + triangle) + state] - R::of(0.5) * squares
@@ -530,20 +543,25 @@ pub(crate) fn log_density<R: Real>(p: &HmmParams, parameters: &[R], x: &[R], sta
         3 => {
             let at = |part: usize, i: usize| parameters[(part * k + state) * d + i];
             let tails = (0..d).fold(R::ZERO, |sum, i| {
-                let z = bounded((x[i] - at(0, i)) * at(1, i));
+                let z = bounded(capped(x[i] - at(0, i)) * at(1, i));
                 sum + at(2, i) * (z * z * at(3, i)).ln_1p()
             });
             parameters[4 * k * d + state] - tails
         }
-        4 => (0..d).fold(parameters[k * d + state], |sum, i| sum + (x[i] * parameters[state * d + i] - log_factorial(x[i]))),
+        // Terms of a hundred and more leave a small number: in f64 on every host.
+        4 => {
+            let count = |i: usize| capped(x[i].f64());
+            let terms = (0..d).map(|i| count(i) * parameters[state * d + i].f64() - log_factorial(count(i)));
+            R::of(parameters[k * d + state].f64() + terms.sum::<f64>())
+        }
         5 => {
             let symbol = (x[0].f64().max(0.0) as usize).min(p.symbols as usize - 1);
             return parameters[state * p.symbols as usize + symbol];
         }
         _ => {
             let r = d - 1;
-            let fit = (0..r).fold(R::ZERO, |sum, i| sum + x[1 + i] * parameters[state * r + i]);
-            let z = bounded((x[0] - fit) * parameters[k * r + state]);
+            let fit = (0..r).fold(R::ZERO, |sum, i| sum + capped(x[1 + i]) * parameters[state * r + i]);
+            let z = bounded((capped(x[0]) - fit) * parameters[k * r + state]);
             parameters[k * r + k + state] - R::of(0.5) * (z * z)
         }
     };

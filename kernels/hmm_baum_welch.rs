@@ -1231,9 +1231,10 @@ impl BaumWelch {
             return pass.launch(&HMM_EXPECTATION, &params, &args);
         }
         let (small, k) = (u64::from(params.k) <= SMALL, u64::from(params.k));
-        let density = emission_of(&params).rounds(u64::from(params.d));
+        // Where all threads of a vector walk through every branch, the eight loops of the other densities take a round each.
+        let density = 9 + emission_of(&params).rounds(u64::from(params.d));
         let per_lane = k.div_ceil(lanes(k));
-        let (forward, backward) = if small { (2 + 4 * density, 2) } else { (3 + per_lane * (k + density + 2) + 2 * k, 4 + k + 2 * per_lane * (k + 2)) };
+        let (forward, backward) = if small { (4 + 4 * density, 4) } else { (6 + per_lane * (k + density + 3) + 2 * k, 6 + k + 2 * per_lane * (k + 3)) };
         let kernel = if small { &HMM_EXPECTATION } else { &HMM_EXPECTATION_LANES };
         let t = u64::from(params.t);
         let stretches = |rounds: u64| -> Result<Vec<(u32, u32)>> {

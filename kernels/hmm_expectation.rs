@@ -122,11 +122,13 @@ fn ln(x: f32) -> f32 {
 
 /// Adds z to the sum of two.
 #[inline(always)]
-fn compensated(sum: &mut f32, low: &mut f32, z: f32) {
-    let next = *sum + z;
-    let part = next - *sum;
-    *low += (*sum - (next - part)) + (z - part);
-    *sum = next;
+fn compensated(sum: &mut V, low: &mut V, z: &V) {
+    for l in 0..L {
+        let next = sum[l] + z[l];
+        let part = next - sum[l];
+        low[l] += (sum[l] - (next - part)) + (z[l] - part);
+        sum[l] = next;
+    }
 }
 
 /// Mantissa in [1, 2) and exponent of a normal positive number.
@@ -269,10 +271,16 @@ fn forward<const K: usize>(launch: &Launch<'_>, models: &Models<K>, memory: &mut
                 }
             }
             for l in 0..L {
-                let mut log = log_b[l].mul_add(-0.5, models.constant[j][l]).max(LEAST as f32);
-                if masked {
-                    log = if memory.seen[t][l] > 0.0 { log } else { 0.0 };
+                log_b[l] = log_b[l].mul_add(-0.5, models.constant[j][l]).max(LEAST as f32);
+            }
+            if masked {
+                for l in 0..L {
+                    log_b[l] *= memory.seen[t][l];
                 }
+            }
+            // Both sides of every choice are computed: a branch per lane would keep the loop from becoming vectors.
+            for l in 0..L {
+                let log = log_b[l];
                 let predicted = level[j][l] * scale[l];
                 let (m, e) = split(predicted);
                 let possible = predicted >= TINY;
@@ -302,11 +310,16 @@ fn forward<const K: usize>(launch: &Launch<'_>, models: &Models<K>, memory: &mut
                 alpha[j][l] = if live[l] > 0.0 { next[j][l] } else { alpha[j][l] };
             }
         }
+        let mut logs = [0.0; L];
         for l in 0..L {
             mass[l] = if live[l] > 0.0 { next_mass[l] } else { mass[l] };
-            compensated(&mut sum[l], &mut low[l], if live[l] > 0.0 { shift[l] } else { 0.0 });
-            compensated(&mut sum[l], &mut low[l], if live[l] > 0.0 { ln(mass[l]) } else { 0.0 });
+            shift[l] *= live[l];
         }
+        for l in 0..L {
+            logs[l] = ln(mass[l]) * live[l];
+        }
+        compensated(&mut sum, &mut low, &shift);
+        compensated(&mut sum, &mut low, &logs);
         memory.alpha[t * K..(t + 1) * K].copy_from_slice(&alpha);
     }
     (sum, low, failed)

@@ -7,6 +7,9 @@
 //! Choice   every K of the list runs in the same pass; for each group the K of least criterion is kept:
 //!          AIC = −2·L + 2·p,  BIC = −2·L + p·ln n,  ICL = BIC + 2·H,  n observed steps, H the entropy of the state path given the
 //!          observations, H = L − E[log p(observations, path)] from the sums of the last expectation.
+//!          p counts what the model may be, not what it became: K − 1 initial probabilities, K − 1 of each row of transitions, those of
+//!          the emission. A probability that EM drives to zero was estimated and counts, as in hmmlearn and depmixS4; one that the start
+//!          of [`FitOptions::start`] forbids stays zero and does not.
 //! Source   Arthur & Vassilvitskii 2007; Schwarz 1978; Akaike 1974; Biernacki, Celeux & Govaert 2000.
 
 use crate::device::{Device, DeviceKind};
@@ -338,20 +341,31 @@ impl Parameters {
         Parameters { k, d: self.d, init: rows(&self.init), trans, emission }
     }
 
-    /// Free parameters: probabilities that are not hard zeros less one a row, and those of the emission.
+    /// Free parameters of a start: probabilities that are not hard zeros less one a row, and those of the emission. Of a fitted model it
+    /// leaves out what EM drove to zero, though it was free: [`Candidate::free`] has the number that the criteria use.
     pub fn free(&self) -> usize {
-        let rows = |x: &[f64], width: usize| -> usize { x.chunks_exact(width).map(|r| r.iter().filter(|&&p| p > 0.0).count().saturating_sub(1)).sum() };
-        let (k, d) = (self.k, self.d);
-        let emission = match &self.emission {
-            EmissionParameters::LogProbabilities => 0,
-            EmissionParameters::GaussianDiagonal { .. } | EmissionParameters::StudentT { .. } => 2 * k * d,
-            EmissionParameters::GaussianFull { .. } => k * d + k * d * (d + 1) / 2,
-            EmissionParameters::Poisson { .. } => k * d,
-            EmissionParameters::Categorical { probability } => rows(probability, probability.len() / k),
-            EmissionParameters::Regression { .. } => k * d,
+        let zeros = |x: &[f64], width: usize| -> usize {
+            let row = |r: &[f64]| r.iter().filter(|&&p| p <= 0.0).count().min(width - 1);
+            x.chunks_exact(width).map(row).sum()
         };
-        rows(&self.init, k) + rows(&self.trans, k) + emission
+        let symbols = match &self.emission {
+            EmissionParameters::Categorical { probability } => zeros(probability, probability.len() / self.k),
+            _ => 0,
+        };
+        free_without_zeros(self.kind(), self.k, self.d) - zeros(&self.init, self.k) - zeros(&self.trans, self.k) - symbols
     }
+}
+
+/// Free parameters of a model that rules out nothing.
+fn free_without_zeros(emission: Emission, k: usize, d: usize) -> usize {
+    let of_emission = match emission {
+        Emission::LogProbabilities => 0,
+        Emission::GaussianDiagonal | Emission::StudentT => 2 * k * d,
+        Emission::GaussianFull => k * d + k * d * (d + 1) / 2,
+        Emission::Poisson | Emission::Regression => k * d,
+        Emission::Categorical { symbols } => k * (symbols as usize).saturating_sub(1),
+    };
+    k - 1 + k * (k - 1) + of_emission
 }
 
 /// Penalised likelihoods of a fit; smaller is better.
@@ -394,7 +408,7 @@ pub struct Candidate {
     pub k: usize,
     /// Log-likelihood of its best restart.
     pub log_likelihood: f64,
-    /// Free parameters.
+    /// Free parameters: those of the start that led here, whatever EM drove to zero since.
     pub free: usize,
     /// Its criteria.
     pub criteria: Criteria,
@@ -752,6 +766,13 @@ fn least_squares(rows: &[&[f32]], r: usize) -> (Vec<f64>, f64) {
 
 // ---- the fit ------------------------------------------------------------------------------------------------------------------------
 
+/// The start that the options give to a group of sequences, in restart 0.
+fn given_start(options: &FitOptions, k: usize, group: usize) -> Option<&Parameters> {
+    let mut given = options.start.iter().filter(|p| p.k == k);
+    let many = given.clone().nth(1).is_some();
+    if many { given.nth(group) } else { given.next() }
+}
+
 /// The models of one K.
 struct Engine {
     k: usize,
@@ -807,16 +828,15 @@ fn fit_groups(
 /// Starts of all models of one K, uploaded.
 fn engine(device: &Device, data: &Observations<'_>, options: &FitOptions, facts: &[Facts], first: usize, k: usize) -> Result<Engine> {
     let per_model = data.n / facts.len();
-    let given: Vec<&Parameters> = options.start.iter().filter(|p| p.k == k).collect();
-    if given.iter().any(|p| p.kind() != options.emission || (p.d != data.width && options.emission != Emission::LogProbabilities)) {
+    let mut given = options.start.iter().filter(|p| p.k == k);
+    if given.any(|p| p.kind() != options.emission || (p.d != data.width && options.emission != Emission::LogProbabilities)) {
         return wrong("start", format!("{k} states"), "a start has the emission and the numbers a step of the observations");
     }
     let starts: Vec<Vec<f32>> = (0..facts.len() * options.restarts)
         .into_par_iter()
         .map(|m| {
             let (g, restart) = (m / options.restarts, m % options.restarts);
-            let own = if given.len() > 1 { given.get(first + g) } else { given.first() };
-            match own {
+            match given_start(options, k, first + g) {
                 Some(own) if restart == 0 => own.natural(),
                 _ => start(data, options, &facts[g], g * per_model..(g + 1) * per_model, first + g, k, restart).natural(),
             }
@@ -900,12 +920,14 @@ fn best(options: &FitOptions, data: &Observations<'_>, facts: &[Facts], first: u
         let (width, each) = (outcome.parameters.len() / outcome.models, outcome.totals.len() / outcome.models);
         let parameters = Parameters::of(options.emission, k, d, &outcome.parameters[m * width..(m + 1) * width]);
         let totals = &outcome.totals[m * each..(m + 1) * each];
-        let (free, n) = (parameters.free() as f64, facts.observations as f64);
-        let bic = -2.0 * end.log_likelihood + free * n.ln();
+        let own = given_start(options, k, first + g).filter(|_| likeliest == 0);
+        let free = own.map_or_else(|| free_without_zeros(options.emission, k, d), Parameters::free);
+        let (p, n) = (free as f64, facts.observations as f64);
+        let bic = -2.0 * end.log_likelihood + p * n.ln();
         let icl = expected_log(&parameters, totals, facts).map(|joint| bic + 2.0 * (end.log_likelihood - joint).max(0.0));
-        let criteria = Criteria { aic: -2.0 * end.log_likelihood + 2.0 * free, bic, icl };
+        let criteria = Criteria { aic: -2.0 * end.log_likelihood + 2.0 * p, bic, icl };
         let converged = end.status == Status::Converged;
-        candidates.push(Candidate { k, log_likelihood: end.log_likelihood, free: parameters.free(), criteria, converged });
+        candidates.push(Candidate { k, log_likelihood: end.log_likelihood, free, criteria, converged });
         if kept.as_ref().is_none_or(|best| criteria.get(options.criterion) < best.criteria.get(options.criterion)) {
             let sums = (each - 3 - k - k * k) / k;
             kept = Some(Fit {

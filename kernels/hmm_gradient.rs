@@ -33,7 +33,7 @@
 //! Files    shaders/hmm_gradient.wgsl · cuda/hmm_gradient.cu · reference: the `_cpu` functions
 
 use crate::device::{Buffer, Device, Pass, View};
-use crate::hmm::{Bound, Emission, ForwardBackward, Hmm, IMPOSSIBLE, Transitions, flag};
+use crate::hmm::{Bound, Emission, ForwardBackward, Hmm, IMPOSSIBLE, Transitions, bounded, capped, flag};
 use crate::kernel::{Cost, Cpu, CpuLaunch, Kernel, layout, params_of, reads, reads_u32, writes};
 use crate::real::Real;
 use crate::{Error, Result};
@@ -385,7 +385,7 @@ fn digamma_step<R: Real>(x: R) -> R {
 
 /// Row of the inverse Cholesky factor, times x − mean.
 fn whitened<R: Real>(factor: &[R], mean: &[R], x: &[R], row: usize) -> R {
-    (0..=row).fold(R::ZERO, |sum, c| sum + factor[row * (row + 1) / 2 + c] * (x[c] - mean[c]))
+    bounded((0..=row).fold(R::ZERO, |sum, c| sum + factor[row * (row + 1) / 2 + c] * capped(x[c] - mean[c])))
 }
 
 /// Derivative of log b_k(x) with respect to one parameter of the sequence's model.
@@ -395,20 +395,20 @@ fn score<R: Real>(p: &HmmGradientParams, q: Parameter, model: &[R], x: &[R]) -> 
     let own = k + q.k * d + q.i;
     match p.emission {
         1 => {
-            let z = (x[q.i] - model[own]) * model[own + kd];
+            let z = bounded(capped(x[q.i] - model[own]) * model[own + kd]);
             if q.kind == 0 { z * model[own + kd] } else { half * (z * z - R::ONE) }
         }
         2 => {
             let (mean, factor) = (&model[k + q.k * d..], &model[k + kd + q.k * (d * (d + 1) / 2)..]);
             if q.kind == 1 {
                 let diagonal = if q.i == q.j { R::ONE / factor[q.i * (q.i + 3) / 2] } else { R::ZERO };
-                return diagonal - whitened(factor, mean, x, q.i) * (x[q.j] - mean[q.j]);
+                return diagonal - whitened(factor, mean, x, q.i) * capped(x[q.j] - mean[q.j]);
             }
             (q.i..d).fold(R::ZERO, |sum, row| sum + factor[row * (row + 1) / 2 + q.i] * whitened(factor, mean, x, row))
         }
         3 => {
             let (scale, inverse) = (model[own + kd], model[own + 3 * kd]);
-            let z = (x[q.i] - model[own]) * scale;
+            let z = bounded(capped(x[q.i] - model[own]) * scale);
             let tail = z * z * inverse;
             let w = (model[own + 2 * kd] + model[own + 2 * kd]) / (R::ONE + tail);
             match q.kind {
@@ -417,15 +417,15 @@ fn score<R: Real>(p: &HmmGradientParams, q: Parameter, model: &[R], x: &[R]) -> 
                 _ => half * (digamma_step(half / inverse) - tail.ln_1p() + w * tail * inverse),
             }
         }
-        4 => x[q.i] - model[own].exp(),
+        4 => capped(x[q.i]) - model[own].exp(),
         5 => R::of(f64::from(x[0].f64() as usize == q.i)),
         _ => {
             let width = d - 1;
             let beta = &model[k + q.k * width..];
-            let residual = (0..width).fold(x[0], |rest, r| rest - beta[r] * x[1 + r]);
+            let residual = (0..width).fold(capped(x[0]), |rest, r| rest - beta[r] * capped(x[1 + r]));
             let inverse = model[k + k * width + q.k];
-            let z = residual * inverse;
-            if q.kind == 0 { z * inverse * x[1 + q.i] } else { half * (z * z - R::ONE) }
+            let z = bounded(residual * inverse);
+            if q.kind == 0 { z * inverse * capped(x[1 + q.i]) } else { half * (z * z - R::ONE) }
         }
     }
 }
@@ -538,7 +538,7 @@ fn softmax_row<R: Real>(p: &HmmGradientParams, weights: &[R], inputs: &[R], b: u
     let rows = weights[b * p.trans_stride as usize + i * k * (u + 1)..].chunks_exact(u + 1);
     let mut top = R::of(2.0 * IMPOSSIBLE);
     for (logit, w) in out.iter_mut().zip(rows) {
-        *logit = w[..u].iter().zip(x).fold(w[u], |sum, (&w, &x)| sum + w * x);
+        *logit = w[..u].iter().zip(x).fold(w[u], |sum, (&w, &x)| sum + w * capped(x));
         top = top.max(*logit);
     }
     if top <= R::of(IMPOSSIBLE) {
@@ -566,7 +566,7 @@ fn hmm_gradient_softmax_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()>
             for j in 0..k {
                 let residual = a[j] * (pairs.at(b, t, i, j) - total);
                 let own = &mut out[j * (u + 1)..(j + 1) * (u + 1)];
-                own.iter_mut().zip(x).for_each(|(sum, &x)| *sum += residual * x);
+                own.iter_mut().zip(x).for_each(|(sum, &x)| *sum += residual * capped(x));
                 own[u] += residual;
             }
         }

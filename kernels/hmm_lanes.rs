@@ -257,7 +257,7 @@ impl State {
             out.summary.fill(0.0);
             out.summary[..3].copy_from_slice(&[high, (total - f64::from(high)) as f32, -1.0]);
         }
-        let kept = |l: usize| self.least_s[l] >= SMALLEST && self.s[l] < f32::INFINITY && self.sum[l].is_finite() && self.least_m[l] > IMPOSSIBLE as f32;
+        let kept = |l: usize| self.least_s[l] >= SMALLEST && self.s[l] < f32::INFINITY && self.sum[l].abs() < 1e27 && self.least_m[l] > IMPOSSIBLE as f32;
         std::array::from_fn(|l| !kept(l))
     }
 }
@@ -324,6 +324,7 @@ impl Tile<'_> {
         if batch.has(flag::SOFTMAX) {
             // slot t reads inputs[t + 1]
             self.gather(batch.inputs, t * u, true, (slots.start + 1) * u, count * u, m.inputs);
+            m.inputs[..count * u * lanes].iter_mut().for_each(|x| *x = x.clamp(-1e18, 1e18));
             self.run(Softmax { k: self.plan.k, u, weights: m.weights, inputs: m.inputs, out: &mut m.matrix[..count * kk * lanes] });
         } else {
             let row = (t - 1) * kk;
@@ -772,12 +773,14 @@ impl WithSimd for Gaussian<'_> {
         let (least, half) = (simd.splat_f32s(LEAST as f32), simd.splat_f32s(-0.5));
         // Beyond this a square would overflow.
         let (low, high) = (simd.splat_f32s(-1e14), simd.splat_f32s(1e14));
+        let (near, far) = (simd.splat_f32s(-1e18), simd.splat_f32s(1e18));
         let out = S::as_mut_simd_f32s(self.out).0;
         for (x, out) in x.chunks_exact(d).zip(out.chunks_exact_mut(k)).take(self.n) {
             for (j, out) in out.iter_mut().enumerate() {
                 let mut squares = simd.splat_f32s(0.0);
                 for (i, &x) in x.iter().enumerate() {
-                    let z = simd.mul_f32s(simd.sub_f32s(x, mean[j * d + i]), scale[j * d + i]);
+                    let distance = simd.min_f32s(far, simd.max_f32s(near, simd.sub_f32s(x, mean[j * d + i])));
+                    let z = simd.mul_f32s(distance, scale[j * d + i]);
                     let z = simd.min_f32s(high, simd.max_f32s(low, z));
                     squares = simd.mul_add_f32s(z, z, squares);
                 }

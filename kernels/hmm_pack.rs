@@ -200,7 +200,8 @@ pub fn pack_student_t(shape: PackShape, log_init: &[f64], location: &[f64], scal
     })
 }
 
-/// Independent counts: `rate` [M,K,D].
+/// Independent counts: `rate` [M,K,D]. The rounding of ln λ to f32 goes into the constant, −λ + λ (ln λ − f32(ln λ)) per column:
+/// left where it is, it would grow with every count.
 /// # Errors
 /// `Parameter` for a rate that is not positive.
 pub fn pack_poisson(shape: PackShape, log_init: &[f64], rate: &[f64]) -> Result<Vec<f32>> {
@@ -209,7 +210,8 @@ pub fn pack_poisson(shape: PackShape, log_init: &[f64], rate: &[f64]) -> Result<
     shape.pack(log_init, |m, out| {
         let rate = &rate[m * k * d..(m + 1) * k * d];
         out.extend(rate.iter().map(|v| v.ln()));
-        out.extend(rate.chunks_exact(d).map(|v| -v.iter().sum::<f64>()));
+        let constant = |&v: &f64| v * (v.ln() - f64::from(v.ln() as f32)) - v;
+        out.extend(rate.chunks_exact(d).map(|v| v.iter().map(constant).sum::<f64>()));
     })
 }
 

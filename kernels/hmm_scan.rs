@@ -25,7 +25,7 @@
 //! Files    shaders/hmm_scan.wgsl · cuda/hmm_scan.cu · reference: the `_cpu` functions, against `log_space`
 
 use crate::device::{Buffer, Device, DeviceKind, Pass, View};
-use crate::hmm::{Compensated, Emission, ForwardBackward, Hmm, IMPOSSIBLE, LOG_ZERO, Pair, SUMMARY, Transitions, Wanted, exponent_of, hmm_emission};
+use crate::hmm::{Compensated, Emission, ForwardBackward, Hmm, IMPOSSIBLE, LOG_ZERO, MOST, Pair, SUMMARY, Transitions, Wanted, exponent_of, hmm_emission};
 use crate::kernel::{Cost, Cpu, CpuLaunch, Kernel, layout, params_of, reads, reads_u32, writes};
 use crate::real::Real;
 use crate::{Error, Result};
@@ -257,7 +257,7 @@ impl<R: Real> Steps<'_, R> {
         if row > 1 && self.words[b * row + 1 + t] == 0 {
             own.log_b.fill(R::ZERO);
         } else {
-            own.log_b.copy_from_slice(&self.obs[at..at + k]);
+            own.log_b.iter_mut().zip(&self.obs[at..at + k]).for_each(|(out, x)| *out = x.min(R::of(MOST)));
         }
         let shift = own.log_b.iter().fold(R::of(LOG_ZERO), |m, &x| m.max(x));
         let mut sum = R::ZERO;

@@ -88,16 +88,22 @@ def spill_reason(unit):
 def assemble(ptxas, ptx, arch):
     with tempfile.TemporaryDirectory() as work:
         path = Path(work) / "unit.ptx"
-        path.write_text(ptx)
+        path.write_text(ptx, encoding="utf-8")
         out = subprocess.run([str(ptxas), "-v", f"-arch=sm_{arch}", "-o", os.devnull, str(path)], capture_output=True, text=True)
         return out.returncode == 0, out.stdout + out.stderr
+
+
+def compile_unit(nvrtc, assembler, name, source, arch):
+    """What NVRTC says, and what ptxas says of its PTX; None where there is none."""
+    ptx, log = nvrtc.ptx(f"{name}.cu", source, arch)
+    return ptx is not None, log, assemble(assembler, ptx, arch) if ptx is not None else (False, "")
 
 
 def main():
     if len(sys.argv) < 3:
         sys.exit(__doc__)
     units, archs = Path(sys.argv[1]), [int(arch) for arch in sys.argv[2:]]
-    sources = {path.stem: path.read_text() for path in sorted(units.glob("*.cu"))}
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in sorted(units.glob("*.cu"))}
     if not sources:
         sys.exit(f"{units} holds no units")
     root = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
@@ -105,25 +111,30 @@ def main():
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for library, assembler in TOOLCHAINS:
             nvrtc = Nvrtc(root / library)
-            for kernel, source in sources.items():
-                for arch in archs:
-                    where = f"{kernel}, sm_{arch}, NVRTC {nvrtc.version}"
-                    if arch not in nvrtc.archs:
-                        continue
-                    ptx, log = nvrtc.ptx(f"{kernel}.cu", source, arch)
-                    if log:
-                        print(f"--- {where}\n{log}\n", flush=True)
-                    if ptx is None:
-                        failures.append(f"{where}: does not compile")
-                        rows.append([kernel, f"sm_{arch}", nvrtc.version, "", "", "", "", "", "does not compile"])
-                    else:
-                        jobs.append((kernel, arch, nvrtc.version, where, pool.submit(assemble, root / assembler, ptx, arch)))
-        for kernel, arch, version, where, job in jobs:
-            ok, log = job.result()
-            report = entry_report(log, kernel) if ok else None
+            for arch in archs:
+                if arch not in nvrtc.archs:
+                    continue
+                # Kernels of one file and the same constants share a unit: it is compiled once.
+                compiled = {}
+                for kernel, source in sources.items():
+                    if source not in compiled:
+                        compiled[source] = pool.submit(compile_unit, nvrtc, root / assembler, kernel, source, arch)
+                    jobs.append((kernel, arch, nvrtc.version, compiled[source]))
+        shown = set()
+        for kernel, arch, version, job in jobs:
+            where = f"{kernel}, sm_{arch}, NVRTC {version}"
+            compiles, log, (ok, assembled) = job.result()
+            if log and job not in shown:
+                print(f"--- {where}\n{log}\n", flush=True)
+            shown.add(job)
+            if not compiles:
+                failures.append(f"{where}: does not compile")
+                rows.append([kernel, f"sm_{arch}", version, "", "", "", "", "", "does not compile"])
+                continue
+            report = entry_report(assembled, kernel) if ok else None
             verdict = "ok"
             if report is None:
-                print(f"--- {where}\n{log}\n", flush=True)
+                print(f"--- {where}\n{assembled}\n", flush=True)
                 verdict = "no entry of this name" if ok else "does not assemble"
                 failures.append(f"{where}: {verdict}")
             elif report[3] or report[4]:

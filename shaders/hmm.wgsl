@@ -53,6 +53,7 @@ const PARK: u32 = 8192u;
 const LOG_ZERO: f32 = -1e30;
 const IMPOSSIBLE: f32 = -1e29;
 const LEAST: f32 = -1e28;
+const MOST: f32 = 1e28;
 // A step whose sum is below 2^-60 is done again with the joint shift.
 const RETRY: f32 = 8.67361738e-19;
 // What is predicted below this is forgotten: its reciprocal must be finite.
@@ -111,6 +112,10 @@ fn log_factorial(x: f32) -> f32 {
     return (z - 0.5) * log_f32(z) - z + 0.918938533 + series - log_f32(product);
 }
 
+fn capped(x: f32) -> f32 {
+    return clamp(x, -1e18, 1e18);
+}
+
 fn bounded(z: f32) -> f32 {
     return clamp(z, -1e14, 1e14);
 }
@@ -125,7 +130,7 @@ fn density(m: u32, x: u32, state: u32) -> f32 {
         case 1u: {
             let mean = p + state * d;
             for (var i = 0u; i < d; i++) {
-                let z = bounded((obs[x + i] - model[mean + i]) * model[mean + k * d + i]);
+                let z = bounded(capped(obs[x + i] - model[mean + i]) * model[mean + k * d + i]);
                 value += z * z;
             }
             value = model[p + 2u * k * d + state] - 0.5 * value;
@@ -137,7 +142,7 @@ fn density(m: u32, x: u32, state: u32) -> f32 {
             for (var i = 0u; i < d; i++) {
                 var z = 0.0;
                 for (var j = 0u; j <= i; j++) {
-                    z += model[at + j] * (obs[x + j] - model[mean + j]);
+                    z += model[at + j] * capped(obs[x + j] - model[mean + j]);
                 }
                 at += i + 1u;
                 z = bounded(z);
@@ -148,7 +153,7 @@ fn density(m: u32, x: u32, state: u32) -> f32 {
         case 3u: {
             let location = p + state * d;
             for (var i = 0u; i < d; i++) {
-                let z = bounded((obs[x + i] - model[location + i]) * model[location + k * d + i]);
+                let z = bounded(capped(obs[x + i] - model[location + i]) * model[location + k * d + i]);
                 value += model[location + 2u * k * d + i] * log_1p(z * z * model[location + 3u * k * d + i]);
             }
             value = model[p + 4u * k * d + state] - value;
@@ -156,7 +161,8 @@ fn density(m: u32, x: u32, state: u32) -> f32 {
         case 4u: {
             value = model[p + k * d + state];
             for (var i = 0u; i < d; i++) {
-                value += obs[x + i] * model[p + state * d + i] - log_factorial(obs[x + i]);
+                let count = capped(obs[x + i]);
+                value += count * model[p + state * d + i] - log_factorial(count);
             }
         }
         case 5u: {
@@ -166,9 +172,9 @@ fn density(m: u32, x: u32, state: u32) -> f32 {
             let r = d - 1u;
             var fit = 0.0;
             for (var i = 0u; i < r; i++) {
-                fit += obs[x + 1u + i] * model[p + state * r + i];
+                fit += capped(obs[x + 1u + i]) * model[p + state * r + i];
             }
-            let z = bounded((obs[x] - fit) * model[p + k * r + state]);
+            let z = bounded((capped(obs[x]) - fit) * model[p + k * r + state]);
             value = model[p + k * r + k + state] - 0.5 * z * z;
         }
     }
@@ -181,7 +187,7 @@ fn log_b(b: u32, t: u32, state: u32) -> f32 {
         return 0.0;
     }
     if params.emission == 0u {
-        return obs[(b * params.t + t) * params.k + state];
+        return min(obs[(b * params.t + t) * params.k + state], MOST);
     }
     return density(model_at(b), (b * params.t + t) * params.d, state);
 }
@@ -205,7 +211,7 @@ fn transition(table: u32, b: u32, slot: u32, i: u32, j: u32) -> f32 {
     let input = (b * params.t + slot + 1u) * params.u;
     var logit = log_trans[at + params.u];
     for (var c = 0u; c < params.u; c++) {
-        logit += log_trans[at + c] * inputs[input + c];
+        logit += log_trans[at + c] * capped(inputs[input + c]);
     }
     return logit;
 }
@@ -333,7 +339,8 @@ fn padded(x: States) -> States {
 
 fn load4(at: u32, first: u32) -> vec4<f32> {
     let last = params.k - 1u;
-    return vec4<f32>(obs[at + min(first, last)], obs[at + min(first + 1u, last)], obs[at + min(first + 2u, last)], obs[at + min(first + 3u, last)]);
+    let x = vec4<f32>(obs[at + min(first, last)], obs[at + min(first + 1u, last)], obs[at + min(first + 2u, last)], obs[at + min(first + 3u, last)]);
+    return min(x, vec4<f32>(MOST));
 }
 
 // x with element j replaced.

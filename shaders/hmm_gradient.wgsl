@@ -172,13 +172,23 @@ fn digamma_step(x: f32) -> f32 {
     return sum + inverse * (0.125 - inverse * (0.015625 - inverse * 0.0078125));
 }
 
+// An observation, or its distance from a mean: products stay finite.
+fn capped(x: f32) -> f32 {
+    return clamp(x, -1e18, 1e18);
+}
+
+// A distance in deviations, whose square stays finite.
+fn bounded(z: f32) -> f32 {
+    return clamp(z, -1e14, 1e14);
+}
+
 // Row `row` of the inverse Cholesky factor of state k, times x − mean.
 fn whitened(factor: u32, mean: u32, x: u32, row: u32) -> f32 {
     var sum = 0.0;
     for (var c = 0u; c <= row; c++) {
-        sum += model[factor + row * (row + 1u) / 2u + c] * (obs[x + c] - model[mean + c]);
+        sum += model[factor + row * (row + 1u) / 2u + c] * capped(obs[x + c] - model[mean + c]);
     }
-    return sum;
+    return bounded(sum);
 }
 
 // Derivative of log b_k(x) with respect to one parameter; x starts at obs[at], the sequence's model at model[m].
@@ -186,7 +196,7 @@ fn score(q: Parameter, m: u32, at: u32) -> f32 {
     let kd = params.k * params.d;
     let own = m + params.k + q.k * params.d + q.i;
     if params.emission == GAUSSIAN_DIAGONAL {
-        let z = (obs[at + q.i] - model[own]) * model[own + kd];
+        let z = bounded(capped(obs[at + q.i] - model[own]) * model[own + kd]);
         return select(0.5 * (z * z - 1.0), z * model[own + kd], q.kind == 0u);
     }
     if params.emission == GAUSSIAN_FULL {
@@ -194,7 +204,7 @@ fn score(q: Parameter, m: u32, at: u32) -> f32 {
         let factor = m + params.k + kd + q.k * (params.d * (params.d + 1u) / 2u);
         if q.kind == 1u {
             let diagonal = select(0.0, 1.0 / model[factor + q.i * (q.i + 3u) / 2u], q.i == q.j);
-            return diagonal - whitened(factor, mean, at, q.i) * (obs[at + q.j] - model[mean + q.j]);
+            return diagonal - whitened(factor, mean, at, q.i) * capped(obs[at + q.j] - model[mean + q.j]);
         }
         var sum = 0.0;
         for (var row = q.i; row < params.d; row++) {
@@ -205,7 +215,7 @@ fn score(q: Parameter, m: u32, at: u32) -> f32 {
     if params.emission == STUDENT_T {
         let scale = model[own + kd];
         let inverse = model[own + 3u * kd];
-        let z = (obs[at + q.i] - model[own]) * scale;
+        let z = bounded(capped(obs[at + q.i] - model[own]) * scale);
         let tail = z * z * inverse;
         let w = 2.0 * model[own + 2u * kd] / (1.0 + tail);
         if q.kind == 0u {
@@ -217,19 +227,19 @@ fn score(q: Parameter, m: u32, at: u32) -> f32 {
         return 0.5 * (digamma_step(0.5 / inverse) - log(1.0 + tail) + w * tail * inverse);
     }
     if params.emission == POISSON {
-        return obs[at + q.i] - exp(model[own]);
+        return capped(obs[at + q.i]) - exp(model[own]);
     }
     if params.emission == CATEGORICAL {
         return select(0.0, 1.0, u32(obs[at]) == q.i);
     }
     let width = params.d - 1u;
-    var residual = obs[at];
+    var residual = capped(obs[at]);
     for (var r = 0u; r < width; r++) {
-        residual -= model[m + params.k + q.k * width + r] * obs[at + 1u + r];
+        residual -= model[m + params.k + q.k * width + r] * capped(obs[at + 1u + r]);
     }
     let inverse = model[m + params.k + params.k * width + q.k];
-    let z = residual * inverse;
-    return select(0.5 * (z * z - 1.0), z * inverse * obs[at + 1u + q.i], q.kind == 0u);
+    let z = bounded(residual * inverse);
+    return select(0.5 * (z * z - 1.0), z * inverse * capped(obs[at + 1u + q.i]), q.kind == 0u);
 }
 
 @compute @workgroup_size(WG)
@@ -340,7 +350,7 @@ fn logit(b: u32, t: u32, i: u32, j: u32) -> f32 {
     let x = (b * params.t + t + 1u) * params.u;
     var sum = transitions[w + params.u];
     for (var q = 0u; q < params.u; q++) {
-        sum += transitions[w + q] * inputs[x + q];
+        sum += transitions[w + q] * capped(inputs[x + q]);
     }
     return sum;
 }
@@ -406,7 +416,7 @@ fn hmm_gradient_softmax(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_work
                 if first + s < end {
                     var x = 1.0;
                     if q < params.u {
-                        x = inputs[(b * params.t + first + s + 1u) * params.u + q];
+                        x = capped(inputs[(b * params.t + first + s + 1u) * params.u + q]);
                     }
                     sum += sh_tile[s * k + j] * x;
                 }
@@ -461,7 +471,7 @@ fn driven(b: u32, t: u32, i: u32, j: u32) -> f32 {
     let x = (b * params.t + t + 1u) * params.u;
     var sum = transitions[w + params.u];
     for (var q = 0u; q < params.u; q++) {
-        sum += transitions[w + q] * inputs_in[x + q];
+        sum += transitions[w + q] * capped(inputs_in[x + q]);
     }
     return sum;
 }
@@ -482,7 +492,8 @@ fn log_normaliser(b: u32, t: u32, i: u32) -> f32 {
 // Transition probability; `row` is the logarithm of the row's normaliser where logits are given.
 fn transition(b: u32, t: u32, i: u32, j: u32, row: f32) -> f32 {
     if has(SOFTMAX) {
-        return exp(driven(b, t, i, j) - row);
+        // Large logits are rounded more coarsely than 1.
+        return exp(min(driven(b, t, i, j) - row, 0.0));
     }
     return exp(log_trans(b, t, i, j));
 }

@@ -76,7 +76,7 @@ fn log_b(b: u32, t: u32, j: u32) -> f32 {
     if params.words_row > 1u && words[b * params.words_row + 1u + t] == 0u {
         return 0.0;
     }
-    return obs[(b * params.t + t) * params.k + j];
+    return min(obs[(b * params.t + t) * params.k + j], 1e28);
 }
 
 // Largest log-probability of a step.

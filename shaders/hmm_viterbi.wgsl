@@ -102,7 +102,7 @@ fn obs4(b: u32, t: u32, stop: u32) -> vec4<f32> {
         if params.k > 2u { x.z = obs[at + 2u]; }
         if params.k > 3u { x.w = obs[at + 3u]; }
     }
-    return x;
+    return min(x, vec4<f32>(1e28));
 }
 
 fn table_row(b: u32, t: u32, i: u32) -> vec4<f32> {
@@ -330,7 +330,7 @@ fn hmm_viterbi_lanes(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgro
             for (var j = lane; j < params.k; j += lanes) {
                 var o = 0.0;
                 if seen {
-                    o = obs[(b * params.t + t) * params.k + j];
+                    o = min(obs[(b * params.t + t) * params.k + j], 1e28);
                 }
                 var best = LOWEST;
                 var from_state = 0u;

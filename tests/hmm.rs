@@ -16,6 +16,8 @@ mod gradient;
 mod oracle;
 #[path = "hmm/paths.rs"]
 mod paths;
+#[path = "hmm/rounds.rs"]
+mod rounds;
 #[path = "hmm/sample.rs"]
 mod sample;
 #[path = "hmm/scan.rs"]

@@ -1,7 +1,8 @@
 //! Baum-Welch against a textbook EM that stores everything, and the fit on top of it.
 
 use crate::common::{DEVICES, Rng, open, open_all, open_with, variants};
-use forback::kernels::hmm::Emission;
+use crate::oracle::{Small, Trans};
+use forback::kernels::hmm::{Emission, Pair, Wanted, hmm_forward_backward};
 use forback::kernels::hmm_baum_welch::{BaumWelch, Observations, Settings, Status, hmm_baum_welch};
 use forback::kernels::hmm_fit::{Criterion, EmissionParameters, FitOptions, Parameters, fit};
 use forback::kernels::{Device, Error, OpenOptions};
@@ -10,7 +11,7 @@ const LOG_TAU: f64 = 1.837_877_066_409_345_3;
 
 /// A problem: sequences of `groups` models of `per_model` each, natural starts.
 #[derive(Clone)]
-struct Problem {
+pub(crate) struct Problem {
     emission: Emission,
     k: usize,
     width: usize,
@@ -36,7 +37,7 @@ impl Problem {
         }
     }
 
-    fn settings(&self) -> Settings {
+    pub(crate) fn settings(&self) -> Settings {
         Settings { restarts: self.restarts, ..Settings::plain(self.emission, self.k, self.per_model) }
     }
 
@@ -50,16 +51,16 @@ impl Problem {
     }
 
     /// Parameters [M][P], path [M][iterations + 1], status [M] after `iterations`.
-    fn run(&self, device: &Device, settings: &Settings, iterations: u32) -> Result<Ran, Error> {
+    pub(crate) fn run(&self, device: &Device, settings: &Settings, iterations: u32) -> Result<Ran, Error> {
         let mut pass = device.pass("test");
         let fit = hmm_baum_welch(&mut pass, &self.data(), settings, &self.start(), &self.guards(), iterations)?;
         read(pass, &fit, self.groups * self.restarts)
     }
 }
 
-struct Ran {
-    parameters: Vec<Vec<f64>>,
-    path: Vec<Vec<f64>>,
+pub(crate) struct Ran {
+    pub(crate) parameters: Vec<Vec<f64>>,
+    pub(crate) path: Vec<Vec<f64>>,
     status: Vec<Status>,
 }
 
@@ -247,7 +248,7 @@ fn emission_step(p: &Problem, rows: &[(Vec<f64>, Vec<f64>)], s: usize, e: &mut [
 // ---- data -------------------------------------------------------------------------------------------------------------------
 
 /// Sequences that switch between well-spread states, and starts a little beside the truth.
-fn problem(seed: u32, emission: Emission, k: usize, width: usize, groups: usize, per_model: usize, restarts: usize, t: usize) -> Problem {
+pub(crate) fn problem(seed: u32, emission: Emission, k: usize, width: usize, groups: usize, per_model: usize, restarts: usize, t: usize) -> Problem {
     let mut rng = Rng::new(seed);
     let n = groups * per_model;
     let lengths: Vec<u32> = (0..n).map(|i| if i % 3 == 1 { rng.whole(t as u32 / 2, t as u32) } else { t as u32 }).collect();
@@ -733,4 +734,44 @@ fn bad_input_is_named() {
     says(&Observations::new(&[0.0, 1.0, 2.0], 1, 3, 1), &FitOptions { emission: symbols, states: vec![1], ..options.clone() }, &["step 2", "0 to 1"]);
     let zero = [0.0, -1.0, f32::NEG_INFINITY, f32::NEG_INFINITY, -1.0, -2.0];
     says(&Observations::new(&zero, 1, 3, 2), &FitOptions { emission: Emission::LogProbabilities, ..options }, &["sequence 0", "step 1", "impossible"]);
+}
+
+/// Reals that a step of a sequence takes on the device: what is observed and probabilities of states, never pairs of them.
+#[test]
+fn memory_grows_with_states_not_with_pairs() {
+    for device in open_all(&["cpu", "wgpu", "cuda-host", "cuda"]) {
+        for k in [3, 8] {
+            let bytes = |t: usize| {
+                let p = problem(61, Emission::GaussianDiagonal, k, 1, 1, 6, 1, t);
+                let before = device.used_bytes();
+                let mut pass = device.pass("memory");
+                let fit = hmm_baum_welch(&mut pass, &p.data(), &p.settings(), &p.start(), &p.guards(), 2).unwrap();
+                pass.submit().unwrap();
+                let held = device.used_bytes() - before;
+                drop(fit);
+                assert_eq!(device.used_bytes(), before);
+                held as f64
+            };
+            let per_step = (bytes(300) - bytes(100)) / (4.0 * 6.0 * 200.0);
+            println!("K {k} on {}: {per_step:.2} reals a step and sequence", device.info().kind.name());
+            // An observation, a word of the mask; γ, α and γ/predicted where K > 4, one of them else, none on the CPU.
+            let states = if device.info().kind.name() == "cpu" { 0 } else { k * if k > 4 { 3 } else { 1 } };
+            assert!((per_step - (2 + states) as f64).abs() < 0.2, "K {k} on {}: {per_step} reals", device.info().kind.name());
+
+            let driven = |t: usize| {
+                let small = Small::random(62, [6, t, k, 1], Emission::GaussianDiagonal, Trans::Softmax { u: 2, per_sequence: false }, 1);
+                let hmm = small.upload(&device);
+                let before = device.used_bytes();
+                let mut pass = device.pass("memory");
+                let out = hmm_forward_backward(&mut pass, &hmm, Wanted { posterior: true, pair: Pair::Sum, ..Wanted::default() }).unwrap();
+                pass.submit().unwrap();
+                let held = device.used_bytes() - before;
+                drop(out);
+                held as f64
+            };
+            let per_step = (driven(300) - driven(100)) / (4.0 * 6.0 * 200.0);
+            println!("K {k}, input-driven, on {}: {per_step:.2} reals a step and sequence", device.info().kind.name());
+            assert!((per_step - k as f64).abs() < 0.2, "K {k}, input-driven, on {}: {per_step} reals", device.info().kind.name());
+        }
+    }
 }

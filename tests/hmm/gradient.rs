@@ -2,7 +2,7 @@
 
 use crate::common::{DEVICES, Rng, assert_bits, open, open_all, open_with, variants};
 use crate::oracle::{Small, Trans, Truth, posteriors, slope};
-use forback::kernels::hmm::{Emission, Hmm};
+use forback::kernels::hmm::{Emission, Hmm, Pair, Wanted, hmm_forward_backward};
 use forback::kernels::hmm_gradient::{Direction, HmmGradient, Probabilities, TransDirection, hmm_gradient, hmm_tangent};
 use forback::kernels::{Device, OpenOptions, View};
 
@@ -227,7 +227,7 @@ fn large() -> Vec<(&'static str, Small)> {
     ]
 }
 
-fn all_numbers(device: &Device, small: &Small) -> Vec<Vec<f64>> {
+pub(crate) fn all_numbers(device: &Device, small: &Small) -> Vec<Vec<f64>> {
     let upstream: Vec<f64> = (0..small.b).map(|b| 1.0 - 0.25 * (b % 5) as f64).collect();
     let along = Along::random(small, true);
     let hmm: Hmm = small.upload(device);
@@ -262,6 +262,41 @@ fn neither_checks_nor_schedules_nor_splits_change_a_bit() {
                 for (part, (got, want)) in all_numbers(&other, &small).iter().zip(&want).enumerate() {
                     assert_bits(&format!("{name} on {spec}, {options:?}: part {part}"), got, want);
                 }
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_are_finite_for_any_finite_input() {
+    let emissions = [Emission::GaussianDiagonal, Emission::GaussianFull, Emission::StudentT, Emission::Poisson, Emission::Regression];
+    for device in open_all(&DEVICES) {
+        for (seed, emission) in emissions.into_iter().enumerate() {
+            let trans = if seed % 2 == 0 { Trans::Softmax { u: 2, per_sequence: false } } else { SHARED };
+            let mut small = Small::random(90 + seed as u32, [2, 40, 3, 3], emission, trans, 1);
+            let rng = &mut Rng::new(seed as u32);
+            for x in small.obs.iter_mut().chain(&mut small.inputs).filter(|_| rng.unit() < 0.3) {
+                let size = [1e3, 1e9, 1e15, 1e20, 3.4e38][(*x * 1e6) as i64 as usize % 5];
+                *x = if emission == Emission::Poisson { size } else { f64::from((size * x.clamp(-1.0, 1.0)) as f32) };
+            }
+            let hmm = small.upload(&device);
+            let mut pass = device.pass("gradient");
+            let wanted = Wanted { filtered: true, predicted: true, posterior: true, pair: Pair::None };
+            let result = hmm_forward_backward(&mut pass, &hmm, wanted).unwrap();
+            let summary = result.read(&mut pass).unwrap();
+            let probabilities = Probabilities::of(&result).unwrap();
+            let gradient = hmm_gradient(&mut pass, &hmm, &probabilities, None).unwrap();
+            let tangent = hmm_tangent(&mut pass, &hmm, &probabilities, &Along::random(&small, true).upload(&device, true)).unwrap();
+            let through =
+                [&tangent.gradient.log_obs, &tangent.gradient.model, &tangent.gradient.transitions, &tangent.posterior].map(|x| pass.read(x).unwrap());
+            let own = [&gradient.log_obs, &gradient.model, &gradient.transitions].map(|x| pass.read(x).unwrap());
+            let mut done = pass.submit().unwrap();
+            let name = format!("{emission:?} on {}", device.info().kind.name());
+            let likelihoods = result.likelihoods(&mut done, summary).unwrap();
+            assert!(likelihoods.iter().all(|l| l.value.is_finite()), "{name}: {likelihoods:?}");
+            for (part, read) in own.into_iter().chain(through).enumerate() {
+                let values = done.f64(read).unwrap();
+                assert!(values.iter().all(|x| x.is_finite()), "{name}: part {part} at {:?}", values.iter().position(|x| !x.is_finite()));
             }
         }
     }

@@ -4,10 +4,13 @@ use crate::common::{DEVICES, Rng, assert_bits, open, open_all, open_with, varian
 use crate::gradient::{SHARED, cases, close};
 use crate::oracle::{Small, Trans};
 use crate::switching::{Published, number, numbers};
+use forback::kernels::DeviceKind;
 use forback::kernels::hmm::{
     Emission, Hmm, Likelihood, PackShape, Pair, Wanted, check_observations, hmm_forward_backward, log_probabilities, pack_categorical, pack_gaussian_diagonal,
     pack_gaussian_full, pack_poisson, pack_regression, pack_student_t, pack_words,
 };
+use forback::kernels::hmm_baum_welch::Observations;
+use forback::kernels::hmm_fit::{EmissionParameters, FitOptions, fit};
 use forback::{Device, OpenOptions};
 
 /// Everything that forward-backward gives.
@@ -223,13 +226,16 @@ fn neither_splits_nor_checks_nor_schedules_change_a_bit() {
 
 #[test]
 fn finite_for_any_finite_input() {
+    let mut wanted = Vec::new();
     for device in open_all(&DEVICES) {
-        for (seed, k) in [(81, 2), (82, 4), (83, 9), (84, 33)] {
+        for (at, (seed, k)) in [(81, 2), (82, 4), (85, 7), (83, 9), (84, 33)].into_iter().enumerate() {
             let mut small = Small::random(seed, [3, 60, k, 1], Emission::LogProbabilities, SHARED, 1);
             let rng = &mut Rng::new(seed + 100);
             for x in &mut small.obs {
-                let size = [1.0, 50.0, 3e3, 1e5, 1e8][rng.whole(0, 5) as usize];
-                *x = f64::from((size * rng.normal()) as f32);
+                let size = [1.0, 50.0, 3e3, 1e5, 1e8, 1e20, 1e38][rng.whole(0, 7) as usize];
+                let drawn = (size * rng.normal()).min(f64::from(f32::MAX));
+                // At or below −1e29 a state is impossible.
+                *x = f64::from(if drawn < -1e28 { -drawn } else { drawn } as f32);
             }
             let found = run(&device, &small.upload(&device));
             let name = format!("K {k} on {}", device.info().kind.name());
@@ -237,6 +243,13 @@ fn finite_for_any_finite_input() {
             for row in found.reals[..3].iter().flat_map(|x| x.chunks_exact(k)).chain(found.reals[3].chunks_exact(k * k)) {
                 let sum: f64 = row.iter().sum();
                 assert!(row.iter().all(|p| (0.0..=1.00001).contains(p)) && (sum - 1.0).abs() < 1e-5, "{name}: a row sums to {sum}");
+            }
+            let values: Vec<f64> = found.likelihoods.iter().map(|l| l.value).collect();
+            if wanted.len() == at {
+                wanted.push(values);
+            } else {
+                let near = values.iter().zip(&wanted[at]).all(|(got, want)| (got - want).abs() <= 1e-6 * want.abs());
+                assert!(near, "{name}: got {values:?}, expected {:?}", wanted[at]);
             }
         }
     }
@@ -275,13 +288,46 @@ fn published_poisson_models_of_earthquakes() {
             observed: None,
         };
         let (want, exact) = (number(&model["loglik"]), small.truth(0).log_likelihood);
-        assert!((exact - want).abs() < 1.5e-4, "model {i}: got {exact}, published {want}");
+        // Four digits are printed, and parameters of seven: the third model, a mixture, is 1.1e-4 off its own.
+        assert!((exact - want).abs() < if i < 2 { 6e-5 } else { 1.5e-4 }, "model {i}: got {exact}, published {want}");
         for device in open_all(&DEVICES) {
             let got = run(&device, &small.upload(&device)).likelihoods[0].value;
             println!("earthquakes {i} on {}: {got:.5}, in f64 {exact:.5}, published {want}", device.info().kind.name());
-            // Logarithms of rates in f32, times counts.
-            assert!((got - exact).abs() < 3e-4, "model {i} on {}: got {got}, in f64 {exact}", device.info().kind.name());
+            // In f32 terms of ±140 (a count times the logarithm of its rate, the logarithm of its factorial) leave densities of −3: a rounding
+            // of 8e-6 in each of 107 steps. The hosts' columns add them in f64.
+            let on_host = matches!(device.info().kind, DeviceKind::Cpu | DeviceKind::Reference);
+            assert!((got - exact).abs() < if on_host { 4e-5 } else { 1.5e-4 }, "model {i} on {}: got {got}, in f64 {exact}", device.info().kind.name());
+            if on_host && i < 2 {
+                assert_eq!(format!("{got:.4}"), format!("{want:.4}"), "model {i} on {}", device.info().kind.name());
+            }
         }
+    }
+}
+
+/// From rates at thirds of the counts and random starts, EM finds the published optimum and its rates.
+#[test]
+fn earthquakes_are_fitted_to_the_published_optimum() {
+    let Some(found) = Published::read("hmm_earthquakes", "published.json") else { return };
+    let counts: Vec<f32> = found.column("count").iter().map(|&x| x as f32).collect();
+    // The model whose chain starts freely, as EM's does.
+    let model = &found.json["published"][1];
+    let data = Observations::new(&counts, 1, counts.len(), 1);
+    for device in open_all(&DEVICES) {
+        let name = device.info().kind.name();
+        let options = FitOptions { emission: Emission::Poisson, states: vec![3], restarts: 8, iterations: 600, tolerance: 1e-6, ..FitOptions::default() };
+        let fit = fit(&device, &data, &options).unwrap().remove(0);
+        let order = fit.parameters.by_volatility(0);
+        let fit = fit.reordered(&order);
+        println!("earthquakes fitted on {name}: {:.5} after {} iterations, published {}", fit.log_likelihood, fit.iterations, number(&model["loglik"]));
+        assert!((fit.log_likelihood - number(&model["loglik"])).abs() < 1e-3, "{name}: got {}", fit.log_likelihood);
+        let EmissionParameters::Poisson { rate } = &fit.parameters.emission else { panic!("{:?}", fit.parameters.emission) };
+        close(&format!("{name}: rates"), rate, &numbers(&model["lambda"]), 2e-3);
+        let gamma: Vec<f64> = model["gamma"].as_array().unwrap().iter().flat_map(numbers).collect();
+        close(&format!("{name}: transitions"), &fit.parameters.trans, &gamma, 5e-3);
+        // What EM drove to zero was free: 2 of the start, 6 of the transitions, 3 rates.
+        assert_eq!(fit.candidates[0].free, 11, "{name}");
+        let bic = -2.0 * fit.log_likelihood + 11.0 * (counts.len() as f64).ln();
+        assert!((fit.criteria.bic - bic).abs() < 1e-9 * bic, "{name}: {} instead of {bic}", fit.criteria.bic);
     }
 }
 
