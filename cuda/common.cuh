@@ -323,3 +323,183 @@ __device__ __forceinline__ float sharpe_of(uint64_t n, int64_t sum, uint128 vari
     const float ratio = ldexpf(mantissa * sqrtf((float)(n - 1) / (float)n), exponent);
     return sum < 0 ? -ratio : ratio;
 }
+
+// ---- activations (kernels/activation.rs) ----------------------------------------------------------------------------
+
+__device__ __forceinline__ float sigmoid_f32(float x) {
+    return 1.0f / (1.0f + expf(-x));
+}
+
+__device__ __forceinline__ float tanh_f32(float x) {
+    return tanhf(x);
+}
+
+// e^(x²)·erfc(x) for x ≥ 0, within 4e-7 relative: u·P(u), u = 1 / (1 + x/2), P fitted to the least largest relative error up to x = 10.
+__device__ __forceinline__ float erfcx_f32(float x) {
+    const float u = 1.0f / (1.0f + 0.5f * x);
+    return u * (0.28208557f + u * (0.28239015f + u * (0.24299602f + u * (0.20311248f + u * (-0.02762996f +
+           u * (0.27952266f + u * (-0.48847017f + u * (0.2851875f + u * -0.05919433f))))))));
+}
+
+__device__ __forceinline__ float erf_f32(float x) {
+    const float q = x * x, y = fminf(fabsf(x), 9.0f);
+    if (q < 0.25f) {
+        return x * (1.1283792f + q * (-0.37612639f + q * (0.11283792f + q * (-0.026866170f + q * (0.0052239776f - q * 0.00085483270f)))));
+    }
+    return copysignf(1.0f - expf(-y * y) * erfcx_f32(y), x);
+}
+
+// (Φ(x), √(2π)·φ(x)): both need the same exponential.
+__device__ __forceinline__ float2 normal_cdf_and_bell(float x) {
+    const float y = fminf(fabsf(x), 13.0f);
+    const float bell = expf(-0.5f * y * y);
+    const float tail = 0.5f * bell * erfcx_f32(y * 0.70710678f);
+    return make_float2(x > 0.0f ? 1.0f - tail : tail, bell);
+}
+
+__device__ __forceinline__ float normal_cdf_f32(float x) {
+    return normal_cdf_and_bell(x).x;
+}
+
+#define RELU 1u
+#define GELU 2u
+#define TANH 3u
+#define SIGMOID 4u
+#define SILU 5u
+
+__device__ __forceinline__ float activation(uint32_t kind, float x) {
+    switch (kind) {
+        case RELU: return x < 0.0f ? 0.0f : x;
+        case GELU: return x * normal_cdf_f32(x);
+        case TANH: return tanh_f32(x);
+        case SIGMOID: return sigmoid_f32(x);
+        case SILU: return x * sigmoid_f32(x);
+        default: return x;
+    }
+}
+
+// Derivative from y where that suffices (relu, tanh, sigmoid), from the pre-activation for gelu and silu.
+__device__ __forceinline__ float activation_slope(uint32_t kind, float saved) {
+    switch (kind) {
+        case RELU: return saved > 0.0f ? 1.0f : 0.0f;
+        case GELU: {
+            const float2 p = normal_cdf_and_bell(saved);
+            return p.x + saved * p.y * 0.39894228f;
+        }
+        case TANH: return 1.0f - saved * saved;
+        case SIGMOID: return saved * (1.0f - saved);
+        case SILU: {
+            const float s = sigmoid_f32(saved);
+            return s * (1.0f + saved * (1.0f - s));
+        }
+        default: return 1.0f;
+    }
+}
+
+// ---- tiles of a product: left [rows, depth] × right [depth, columns], for units that name their tile ----------------------
+
+#ifdef ROW_QUADS
+#define STEP 16u
+
+// A tile of ROW_QUADS·4 × COL_QUADS·4 results; a thread has THREAD_QUADS·4 rows of 4. The next step of depth is on its way from global
+// memory while this one is multiplied; two buffers in shared memory, so one barrier a step. A quad more per k keeps quads of neighbouring k in
+// different banks.
+struct Tile {
+    float at[4 * THREAD_QUADS][4];
+};
+
+struct TileMemory {
+    float4 left[2][STEP][ROW_QUADS + 1];
+    float4 right[2][STEP][COL_QUADS + 1];
+};
+
+__device__ __forceinline__ uint32_t thread_row() {
+    return threadIdx.x / COL_QUADS * THREAD_QUADS * 4;
+}
+
+__device__ __forceinline__ uint32_t thread_col() {
+    return threadIdx.x % COL_QUADS * 4;
+}
+
+// Four neighbours from `x + at`, of which `count` are there.
+__device__ __forceinline__ float4 load_quad(const float* __restrict__ x, uint64_t at, uint32_t count) {
+    if (count >= 4 && ((uint64_t)(x + at) & 15) == 0) {
+        return *(const float4*)(x + at);
+    }
+    return make_float4(count > 0 ? x[at] : 0.0f, count > 1 ? x[at + 1] : 0.0f, count > 2 ? x[at + 2] : 0.0f, count > 3 ? x[at + 3] : 0.0f);
+}
+
+// The quads of a step that a thread loads: neighbouring threads take neighbouring k where those are neighbours in memory (ALONG_DEPTH),
+// else neighbouring quads.
+template <uint32_t QUADS, bool ALONG_DEPTH, class Load>
+__device__ __forceinline__ void load_step(float4 (&next)[(STEP * QUADS + WG - 1) / WG], uint32_t depth, Load load) {
+#pragma unroll
+    for (uint32_t i = 0; i < (STEP * QUADS + WG - 1) / WG; i++) {
+        const uint32_t s = threadIdx.x + i * WG;
+        if (s < STEP * QUADS) {
+            next[i] = ALONG_DEPTH ? load(depth + s % STEP, s / STEP * 4) : load(depth + s / QUADS, s % QUADS * 4);
+        }
+    }
+}
+
+template <uint32_t QUADS, bool ALONG_DEPTH>
+__device__ __forceinline__ void store_step(const float4 (&next)[(STEP * QUADS + WG - 1) / WG], float4 (&to)[STEP][QUADS + 1]) {
+#pragma unroll
+    for (uint32_t i = 0; i < (STEP * QUADS + WG - 1) / WG; i++) {
+        const uint32_t s = threadIdx.x + i * WG;
+        if (s < STEP * QUADS) {
+            if (ALONG_DEPTH) {
+                to[s % STEP][s / STEP] = next[i];
+            } else {
+                to[s / QUADS][s % QUADS] = next[i];
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ void add_products(float (&row)[4], float a, float4 b) {
+    row[0] = fmaf(a, b.x, row[0]);
+    row[1] = fmaf(a, b.y, row[1]);
+    row[2] = fmaf(a, b.z, row[2]);
+    row[3] = fmaf(a, b.w, row[3]);
+}
+
+// Adds Σ left·right over depths first .. last. left(k, r) and right(k, c) give four rows or columns of the tile, zero outside;
+// each(buffer) sees every step of left as it lies in shared memory. All threads call it, with the same depths.
+template <bool LEFT_ALONG, bool RIGHT_ALONG, class Left, class Right, class Each>
+__device__ __forceinline__ void tile_product(Tile& tile, TileMemory& sh, uint32_t first, uint32_t last, Left left, Right right, Each each) {
+    float4 next_left[(STEP * ROW_QUADS + WG - 1) / WG], next_right[(STEP * COL_QUADS + WG - 1) / WG];
+    load_step<ROW_QUADS, LEFT_ALONG>(next_left, first, left);
+    load_step<COL_QUADS, RIGHT_ALONG>(next_right, first, right);
+    const uint32_t row = threadIdx.x / COL_QUADS * THREAD_QUADS, col = threadIdx.x % COL_QUADS;
+    uint32_t buffer = 0;
+    __syncthreads();  // an earlier product may still read the first buffer
+    for (uint32_t d = first; d < last; d += STEP) {
+        store_step<ROW_QUADS, LEFT_ALONG>(next_left, sh.left[buffer]);
+        store_step<COL_QUADS, RIGHT_ALONG>(next_right, sh.right[buffer]);
+        __syncthreads();
+        if (d + STEP < last) {
+            load_step<ROW_QUADS, LEFT_ALONG>(next_left, d + STEP, left);
+            load_step<COL_QUADS, RIGHT_ALONG>(next_right, d + STEP, right);
+        }
+#pragma unroll
+        for (uint32_t k = 0; k < STEP; k++) {
+            const float4 b = sh.right[buffer][k][col];
+#pragma unroll
+            for (uint32_t q = 0; q < THREAD_QUADS; q++) {
+                const float4 a = sh.left[buffer][k][row + q];
+                add_products(tile.at[4 * q], a.x, b);
+                add_products(tile.at[4 * q + 1], a.y, b);
+                add_products(tile.at[4 * q + 2], a.z, b);
+                add_products(tile.at[4 * q + 3], a.w, b);
+            }
+        }
+        each(sh.left[buffer]);
+        buffer ^= 1;
+    }
+}
+
+struct NothingEach {
+    __device__ __forceinline__ void operator()(const float4 (&)[STEP][ROW_QUADS + 1]) const {}
+};
+#endif

@@ -385,3 +385,80 @@ fn log_1p(x: f32) -> f32 {
     }
     return log_f32(1.0 + x);
 }
+
+// ---- activations (kernels/activation.rs) ------------------------------------------------------------------------------
+
+fn sigmoid_f32(x: f32) -> f32 {
+    return 1.0 / (1.0 + exp_f32(clamp(-x, -87.0, 87.0)));
+}
+
+// By its series where 1 - e^(-2x) would cancel.
+fn tanh_f32(x: f32) -> f32 {
+    let q = x * x;
+    let t = exp_f32(-2.0 * min(abs(x), 20.0));
+    let large = sign(x) * ((1.0 - t) / (1.0 + t));
+    let small = x * (1.0 + q * (-0.33333334 + q * (0.13333334 + q * (-0.053968254 + q * (0.021869488 - q * 0.008863235)))));
+    return select(large, small, q < 0.09);
+}
+
+// e^(x²)·erfc(x) for x ≥ 0, within 4e-7 relative: u·P(u), u = 1 / (1 + x/2), P fitted to the least largest relative error up to x = 10.
+fn erfcx_f32(x: f32) -> f32 {
+    let u = 1.0 / (1.0 + 0.5 * x);
+    return u * (0.28208557 + u * (0.28239015 + u * (0.24299602 + u * (0.20311248 + u * (-0.02762996
+        + u * (0.27952266 + u * (-0.48847017 + u * (0.2851875 + u * -0.05919433))))))));
+}
+
+fn erf_f32(x: f32) -> f32 {
+    let q = x * x;
+    let small = x * (1.1283792 + q * (-0.37612639 + q * (0.11283792 + q * (-0.026866170 + q * (0.0052239776 - q * 0.00085483270)))));
+    let y = min(abs(x), 9.0);
+    let large = sign(x) * (1.0 - exp_f32(-y * y) * erfcx_f32(y));
+    return select(large, small, q < 0.25);
+}
+
+// (Φ(x), √(2π)·φ(x)): both need the same exponential.
+fn normal_cdf_and_bell(x: f32) -> vec2<f32> {
+    let y = min(abs(x), 13.0);
+    let bell = exp_f32(-0.5 * y * y);
+    let tail = 0.5 * bell * erfcx_f32(y * 0.70710678);
+    return vec2<f32>(select(tail, 1.0 - tail, x > 0.0), bell);
+}
+
+fn normal_cdf_f32(x: f32) -> f32 {
+    return normal_cdf_and_bell(x).x;
+}
+
+const RELU: u32 = 1u;
+const GELU: u32 = 2u;
+const TANH: u32 = 3u;
+const SIGMOID: u32 = 4u;
+const SILU: u32 = 5u;
+
+fn activation(kind: u32, x: f32) -> f32 {
+    switch kind {
+        case RELU: { return select(x, 0.0, x < 0.0); }
+        case GELU: { return x * normal_cdf_f32(x); }
+        case TANH: { return tanh_f32(x); }
+        case SIGMOID: { return sigmoid_f32(x); }
+        case SILU: { return x * sigmoid_f32(x); }
+        default: { return x; }
+    }
+}
+
+// Derivative from y where that suffices (relu, tanh, sigmoid), from the pre-activation for gelu and silu.
+fn activation_slope(kind: u32, saved: f32) -> f32 {
+    switch kind {
+        case RELU: { return select(0.0, 1.0, saved > 0.0); }
+        case GELU: {
+            let p = normal_cdf_and_bell(saved);
+            return p.x + saved * p.y * 0.39894228;
+        }
+        case TANH: { return 1.0 - saved * saved; }
+        case SIGMOID: { return saved * (1.0 - saved); }
+        case SILU: {
+            let s = sigmoid_f32(saved);
+            return s * (1.0 + saved * (1.0 - s));
+        }
+        default: { return 1.0; }
+    }
+}
