@@ -2,7 +2,12 @@
 //!
 //!     cargo run --release --example 04_regimes
 //!
-//! prints the states, how often the calm one was seen out of sample, and what the choice of the filter earned.
+//! prints
+//!
+//!     state 0: volatility 21.0 % a year, 398 bars at a time
+//!     state 1: volatility 53.3 % a year, 15 bars at a time
+//!     calm out of sample on 69 % of the bars
+//!     11 of 15 windows chose the filter; out of sample: Sharpe -0.19
 
 use forback::regimes::{Panel, Refits, RegimeConfig, Train, regimes, rolling};
 use forback::sim::{grid::Grid, market, regime_filter::Gates, sweep::*};

@@ -37,10 +37,16 @@
 
 #[cfg(feature = "cli")]
 pub mod cli;
+pub mod conformance;
 pub mod data;
+pub mod nn;
+pub mod ops;
+pub mod plan;
 pub mod regimes;
 pub mod report;
 pub mod sim;
+pub mod tape;
+pub mod train;
 
 pub use forback_kernels as kernels;
 pub use forback_kernels::{Device, DeviceInfo, DeviceKind, Error, OpenOptions, Result};

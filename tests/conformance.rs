@@ -13,7 +13,7 @@ use forback::kernels::multiple_testing::{MultipleTesting, Tested, combinations, 
 use forback::kernels::performance::{finish, performance_read};
 use forback::kernels::philox::philox;
 use forback::kernels::walk_forward_sharpe::{walk_forward_sharpe, walk_forward_sharpe_backward};
-use forback::kernels::{Device, OPS, OpenOptions};
+use forback::kernels::{Device, OpenOptions};
 use proptest::prelude::any;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use std::path::PathBuf;
@@ -24,7 +24,7 @@ use std::path::PathBuf;
 fn every_conformance_file_passes_on_every_device() {
     let given = std::env::var_os("FORBACK_CONFORMANCE").map(PathBuf::from);
     let root = given.unwrap_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../shared/conformance"));
-    let folders: Vec<PathBuf> = OPS.iter().map(|op| root.join(op.name)).filter(|p| p.is_dir()).collect();
+    let folders: Vec<PathBuf> = forback::conformance::names().map(|name| root.join(name)).filter(|p| p.is_dir()).collect();
     if folders.is_empty() {
         eprintln!("skipped: no conformance files under {} (FORBACK_CONFORMANCE names another folder)", root.display());
         return;
@@ -35,7 +35,7 @@ fn every_conformance_file_passes_on_every_device() {
         for options in variants(spec) {
             let Some(device) = open_with(spec, &options) else { continue };
             for case in &cases {
-                if let Some(why) = conformance::verify(&device, case).failure {
+                if let Some(why) = forback::conformance::verify(&device, case).failure {
                     let checked = if options.checked == Some(true) { "FORBACK_CHECKED=1 " } else { "" };
                     failures.push(format!("{checked}forback verify {} --device {spec}    # {why}", case.path.display()));
                 }

@@ -10,6 +10,7 @@
 //! Prices     geometric Brownian motion, drift 3e-4 and volatility 1 % a bar.
 
 mod hmm;
+mod nn;
 
 use super::say;
 use crate::kernels::backtest_sweep::{Execution, Strategy, Sweep};
@@ -93,7 +94,7 @@ static SWEEPS: [Sweeps; 8] = [
 
 /// All of them, in the order of their rows.
 fn workloads() -> impl Iterator<Item = &'static dyn Workload> {
-    SWEEPS.iter().map(|w| w as &dyn Workload).chain(hmm::WORKLOADS)
+    SWEEPS.iter().map(|w| w as &dyn Workload).chain(hmm::WORKLOADS).chain(nn::WORKLOADS)
 }
 
 /// What a run did.
@@ -239,7 +240,7 @@ fn rows(strategy: Strategy, columns: &Columns) -> usize {
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let chosen: Vec<&dyn Workload> =
-        if args.workloads.is_empty() { workloads().collect() } else { args.workloads.iter().map(|name| named(name)).collect::<Result<_>>()? };
+        if args.workloads.is_empty() { workloads().collect() } else { args.workloads.iter().map(|name| named(name)).collect::<Result<Vec<_>>>()?.concat() };
     if let Some(threads) = args.threads {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
         pool.map_err(|e| Error::Parameter { op: "bench", name: "--threads".into(), value: threads.to_string(), help: e.to_string() })?;
@@ -268,14 +269,16 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn named(name: &str) -> Result<&'static dyn Workload> {
-    let names = || workloads().map(|w| w.name());
-    workloads().find(|w| w.name() == name).ok_or_else(|| Error::Unknown {
-        kind: "workload",
-        given: name.into(),
-        suggestion: crate::data::nearest(name, names()),
-        known: names().map(String::from).collect(),
-    })
+/// The workload of this name, in all of its sizes.
+fn named(name: &str) -> Result<Vec<&'static dyn Workload>> {
+    let sizes: Vec<_> = workloads().filter(|w| w.name() == name).collect();
+    if !sizes.is_empty() {
+        return Ok(sizes);
+    }
+    let mut names: Vec<&str> = workloads().map(|w| w.name()).collect();
+    names.dedup();
+    let suggestion = crate::data::nearest(name, names.iter().copied());
+    Err(Error::Unknown { kind: "workload", given: name.into(), suggestion, known: names.into_iter().map(String::from).collect() })
 }
 
 fn report(args: &Args, device: &Device, workload: &dyn Workload, prepared: &Prepared, run: &Run, seconds: &[f64], threads: usize, ceilings: (f64, f64)) {

@@ -2,7 +2,8 @@
 
 use super::say;
 use crate::Result;
-use crate::kernels::conformance::{Case, Verdict, files, verify};
+use crate::conformance::verify;
+use crate::kernels::conformance::{Case, Verdict, files};
 use crate::kernels::{Device, Error};
 use serde_json::{Value, json};
 use std::path::PathBuf;

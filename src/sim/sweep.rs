@@ -318,6 +318,7 @@ fn next_opens(close: &[f32], open: &[f32], assets: usize) -> Vec<f32> {
 }
 
 /// Prices [T,N] at which what is decided at each close is traded: the next opens where there are any, else the closes.
+#[cfg(feature = "cli")]
 pub(crate) fn fills<'a>(close: ArrayView2<'a, f32>, open: Option<ArrayView2<'_, f32>>) -> Cow<'a, [f32]> {
     match open {
         Some(open) => Cow::Owned(next_opens(&slice_of(close), &slice_of(open), close.dim().1)),

@@ -1,0 +1,236 @@
+//! Neural kernels through the tape: a pass is recorded once, timed are its replays, inputs on the device and results complete.
+//!
+//! lstm, lstm_train            x [1,B,T,I], one layer of H units: forward; forward and backward to the weights.
+//! attention, attention_train  q, k, v [B,NH,T,D], no mask: forward; forward and backward to q, k and v.
+//! models_train                M 1,024 LSTM models with a linear head, B 8, T 32, I 8, H 16: squared error at the last step, backward, AdamW.
+//! Flops       counted the same for everybody: LSTM 2·B·T·4H·(I+H), attention 4·B·NH·T²·D; training 3× and 3.5×.
+
+use super::{Cost, Prepared, Run, Workload};
+use crate::kernels::loss::Criterion;
+use crate::kernels::optimiser::{Optimiser, OptimiserArgs, optimiser_step};
+use crate::kernels::philox::{normals, philox4x32};
+use crate::kernels::{Buffer, Pass, Read, View};
+use crate::nn::{Cell, Declared, Linear, Module, Parameters, Recurrent};
+use crate::ops::{AttentionOptions, Layer, RecurrentOptions};
+use crate::tape::{Tape, Var};
+use crate::{Device, Error, Result};
+
+pub(super) static WORKLOADS: [&dyn Workload; 13] = [
+    &Lstm { shape: [64, 63, 30, 64], train: false },
+    &Lstm { shape: [512, 63, 30, 32], train: false },
+    &Lstm { shape: [64, 252, 30, 128], train: false },
+    &Lstm { shape: [64, 63, 30, 64], train: true },
+    &Lstm { shape: [512, 63, 30, 32], train: true },
+    &Lstm { shape: [64, 252, 30, 128], train: true },
+    &Attention { shape: [64, 4, 63, 16], train: false },
+    &Attention { shape: [16, 8, 512, 32], train: false },
+    &Attention { shape: [4, 4, 2048, 16], train: false },
+    &Attention { shape: [64, 4, 63, 16], train: true },
+    &Attention { shape: [16, 8, 512, 32], train: true },
+    &Attention { shape: [4, 4, 2048, 16], train: true },
+    &Models,
+];
+
+struct Lstm {
+    /// B, T, I, H.
+    shape: [usize; 4],
+    train: bool,
+}
+
+struct Attention {
+    /// B, NH, T, D.
+    shape: [usize; 4],
+    train: bool,
+}
+
+struct Models;
+
+/// Normals [n] times `scale`.
+fn noise(n: usize, stream: u32, seed: u64, scale: f64) -> Vec<f32> {
+    let key = [seed as u32, (seed >> 32) as u32];
+    (0..n.div_ceil(4) as u32).flat_map(|i| normals(philox4x32([i, 0, stream, 3 << 16], key))).take(n).map(|z| (scale * z) as f32).collect()
+}
+
+fn leaf(tape: &mut Tape, shape: &[usize], stream: u32, seed: u64, scale: f64, variable: bool) -> Result<Var> {
+    let buffer = tape.device().upload("leaf", &noise(shape.iter().product(), stream, seed, scale))?;
+    if variable { tape.variable(&buffer, shape) } else { tape.input(&buffer, shape) }
+}
+
+/// Records a tape whose outputs start their backward sweep with ones, and what a run checks: parts of outputs and gradients.
+fn record(device: &Device, mut tape: Tape, out: Var, leaves: &[Var], train: bool, cost: Cost) -> Result<Prepared> {
+    if train {
+        let shape = tape.shape(out).to_vec();
+        let ones = device.upload("ones", &vec![1.0; shape.iter().product()])?;
+        let ones = tape.input(&ones, &shape)?;
+        tape.backward_with(out, ones)?;
+    }
+    let build = |profile: bool| -> Result<(Pass, Vec<Read>)> {
+        let mut pass = device.pass("bench");
+        if profile {
+            pass.profile();
+        }
+        let plan = tape.record(&mut pass, &[out])?;
+        let mut views = vec![plan.view(out)?];
+        if train {
+            views.extend(leaves.iter().map(|&x| plan.grad(x)).collect::<Result<Vec<_>>>()?);
+        }
+        let reads = views.iter().map(|view| pass.read(view.part(0..64))).collect::<Result<_>>()?;
+        Ok((pass, reads))
+    };
+    let (plain, reads) = build(false)?;
+    let (profiled, _) = build(true)?;
+    let (plain, mut profiled) = (plain.prepare()?, Some(profiled));
+    let run = move |profile: bool| {
+        let mut done = match profiled.take().filter(|_| profile) {
+            Some(pass) => pass.submit()?,
+            None => plain.run()?,
+        };
+        let mut check = 0.0;
+        for (k, &read) in reads.iter().enumerate() {
+            check += done.f64(read)?.iter().enumerate().map(|(i, x)| x * ((i + k) % 7 + 1) as f64).sum::<f64>();
+        }
+        if !check.is_finite() {
+            return Err(Error::Internal(format!("the bench's results are not finite: {check}")));
+        }
+        Ok(Run { check, profile: done.profile().to_vec() })
+    };
+    Ok(Prepared { cost, run: Box::new(run), says: Vec::new() })
+}
+
+impl Workload for Lstm {
+    fn name(&self) -> &'static str {
+        if self.train { "lstm_train" } else { "lstm" }
+    }
+
+    fn shape(&self) -> Vec<usize> {
+        self.shape.to_vec()
+    }
+
+    fn unit(&self) -> &'static str {
+        "flops"
+    }
+
+    fn prepare(&self, device: &Device, seed: u64) -> Result<Prepared> {
+        let [b, t, i, h] = self.shape;
+        let mut tape = Tape::new(device);
+        let scale = 1.0 / (h as f64).sqrt();
+        let x = leaf(&mut tape, &[1, b, t, i], 0, seed, 1.0, false)?;
+        let (w_ih, w_hh) = (leaf(&mut tape, &[1, 4 * h, i], 1, seed, scale, self.train)?, leaf(&mut tape, &[1, 4 * h, h], 2, seed, scale, self.train)?);
+        let bias = leaf(&mut tape, &[1, 4 * h], 3, seed, scale, self.train)?;
+        let layer = Layer { w_ih, w_hh, b_ih: Some(bias), b_hh: None, h0: None, c0: None };
+        let y = tape.lstm(x, &[layer], RecurrentOptions::default())?.y;
+        let forward = (2 * b * t * 4 * h * (i + h)) as f64;
+        let values = (b * t * (i + h)) as f64;
+        let (work, bytes) = if self.train { (3.0 * forward, 24.0 * values) } else { (forward, 4.0 * values) };
+        record(device, tape, y, &[w_ih, w_hh, bias], self.train, Cost { work, bytes, flops: work / 2.0 })
+    }
+}
+
+impl Workload for Attention {
+    fn name(&self) -> &'static str {
+        if self.train { "attention_train" } else { "attention" }
+    }
+
+    fn shape(&self) -> Vec<usize> {
+        self.shape.to_vec()
+    }
+
+    fn unit(&self) -> &'static str {
+        "flops"
+    }
+
+    fn prepare(&self, device: &Device, seed: u64) -> Result<Prepared> {
+        let [b, heads, t, d] = self.shape;
+        let mut tape = Tape::new(device);
+        let mut make = |stream: u32| leaf(&mut tape, &self.shape, stream, seed, 1.0, self.train);
+        let (q, k, v) = (make(0)?, make(1)?, make(2)?);
+        let (out, _) = tape.attention(q, k, v, AttentionOptions::default())?;
+        let forward = 4.0 * (b * heads * t * t * d) as f64;
+        let values = (b * heads * t * d) as f64;
+        let (work, bytes) = if self.train { (3.5 * forward, 4.0 * 12.0 * values) } else { (forward, 4.0 * 4.0 * values) };
+        record(device, tape, out, &[q, k, v], self.train, Cost { work, bytes, flops: work / 2.0 })
+    }
+}
+
+impl Workload for Models {
+    fn name(&self) -> &'static str {
+        "models_train"
+    }
+
+    fn shape(&self) -> Vec<usize> {
+        vec![1024, 8, 32, 8, 16]
+    }
+
+    fn unit(&self) -> &'static str {
+        "model-steps"
+    }
+
+    fn prepare(&self, device: &Device, seed: u64) -> Result<Prepared> {
+        let [m, b, t, i, h] = [1024, 8, 32, 8, 16];
+        let (lstm, head) = (Recurrent::new("lstm", Cell::Lstm, i, h), Linear::new("head", h, 1));
+        let mut declared = Declared::new();
+        lstm.declare(&mut declared);
+        head.declare(&mut declared);
+        let parameters = Parameters::new(device, m, &declared, seed)?;
+        let mut tape = Tape::new(device);
+        let (x, y) = (leaf(&mut tape, &[1, b, t, i], 0, seed, 1.0, false)?, leaf(&mut tape, &[1, b, 1], 1, seed, 1.0, false)?);
+        let states = lstm.forward(&mut tape, &parameters, x, RecurrentOptions::default())?;
+        let last = tape.slice(states, 2, t - 1..t)?;
+        let last = tape.reshape(last, &[m, b, h])?;
+        let prediction = head.forward(&mut tape, &parameters, last)?;
+        let loss = tape.loss(Criterion::Mse, prediction, y, None, None)?;
+        tape.backward(loss)?;
+        let size = parameters.values().len();
+        let zeros = |label: &str, n: u64| device.zeros(label, n);
+        let (moment1, moment2, norm) = (zeros("moment1", size)?, zeros("moment2", size)?, zeros("norm", m as u64)?);
+        let counters = device.zeros_u32("counters", 3 * m as u64)?;
+        // A rate of 0 does all of the work and leaves the parameters as they are: every run can be compared with the first.
+        let rate = zeros("rate", m as u64)?;
+        let op = Optimiser { tensors: parameters.segments(), ..Optimiser::adamw(m as u64, 0, 1e-3) };
+        let table = device.upload_u32("blocks", &op.table())?;
+        let scratch = zeros("optimiser", op.scratch())?;
+        let build = |profile: bool| -> Result<(Pass, Read)> {
+            let mut pass = device.pass("models_train");
+            if profile {
+                pass.profile();
+            }
+            let plan = tape.record(&mut pass, &[loss])?;
+            let view = |b: &Buffer| View::from(b);
+            let args = OptimiserArgs {
+                table: &view(&table),
+                grads: &view(parameters.grads()),
+                rate: &view(&rate),
+                loss: Some(&plan.view(loss)?),
+                decay: None,
+                hyper: None,
+                parameters: &view(parameters.values()),
+                moment1: Some(&view(&moment1)),
+                moment2: Some(&view(&moment2)),
+                average: None,
+                counters: &view(&counters),
+                norm: &view(&norm),
+                scratch: &view(&scratch),
+            };
+            optimiser_step(&mut pass, &op, &args)?;
+            let read = pass.read(plan.view(loss)?)?;
+            Ok((pass, read))
+        };
+        let (plain, read) = build(false)?;
+        let (profiled, _) = build(true)?;
+        let (plain, mut profiled) = (plain.prepare()?, Some(profiled));
+        let run = move |profile: bool| {
+            let mut done = match profiled.take().filter(|_| profile) {
+                Some(pass) => pass.submit()?,
+                None => plain.run()?,
+            };
+            let check: f64 = done.f64(read)?.iter().sum();
+            if !check.is_finite() {
+                return Err(Error::Internal(format!("the bench's results are not finite: {check}")));
+            }
+            Ok(Run { check, profile: done.profile().to_vec() })
+        };
+        let flops = 3.0 * (m * 2 * b * t * 4 * h * (i + h)) as f64;
+        let cost = Cost { work: m as f64, bytes: 32.0 * size as f64 + 24.0 * (m * b * t * h) as f64, flops: flops / 2.0 };
+        Ok(Prepared { cost, run: Box::new(run), says: Vec::new() })
+    }
+}

@@ -1,0 +1,47 @@
+//! The library's ops on a tape: shapes checked, gradients wired. One function here is what makes a kernel differentiable.
+//!
+//! Every method adds one [`Function`] and returns its output; [M, …] is the models' axis, and a leading axis of 1 is shared by all of them.
+//! Errors name the op, the argument, what was expected and what came.
+
+mod attention;
+mod dense;
+mod gather;
+mod loss;
+mod map;
+mod recurrent;
+
+pub use attention::AttentionOptions;
+pub use recurrent::{Layer, RecurrentOptions, RecurrentOutput};
+
+use crate::kernels::View;
+use crate::tape::{Tape, Var};
+use crate::{Error, Result};
+
+/// The view that an op of ours always gets.
+fn need<'a>(views: &'a [Option<View>], i: usize, op: &'static str) -> Result<&'a View> {
+    views.get(i).and_then(Option::as_ref).ok_or_else(|| Error::Internal(format!("{op}: the plan left out tensor {i}")))
+}
+
+fn optional(views: &[Option<View>], i: usize) -> Option<&View> {
+    views.get(i).and_then(Option::as_ref)
+}
+
+fn wrong(op: &'static str, arg: &str, expected: impl Into<String>, got: &[usize]) -> Error {
+    Error::Shape { op, arg: arg.into(), expected: expected.into(), got: format!("{got:?}") }
+}
+
+impl Tape {
+    /// The only output of an op.
+    fn one(&mut self, op: impl crate::tape::Function + 'static, inputs: &[Option<Var>]) -> Var {
+        self.apply(op, inputs)[0]
+    }
+
+    /// Sizes of a tensor of N axes.
+    fn axes<const N: usize>(&self, op: &'static str, arg: &str, x: Var, names: &str) -> Result<[usize; N]> {
+        self.shape(x).try_into().map_err(|_| wrong(op, arg, names, self.shape(x)))
+    }
+
+    fn expect(&self, op: &'static str, arg: &str, x: Var, shape: &[usize]) -> Result<()> {
+        if self.shape(x) == shape { Ok(()) } else { Err(wrong(op, arg, format!("{shape:?}"), self.shape(x))) }
+    }
+}
