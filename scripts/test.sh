@@ -83,13 +83,13 @@ examples() {
 all=(--workspace --all-features)
 step "formatting" cargo fmt --all --check
 step "lints" cargo clippy "${all[@]}" --all-targets -- -D warnings
-step "library alone" cargo check --no-default-features
-step "command line on the CPU alone" cargo build --no-default-features --features cli
+step "library alone" cargo clippy --no-default-features -- -D warnings
+step "command line on the CPU alone" cargo clippy --no-default-features --features cli -- -D warnings
 step "tests" cargo test "${all[@]}" --no-fail-fast
 # tests/conformance.rs opens wgpu with and without run-time checks, and cuda-host in three schedules; the others ask the environment.
 step "shaders with run-time checks" env FORBACK_CHECKED=1 cargo test --all-features --no-fail-fast --test devices --test stories
-step "cuda-host, threads in reverse" env FORBACK_SCHEDULE=reverse cargo test --all-features --no-fail-fast --test devices --test stories
-step "cuda-host, threads at random" env FORBACK_SCHEDULE=7 cargo test --all-features --no-fail-fast --test devices --test stories
+step "cuda-host, threads in reverse" env FORBACK_SCHEDULE=reverse cargo test --all-features --no-fail-fast --test devices
+step "cuda-host, threads at random" env FORBACK_SCHEDULE=7 cargo test --all-features --no-fail-fast --test devices
 step "examples" examples
 # Names what ran, and leaves target/debug/forback with every feature.
 step "devices of this machine" cargo run -q --all-features -- devices
