@@ -54,7 +54,7 @@ params! {
         dilation: u32,
         /// Position in [`Activation::ALL`].
         activation: u32,
-        /// Bits of [`flag`].
+        /// Bits of `flag`.
         flags: u32,
         /// Splits of this launch, in grad_weight, per model.
         splits: u32,

@@ -64,7 +64,7 @@ params! {
         emission: u32,
         /// Symbols of a categorical emission.
         symbols: u32,
-        /// Bits of [`flag`], then UPSTREAM, TANGENT and MOVES_….
+        /// Bits of `flag`, then UPSTREAM, TANGENT and MOVES_….
         flags: u32,
         /// First step of this launch of `hmm_tangent`.
         begin: u32,

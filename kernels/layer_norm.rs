@@ -34,7 +34,7 @@ params! {
         first_row: u32,
         /// Rows of a model.
         model_rows: u32,
-        /// Bits of [`flag`].
+        /// Bits of `flag`.
         flags: u32,
         /// eps, rounded …
         eps: f32,

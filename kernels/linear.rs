@@ -42,7 +42,7 @@ params! {
         outputs: u32,
         /// Position in [`Activation::ALL`].
         activation: u32,
-        /// Bits of [`flag`].
+        /// Bits of `flag`.
         flags: u32,
         /// Splits of the rows, in grad_weight.
         splits: u32,

@@ -55,7 +55,7 @@ params! {
         row: u32,
         /// 0 adamw, 1 adam, 2 sgd.
         algorithm: u32,
-        /// Bits of [`flag`].
+        /// Bits of `flag`.
         flags: u32,
         /// Polyak averages start after this step.
         average_start: u32,

@@ -91,8 +91,8 @@ step "shaders with run-time checks" env FORBACK_CHECKED=1 cargo test --all-featu
 step "cuda-host, threads in reverse" env FORBACK_SCHEDULE=reverse cargo test --all-features --no-fail-fast --test devices
 step "cuda-host, threads at random" env FORBACK_SCHEDULE=7 cargo test --all-features --no-fail-fast --test devices
 step "examples" examples
-# Names what ran, and leaves target/debug/forback with every feature.
-step "devices of this machine" cargo run -q --all-features -- devices
+# Names what ran: the binary that the tests ran, with every feature (cargo run would build it anew, without what tests add).
+step "devices of this machine" "${CARGO_TARGET_DIR:-target}/debug/forback" devices
 step "documentation" env RUSTDOCFLAGS=-Dwarnings cargo doc "${all[@]}" --no-deps
 
 # ---- summary ----------------------------------------------------------------------------------------------------
