@@ -34,7 +34,7 @@ fn encoder_layer(device: &Device, case: &Case) -> Result<Outputs> {
         prefix: String::new(),
         width,
         heads: case.number("heads")? as usize,
-        feedforward: case.shape("param.linear1.bias")?[0],
+        feedforward: case.shape("param.linear1.bias")?.iter().product(),
         activation: Activation::named(case.text("activation")?)?,
         norm_first: case.flag("norm_first"),
     };

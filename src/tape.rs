@@ -181,6 +181,7 @@ impl Tape {
     /// # Errors
     /// `Shape` if the number of values differs.
     pub fn reshape(&mut self, x: Var, shape: &[usize]) -> Result<Var> {
+        self.known("reshape", x)?;
         if len_of(shape) != len_of(self.shape(x)) {
             let expected = format!("{} values, as {:?}", len_of(self.shape(x)), self.shape(x));
             return Err(Error::Shape { op: "reshape", arg: "shape".into(), expected, got: format!("{shape:?}") });
@@ -191,20 +192,23 @@ impl Tape {
     }
 
     /// The same values without their gradient.
-    pub fn detach(&mut self, x: Var) -> Var {
+    /// # Errors
+    /// `Parameter` for a tensor of another, longer tape.
+    pub fn detach(&mut self, x: Var) -> Result<Var> {
+        self.known("detach", x)?;
         let (root, elem, shape) = (self.values[x.at()].root, self.values[x.at()].elem, self.shape(x).to_vec());
         self.values.push(Value { shape, elem, leaf: Leaf::No, root, needs_grad: false });
-        Var(self.values.len() as u32 - 1)
+        Ok(Var(self.values.len() as u32 - 1))
     }
 
     /// Shape of a tensor.
     pub fn shape(&self, x: Var) -> &[usize] {
-        &self.values[x.at()].shape
+        self.values.get(x.at()).map_or(&[], |value| &value.shape)
     }
 
     /// Whether a gradient flows into it.
     pub fn needs_grad(&self, x: Var) -> bool {
-        self.values[x.at()].needs_grad
+        self.values.get(x.at()).is_some_and(|value| value.needs_grad)
     }
 
     /// Runs `f`, whose ops keep nothing for a backward sweep.
@@ -233,11 +237,16 @@ impl Tape {
     }
 
     /// Adds an op; returns its outputs. For ops of one's own; those of the library are methods of [`Tape`], see [`crate::ops`].
-    pub fn apply(&mut self, op: impl Function + 'static, inputs: &[Option<Var>]) -> Vec<Var> {
+    /// # Errors
+    /// `Parameter` for a tensor of another, longer tape.
+    pub fn apply(&mut self, op: impl Function + 'static, inputs: &[Option<Var>]) -> Result<Vec<Var>> {
+        for x in inputs.iter().flatten() {
+            self.known(op.name(), *x)?;
+        }
         let needs_grad = self.records(inputs);
         let outputs: Vec<Var> = op.shapes().iter().map(|shape| self.push(shape, Elem::F32, Leaf::No, needs_grad)).collect();
         self.nodes.push(Node { op: Box::new(op), inputs: inputs.to_vec(), outputs: outputs.clone(), needs_grad, segment: self.segment });
-        outputs
+        Ok(outputs)
     }
 
     /// Asks for the gradients of a loss: one value, or [M], one per model, each with gradient one. Several calls add up.
@@ -267,6 +276,9 @@ impl Tape {
             let help = "make a parameter or a variable of a leaf, outside of no_grad and detach".to_string();
             return Err(Error::Parameter { op: "backward", name: "loss".into(), value: "a tensor that depends on no parameter".into(), help });
         }
+        for x in [Some(x), grad].into_iter().flatten() {
+            self.known("backward", x)?;
+        }
         self.seeds.push((x, grad));
         Ok(())
     }
@@ -275,7 +287,18 @@ impl Tape {
     /// # Errors
     /// `TooLarge` if the plan does not fit the device; whatever an op's launches return.
     pub fn record(&self, pass: &mut Pass, wanted: &[Var]) -> Result<Plan> {
+        for x in wanted {
+            self.known("record", *x)?;
+        }
         Planner::new(self, wanted).plan()?.record(self, pass)
+    }
+
+    fn known(&self, op: &'static str, x: Var) -> Result<()> {
+        if x.at() < self.values.len() {
+            return Ok(());
+        }
+        let help = format!("this tape has {}; a tensor belongs to the tape that made it", self.values.len());
+        Err(Error::Parameter { op, name: "tensor".into(), value: x.0.to_string(), help })
     }
 
     fn push(&mut self, shape: &[usize], elem: Elem, leaf: Leaf, needs_grad: bool) -> Var {

@@ -149,8 +149,8 @@ impl Tape {
         op.check()?;
         let inputs: Vec<Option<Var>> = qkv.iter().map(|&x| Some(x)).chain([kv_len, bias, step]).collect();
         let shapes = vec![out, vec![sizes[0], sizes[1], sizes[2]]];
-        let out = self.apply(AttentionOp { op, packed, shapes }, &inputs);
-        let lse = self.detach(out[1]);
+        let out = self.apply(AttentionOp { op, packed, shapes }, &inputs)?;
+        let lse = self.detach(out[1])?;
         Ok((out[0], lse))
     }
 }

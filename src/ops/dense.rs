@@ -176,7 +176,7 @@ impl Tape {
         if let Some(last) = shape.last_mut() {
             *last = o;
         }
-        Ok(self.one(LinearOp { op, shape }, &[Some(x), Some(weight), bias]))
+        self.one(LinearOp { op, shape }, &[Some(x), Some(weight), bias])
     }
 
     /// (x − mean)/√(variance + eps)·weight + bias over the last axis: x [M,…,D], weight and bias [M,D].
@@ -191,7 +191,7 @@ impl Tape {
         }
         let op = layer_norm::LayerNorm { models: m as u64, rows: (m * rows(&shape)) as u64, width: d as u64, eps, weight: true, bias: true };
         op.check()?;
-        Ok(self.one(LayerNormOp { op, shape }, &[Some(x), Some(weight), Some(bias)]))
+        self.one(LayerNormOp { op, shape }, &[Some(x), Some(weight), Some(bias)])
     }
 
     /// e^x / Σ e^x over the last axis, or its logarithm.
@@ -202,6 +202,6 @@ impl Tape {
         let Some((&width, outer)) = shape.split_last() else { return Err(wrong("softmax", "x", "[…,D]", &shape)) };
         let op = Softmax { rows: outer.iter().product::<usize>() as u64, width: width as u64, log, mask: SoftmaxMask::None };
         op.check()?;
-        Ok(self.one(SoftmaxOp { op, shape }, &[Some(x), None]))
+        self.one(SoftmaxOp { op, shape }, &[Some(x), None])
     }
 }

@@ -53,6 +53,6 @@ impl Tape {
             width: e as u64,
         };
         op.check()?;
-        Ok(self.one(EmbeddingOp { op, shape }, &[Some(table), Some(ids)]))
+        self.one(EmbeddingOp { op, shape }, &[Some(table), Some(ids)])
     }
 }

@@ -77,7 +77,7 @@ impl Tape {
                 return Err(wrong(NAME, arg, "a tensor without gradient: detach it", self.shape(target)));
             }
         }
-        Ok(self.one(LossOp(op), &[Some(prediction), Some(target), weight, quantiles]))
+        self.one(LossOp(op), &[Some(prediction), Some(target), weight, quantiles])
     }
 
     /// M or 1, the leading axis of a tensor whose others are `inner`.

@@ -286,7 +286,7 @@ impl Tape {
     pub fn unary(&mut self, f: Unary, x: Var) -> Result<Var> {
         f.check()?;
         let shape = self.shape(x).to_vec();
-        Ok(self.one(UnaryOp { f, shape }, &[Some(x)]))
+        self.one(UnaryOp { f, shape }, &[Some(x)])
     }
 
     /// f of pairs of elements; axes of size 1, and missing leading ones, are repeated.
@@ -296,7 +296,7 @@ impl Tape {
         let op = Binary { function, a: dims(self.shape(a))?, b: dims(self.shape(b))? };
         let axes = self.shape(a).len().max(self.shape(b).len());
         let shape = shape_of(&op.dims()?, axes);
-        Ok(self.one(BinaryOp { op, shape }, &[Some(a), Some(b)]))
+        self.one(BinaryOp { op, shape }, &[Some(a), Some(b)])
     }
 
     /// a + b, broadcasting.
@@ -343,7 +343,7 @@ impl Tape {
         op.check()?;
         self.expect("dropout", "step", step, &[1])?;
         let shape = self.shape(x).to_vec();
-        Ok(self.one(DropoutOp { op, shape }, &[Some(x), Some(step)]))
+        self.one(DropoutOp { op, shape }, &[Some(x), Some(step)])
     }
 
     /// a·σ(b) for x = a | b along the last axis: half as wide. Dauphin et al. 2017.
@@ -357,7 +357,7 @@ impl Tape {
         *last /= 2;
         let width = *last as u64;
         let rows = shape.iter().rev().skip(1).map(|&n| n as u64).product();
-        Ok(self.one(GluOp { op: GluHalves { rows, width }, shape }, &[Some(x)]))
+        self.one(GluOp { op: GluHalves { rows, width }, shape }, &[Some(x)])
     }
 
     /// x·gate + y·(1 − gate).
@@ -383,7 +383,7 @@ impl Tape {
         from.offset = range.start as u64 * from.strides[lead + axis];
         shape[axis] = range.len();
         let op = RegionOp { name: "slice", dims: dims(&shape)?, from, shape, whole: all };
-        Ok(self.one(op, &[Some(x)]))
+        self.one(op, &[Some(x)])
     }
 
     /// Axes in another order: axis i of the result is axis `order[i]` of x.
@@ -403,7 +403,7 @@ impl Tape {
         }
         let shape: Vec<usize> = order.iter().map(|&axis| shape[axis]).collect();
         let op = RegionOp { name: "permute", dims: dims(&shape)?, from, shape, whole: true };
-        Ok(self.one(op, &[Some(x)]))
+        self.one(op, &[Some(x)])
     }
 
     /// Tensors one after the other along an axis.
@@ -438,7 +438,7 @@ impl Tape {
             at += self.shape(part)[axis] as u64;
         }
         let inputs: Vec<Option<Var>> = parts.iter().map(|&x| Some(x)).collect();
-        Ok(self.one(ConcatOp { parts: places, shape }, &inputs))
+        self.one(ConcatOp { parts: places, shape }, &inputs)
     }
 
     /// Sum over axes, which go.
@@ -470,6 +470,6 @@ impl Tape {
         let op = Reduce::over(&sizes(&shape), axes)?;
         op.check()?;
         let shape = shape.iter().enumerate().filter(|(axis, _)| !axes.contains(axis)).map(|(_, &n)| n).collect();
-        Ok(self.one(ReduceOp { op, how, shape }, &[Some(x)]))
+        self.one(ReduceOp { op, how, shape }, &[Some(x)])
     }
 }

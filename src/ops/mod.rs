@@ -32,8 +32,9 @@ fn wrong(op: &'static str, arg: &str, expected: impl Into<String>, got: &[usize]
 
 impl Tape {
     /// The only output of an op.
-    fn one(&mut self, op: impl crate::tape::Function + 'static, inputs: &[Option<Var>]) -> Var {
-        self.apply(op, inputs)[0]
+    fn one(&mut self, op: impl crate::tape::Function + 'static, inputs: &[Option<Var>]) -> Result<Var> {
+        let name = op.name();
+        self.apply(op, inputs)?.first().copied().ok_or_else(|| Error::Internal(format!("{name} has no output")))
     }
 
     /// Sizes of a tensor of N axes.

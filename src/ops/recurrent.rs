@@ -254,7 +254,7 @@ impl Tape {
         let mut shapes = vec![vec![m, b, t, width]];
         shapes.extend(std::iter::repeat_n(vec![m, b, h], 2 * directions.len()));
         let two = directions.len() == 2;
-        let out = self.apply(RecurrentOp { name, directions, shapes }, &inputs);
+        let out = self.apply(RecurrentOp { name, directions, shapes }, &inputs)?;
         let lstm = cell == Cell::Lstm;
         Ok(RecurrentOutput { y: out[0], hn: [Some(out[1]), two.then(|| out[3])], cn: [lstm.then_some(out[2]), (lstm && two).then(|| out[4])] })
     }

@@ -58,6 +58,7 @@ impl Table {
 
     /// Mean and 1/deviation of each feature over rows `from..to`: a scaler that knows these rows alone. A constant feature has scale 1.
     pub fn scaler(&self, rows: std::ops::Range<usize>) -> Vec<[f32; 2]> {
+        let rows = rows.start.min(self.rows())..rows.end.min(self.rows());
         let n = rows.len().max(1) as f64;
         let column = |i: usize| rows.clone().map(move |t| f64::from(self.features[t * self.inputs + i]));
         let one = |i: usize| {

@@ -285,4 +285,8 @@ fn mistakes_on_a_tape_are_named() {
     let plan = tape.record(&mut device.pass("plan"), &[]).unwrap();
     has(text(plan.view(y).map(|_| ())), &["wanted"]);
     has(text(plan.grad(x).map(|_| ())), &["backward"]);
+    let mut short = Tape::new(&device);
+    has(text(short.unary(Unary::Exp, y).map(|_| ())), &["unary", "the tape that made it"]);
+    has(text(short.detach(y).map(|_| ())), &["detach", "the tape that made it"]);
+    has(text(short.record(&mut device.pass("none"), &[y]).map(|_| ())), &["record"]);
 }
