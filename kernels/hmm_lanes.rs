@@ -7,8 +7,9 @@
 //!          log-likelihood = Σ m (compensated) + ln 2·Σ e (an integer) + ln s(T−1).
 //! Backward u(t,j) = b(t,j)·β(t,j);  β(t,i) = Σ_j A(i,j)·u(t+1,j): b holds forward's scale, so Σ_i α(t,i)·β(t,i) stays near s(T−1), and its
 //!          reciprocal normalises posterior and pair posterior. u is capped: in a state that cannot be reached it may grow without end.
-//! Memory   b and α of a tile stay in the second-level cache (T = 1,000, K = 4, 16 lanes: 512 KB); longer sequences go in segments:
-//!          forward keeps α at their starts, backward computes one segment after the other again.
+//! Driven   A that changes with time is K² exponentials a step: computed once, in forward, and kept for backward with b and α.
+//! Memory   b and α of a tile stay in the second-level cache (T = 1,000, K = 4, 16 lanes: 512 KB), with A of each step in the third (1.5 MB);
+//!          longer sequences go in segments: forward keeps α at their starts, backward computes one segment after the other again.
 //! Numerics exp within 0.9 ulp (polynomial of degree 6). A sequence whose sums fall below 2^−96 is impossible or out of f32's range: the
 //!          plain column, which can shift a step again, does that one.
 //! Bits     every operation is per lane: a sequence's bits depend neither on its lane nor on its neighbours.
@@ -24,6 +25,8 @@ use std::ops::Range;
 const WIDEST: usize = 16;
 /// Vectors of b and α that a segment may hold: 640 KB of 16 lanes.
 const STORED: usize = 10_240;
+/// Vectors of b, α and A of each step that a segment may hold: 5 MB of 16 lanes.
+const STORED_MATRICES: usize = 81_920;
 /// Vectors of log b that a block should hold: 16 KB of 16 lanes.
 const BLOCK: usize = 256;
 /// States up to which loops over them are unrolled.
@@ -50,8 +53,8 @@ fn on(arch: Arch, batch: &Batch<'_, f32>, outs: &mut [SequenceOut<'_, f32>]) {
     tiles.for_each(|(i, outs)| plan.in_memory(batch, |memory| plan.tile(batch, i * plan.lanes, outs, memory)));
 }
 
-/// Memory that a thread keeps from one call to the next: 1 M reals. Fresh pages cost more than the work on them.
-const KEPT: usize = 1 << 20;
+/// Memory that a thread keeps from one call to the next: 2 M reals. Fresh pages cost more than the work on them.
+const KEPT: usize = 1 << 21;
 
 thread_local! {
     static MEMORY: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
@@ -94,10 +97,11 @@ impl Plan {
         let backward = batch.has(flag::POSTERIOR | flag::PAIR_SUM | flag::PAIR_STEPS);
         let block = (BLOCK / k).max(1);
         let block = if block > 16 { block / 16 * 16 } else { block }.min(t);
-        let most = if backward { (STORED / (2 * k * block)).max(1) * block } else { block };
+        let varying = batch.has(flag::SOFTMAX | flag::TRANS_STEP);
+        let (stored, each) = if varying { (STORED_MATRICES, 2 * k + k * k) } else { (STORED, 2 * k) };
+        let most = if backward { (stored / (each * block)).max(1) * block } else { block };
         let segments = t.div_ceil(most);
         let segment = t.div_ceil(segments).div_ceil(block) * block;
-        let varying = batch.has(flag::SOFTMAX | flag::TRANS_STEP);
         Plan {
             arch,
             lanes: arch.dispatch(Lanes),
@@ -121,7 +125,7 @@ impl Plan {
         let only = |wanted: bool, vectors: usize| if wanted { vectors } else { 0 };
         let softmax = batch.has(flag::SOFTMAX);
         [
-            if self.varying { kk * block } else { kk },
+            if self.varying { kk * (self.segment + 1) } else { kk },
             only(softmax, kk * (u + 1)),
             only(softmax, u * block),
             k,
@@ -182,9 +186,9 @@ impl Plan {
 
 /// Arrays of a tile, each [·,lane].
 struct Memory<'m> {
-    /// A [K,K], or of a block [block,K,K].
+    /// A [K,K]; or of a segment [1 + segment,K,K], that of the move into its first step first.
     matrix: &'m mut [f32],
-    /// Softmax weights [K,K,U+1].
+    /// Softmax weights in base 2 [K,1+U,K]: bias, inputs.
     weights: &'m mut [f32],
     /// Inputs of a block [block,U].
     inputs: &'m mut [f32],
@@ -300,8 +304,13 @@ impl Tile<'_> {
         }
         let per_sequence = batch.has(flag::TRANS_SEQUENCE);
         if batch.has(flag::SOFTMAX) {
-            let row = k * k * (batch.p.u as usize + 1);
-            self.gather(batch.log_trans, row, per_sequence, 0, row, m.weights);
+            let terms = batch.p.u as usize + 1;
+            for (at, out) in m.weights.chunks_exact_mut(self.plan.lanes).enumerate() {
+                // the bias first, and the next state last
+                let (i, term, j) = (at / (terms * k), at / k % terms, at % k);
+                self.gather(batch.log_trans, k * k * terms, per_sequence, (i * k + j) * terms + (term + terms - 1) % terms, 1, out);
+            }
+            m.weights.iter_mut().for_each(|w| *w *= std::f32::consts::LOG2_E);
         } else if self.plan.scalars {
             m.matrix[..k * k].copy_from_slice(&batch.log_trans[..k * k]);
             self.run(Exp(m.matrix));
@@ -313,23 +322,23 @@ impl Tile<'_> {
         m.totals.fill(0.0);
     }
 
-    /// A of slots `slots.start..slots.end` from the front of `matrix` on.
-    fn matrices(&self, slots: Range<usize>, m: &mut Memory<'_>) {
-        let (batch, lanes, kk) = (self.batch, self.plan.lanes, self.plan.k * self.plan.k);
+    /// A of some slots, those of a segment that starts with step `from`.
+    fn matrices(&self, slots: Range<usize>, from: usize, m: &mut Memory<'_>) {
+        let (batch, k, lanes, kk) = (self.batch, self.plan.k, self.plan.lanes, self.plan.k * self.plan.k);
         let count = slots.len();
         if !self.plan.varying || count == 0 {
             return;
         }
         let (t, u) = (batch.p.t as usize, batch.p.u as usize);
+        let out = &mut m.matrix[(slots.start + 1 - from) * kk * lanes..][..count * kk * lanes];
         if batch.has(flag::SOFTMAX) {
             // slot t reads inputs[t + 1]
             self.gather(batch.inputs, t * u, true, (slots.start + 1) * u, count * u, m.inputs);
-            m.inputs[..count * u * lanes].iter_mut().for_each(|x| *x = x.clamp(-1e18, 1e18));
-            self.run(Softmax { k: self.plan.k, u, weights: m.weights, inputs: m.inputs, out: &mut m.matrix[..count * kk * lanes] });
+            softmax(self.plan.arch, Softmax { k, u, weights: m.weights, inputs: m.inputs, out });
         } else {
             let row = (t - 1) * kk;
-            self.gather(batch.log_trans, row, batch.has(flag::TRANS_SEQUENCE), slots.start * kk, count * kk, m.matrix);
-            self.run(Exp(&mut m.matrix[..count * kk * lanes]));
+            self.gather(batch.log_trans, row, batch.has(flag::TRANS_SEQUENCE), slots.start * kk, count * kk, out);
+            self.run(Exp(out));
         }
     }
 
@@ -386,16 +395,16 @@ impl Tile<'_> {
         for steps in self.blocks(segment) {
             self.observe(&steps, m);
             // The first step has no matrix.
-            let slots = steps.start.saturating_sub(1)..steps.end - 1;
             let late = usize::from(steps.start == 0);
-            self.matrices(slots, m);
+            let slots = steps.start + late - 1..steps.end - 1;
+            self.matrices(slots.clone(), from, m);
             let (filtered, predicted) = m.results.split_at_mut(m.results.len() / 2);
             let op = Forward {
                 k,
                 late,
                 steps: steps.clone(),
                 log_b: m.log_b,
-                matrix: self.matrix(m.matrix),
+                matrix: self.matrix(m.matrix, slots.start + 1 - from),
                 store: &mut m.store[(steps.start - from) * 2 * width..(steps.end - from) * 2 * width],
                 alpha: m.alpha,
                 state,
@@ -419,18 +428,21 @@ impl Tile<'_> {
                 let point = &m.points[segment * (k + 1) * lanes..][..(k + 1) * lanes];
                 m.alpha.copy_from_slice(&point[..width]);
                 state.s[..lanes].copy_from_slice(&point[width..]);
+                if self.plan.varying {
+                    // The move out of this segment is the one into the next.
+                    m.matrix.copy_within(..kk * lanes, self.plan.segment * kk * lanes);
+                }
                 self.forward(&mut state, segment, m, None);
             }
             let from = segment * self.plan.segment;
             for steps in self.blocks(segment).rev() {
                 let slots = steps.start..steps.end.min(t - 1);
-                self.matrices(slots.clone(), m);
                 let op = Backward {
                     k,
                     t,
                     steps: steps.clone(),
                     store: &m.store[(steps.start - from) * 2 * width..(steps.end - from) * 2 * width],
-                    matrix: self.matrix(m.matrix),
+                    matrix: self.matrix(m.matrix, slots.start + 1 - from),
                     u: m.u,
                     posterior: m.results,
                     pair: m.pair,
@@ -450,7 +462,7 @@ impl Tile<'_> {
             }
         }
         if self.plan.pair_sum {
-            let whole = (!self.plan.varying).then(|| self.matrix(m.matrix));
+            let whole = (!self.plan.varying).then(|| self.matrix(m.matrix, 0));
             self.run(Total { totals: m.totals, matrix: whole, out: m.pair });
             self.scatter(m.pair, kk, &(0..1), outs.iter_mut().filter_map(|out| out.pair.as_deref_mut()));
         }
@@ -459,10 +471,11 @@ impl Tile<'_> {
         }
     }
 
-    fn matrix<'x>(&self, matrix: &'x [f32]) -> Matrix<'x> {
+    /// A, from matrix `first` on where there are several.
+    fn matrix<'x>(&self, matrix: &'x [f32], first: usize) -> Matrix<'x> {
         match (self.plan.scalars, self.plan.varying) {
             (true, _) => Matrix::Scalars(matrix),
-            (false, true) => Matrix::Steps(matrix),
+            (false, true) => Matrix::Steps(&matrix[first * self.plan.k * self.plan.k * self.plan.lanes..]),
             (false, false) => Matrix::Lanes(matrix),
         }
     }
@@ -685,46 +698,126 @@ impl WithSimd for Exp<'_> {
     }
 }
 
-/// out[n,K,K] = softmax over the last of weights[K,K,:]·(inputs[n,:], 1).
+/// 2^x of x ≤ 0, 0 below −126: x = n + r, 2^n·(1 + r·p(r)), within 9.2e−8 of itself and rounding.
+#[inline(always)]
+fn exp2<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
+    const P: [f32; 5] = [0.693_147, 0.240_222_42, 0.055_507_336, 0.009_671_513, 0.001_326_472_7];
+    const ROUND: f32 = 12_582_912.0;
+    let shifted = simd.add_f32s(x, simd.splat_f32s(ROUND));
+    let r = simd.sub_f32s(x, simd.sub_f32s(shifted, simd.splat_f32s(ROUND)));
+    let mut p = simd.splat_f32s(P[4]);
+    for c in [P[3], P[2], P[1], P[0], 1.0] {
+        p = simd.mul_add_f32s(p, r, simd.splat_f32s(c));
+    }
+    let power = simd.wrapping_dyn_shl_u32s(simd.transmute_u32s_f32s(shifted), simd.splat_u32s(23));
+    let y = simd.transmute_f32s_u32s(simd.add_u32s(power, simd.transmute_u32s_f32s(p)));
+    simd.select_f32s(simd.less_than_f32s(x, simd.splat_f32s(-126.0)), simd.splat_f32s(0.0), y)
+}
+
+/// out[n,K,K] = softmax over the last of (1, inputs[n,:])·weights[K,:,K], weights in base 2.
 struct Softmax<'a> {
     k: usize,
     u: usize,
     weights: &'a [f32],
-    inputs: &'a [f32],
+    inputs: &'a mut [f32],
     out: &'a mut [f32],
 }
 
-impl WithSimd for Softmax<'_> {
+fn softmax(arch: Arch, op: Softmax<'_>) {
+    match op.k {
+        1 => arch.dispatch(Of::<_, 1>(op)),
+        2 => arch.dispatch(Of::<_, 2>(op)),
+        3 => arch.dispatch(Of::<_, 3>(op)),
+        4 => arch.dispatch(Of::<_, 4>(op)),
+        5 => arch.dispatch(Of::<_, 5>(op)),
+        6 => arch.dispatch(Of::<_, 6>(op)),
+        7 => arch.dispatch(Of::<_, 7>(op)),
+        8 => arch.dispatch(Of::<_, 8>(op)),
+        _ => arch.dispatch(Of::<_, 0>(op)),
+    }
+}
+
+impl<const K: usize> WithSimd for Of<Softmax<'_>, K> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let (k, u) = (self.k, self.u);
-        let (weights, inputs) = (S::as_simd_f32s(self.weights).0, S::as_simd_f32s(self.inputs).0);
-        let impossible = simd.splat_f32s(IMPOSSIBLE as f32);
-        for (n, matrix) in S::as_mut_simd_f32s(self.out).0.chunks_exact_mut(k * k).enumerate() {
-            let inputs = &inputs[n * u..(n + 1) * u];
-            for (i, row) in matrix.chunks_exact_mut(k).enumerate() {
-                let mut most = impossible;
-                for (j, logit) in row.iter_mut().enumerate() {
-                    let w = &weights[(i * k + j) * (u + 1)..][..u + 1];
-                    let mut products = simd.splat_f32s(0.0);
-                    for (&x, &w) in inputs.iter().zip(w) {
-                        products = simd.mul_add_f32s(x, w, products);
-                    }
-                    *logit = simd.add_f32s(products, w[u]);
-                    most = simd.max_f32s(*logit, most);
-                }
-                let mut sum = simd.splat_f32s(0.0);
-                for p in row.iter_mut() {
-                    *p = exp(simd, simd.sub_f32s(*p, most));
-                    sum = simd.add_f32s(sum, *p);
-                }
-                let inverse = simd.div_f32s(simd.splat_f32s(1.0), sum);
-                for p in row.iter_mut() {
-                    *p = simd.mul_f32s(*p, inverse);
-                }
+        let Softmax { k, u, weights, inputs, out } = self.0;
+        let k = if K > 0 { K } else { k };
+        let (weights, inputs) = (S::as_simd_f32s(weights).0, S::as_mut_simd_f32s(inputs).0);
+        let (low, high) = (simd.splat_f32s(-1e18), simd.splat_f32s(1e18));
+        for (n, matrix) in S::as_mut_simd_f32s(out).0.chunks_exact_mut(k * k).enumerate() {
+            let inputs = &mut inputs[n * u..(n + 1) * u];
+            for x in inputs.iter_mut() {
+                *x = simd.min_f32s(high, simd.max_f32s(low, *x));
             }
+            let mut i = 0;
+            while i + 2 <= k {
+                softmax_rows::<S, K, 2>(simd, k, &weights[i * k * (u + 1)..], inputs, &mut matrix[i * k..]);
+                i += 2;
+            }
+            if i < k {
+                softmax_rows::<S, K, 1>(simd, k, &weights[i * k * (u + 1)..], inputs, &mut matrix[i * k..]);
+            }
+        }
+    }
+}
+
+/// out_j = w_0j + Σ_i x_i·w_(1+i)j.
+#[inline(always)]
+fn logits<S: Simd, const K: usize>(simd: S, k: usize, weights: &[S::f32s], inputs: &[S::f32s], out: &mut [S::f32s]) {
+    if K > 0 {
+        some_logits::<S, K>(simd, K, weights, inputs, 0, out);
+        return;
+    }
+    let mut j = 0;
+    while j + 8 <= k {
+        some_logits::<S, 8>(simd, k, weights, inputs, j, out);
+        j += 8;
+    }
+    while j < k {
+        some_logits::<S, 1>(simd, k, weights, inputs, j, out);
+        j += 1;
+    }
+}
+
+#[inline(always)]
+fn some_logits<S: Simd, const J: usize>(simd: S, k: usize, weights: &[S::f32s], inputs: &[S::f32s], at: usize, out: &mut [S::f32s]) {
+    let mut sums = [simd.splat_f32s(0.0); J];
+    sums.copy_from_slice(&weights[at..at + J]);
+    for (&x, w) in inputs.iter().zip(weights[k..].chunks_exact(k)) {
+        let w = &w[at..at + J];
+        for j in 0..J {
+            sums[j] = simd.mul_add_f32s(x, w[j], sums[j]);
+        }
+    }
+    out[at..at + J].copy_from_slice(&sums);
+}
+
+/// One or two rows: two share a division.
+#[inline(always)]
+fn softmax_rows<S: Simd, const K: usize, const ROWS: usize>(simd: S, k: usize, weights: &[S::f32s], inputs: &[S::f32s], out: &mut [S::f32s]) {
+    let (k, terms) = (if K > 0 { K } else { k }, inputs.len() + 1);
+    let mut sums = [simd.splat_f32s(0.0); ROWS];
+    for i in 0..ROWS {
+        let row = &mut out[i * k..][..k];
+        let weights = &weights[i * k * terms..][..k * terms];
+        logits::<S, K>(simd, k, weights, inputs, row);
+        let mut most = simd.splat_f32s(IMPOSSIBLE as f32);
+        for j in 0..k {
+            most = simd.max_f32s(row[j], most);
+        }
+        for j in 0..k {
+            row[j] = exp2(simd, simd.sub_f32s(row[j], most));
+            sums[i] = simd.add_f32s(sums[i], row[j]);
+        }
+    }
+    let product = if ROWS == 2 { simd.mul_f32s(sums[0], sums[ROWS - 1]) } else { sums[0] };
+    let inverse = simd.div_f32s(simd.splat_f32s(1.0), product);
+    for i in 0..ROWS {
+        let inverse = if ROWS == 2 { simd.mul_f32s(inverse, sums[1 - i]) } else { inverse };
+        for x in &mut out[i * k..][..k] {
+            *x = simd.mul_f32s(*x, inverse);
         }
     }
 }
@@ -1446,23 +1539,32 @@ mod tests {
 
     #[test]
     fn segments_change_no_bit_of_states() {
-        // 2,000 steps of 16 states are seven segments; the first 320 steps of short sequences one.
-        let flags = flag::LENGTHS | EVERYTHING | flag::PAIR_SUM;
-        let mut long = Host::new([3, 2000, 16, 0], flags);
-        long.words = vec![2000, 300, 1];
-        let mut short = Host::new([3, 320, 16, 0], flags);
-        short.words = vec![320, 300, 1];
-        for b in 0..3 {
-            short.obs[b * 320 * 16..(b + 1) * 320 * 16].copy_from_slice(&long.obs[b * 2000 * 16..][..320 * 16]);
+        // 2,000 steps of 16 states are seven segments, eight where A changes with time; the first 320 steps of short sequences at most two.
+        for kind in [0, flag::SOFTMAX, flag::TRANS_STEP] {
+            let flags = kind | flag::LENGTHS | EVERYTHING | flag::PAIR_SUM;
+            let mut long = Host::new([3, 2000, 16, 0], flags);
+            long.words = vec![2000, 300, 1];
+            let mut short = Host::new([3, 320, 16, 0], flags);
+            short.words = vec![320, 300, 1];
+            for b in 0..3 {
+                short.obs[b * 320 * 16..(b + 1) * 320 * 16].copy_from_slice(&long.obs[b * 2000 * 16..][..320 * 16]);
+            }
+            if kind == flag::SOFTMAX {
+                for b in 0..3 {
+                    short.inputs[b * 320 * 2..(b + 1) * 320 * 2].copy_from_slice(&long.inputs[b * 2000 * 2..][..320 * 2]);
+                }
+            } else {
+                short.log_trans = long.log_trans[..short.log_trans.len()].to_vec();
+            }
+            let [states, pairs, likelihood] = long.errors();
+            assert!(states < 2e-6 && pairs < 2e-6 && likelihood < 1e-7, "kind {kind}: {states:e} {pairs:e} {likelihood:e}");
+            let (long, short) = (long.lanes(), short.lanes());
+            for section in 0..3 {
+                let at = |t: usize| (section * 3 + 1) * t * 16;
+                assert_eq!(long[0][at(2000)..][..300 * 16], short[0][at(320)..][..300 * 16]);
+            }
+            assert_eq!(long[2][4..], short[2][4..]);
         }
-        let [states, pairs, likelihood] = long.errors();
-        assert!(states < 2e-6 && pairs < 2e-6 && likelihood < 1e-7, "{states:e} {pairs:e} {likelihood:e}");
-        let (long, short) = (long.lanes(), short.lanes());
-        for section in 0..3 {
-            let at = |t: usize| (section * 3 + 1) * t * 16;
-            assert_eq!(long[0][at(2000)..][..300 * 16], short[0][at(320)..][..300 * 16]);
-        }
-        assert_eq!(long[2][4..], short[2][4..]);
     }
 
     #[test]
