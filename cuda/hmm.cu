@@ -3,6 +3,7 @@
 //   hmm_forward_backward_4   grid ⌈B / WG⌉       thread = sequence, K ≤ 4 a template argument: states and transitions in registers
 //   hmm_forward_backward_8   grid ⌈B / WG⌉       the same, K = 5 … 8
 //   …_table_4, …_table_8     the same for log-probabilities, all observed, under a fixed table
+//   …_states_4, …_states_8   the same without predicted and pair probabilities
 //   hmm_forward_backward     grid ⌈B / (WG / L)⌉ L threads per sequence, a state each (or every L-th), L = K rounded up to a power of two, at most WG
 //   spill: some words outside the chain of products, where ptxas stops at 80 or 255 registers; the table variants spill nothing
 
@@ -51,7 +52,9 @@ struct HmmParams {
 #define LN2_LOW (-2.12194440e-4f)
 
 // VARIANT 4, 8: up to so many states. 104, 108: with log-probabilities, all observed, under a fixed table, and nothing else compiled in.
+// 204, 208: nor predicted and pair probabilities.
 #define PLAIN (VARIANT > 100)
+#define STATES (VARIANT > 200)
 
 // The arguments of a launch.
 struct Hmm {
@@ -67,7 +70,7 @@ struct Hmm {
     float* pairs_of_thread;  // shared memory for K·K sums of this thread, every WG-th element; K ≤ 4 has them in registers
 
     __device__ __forceinline__ bool has(uint32_t bits) const {
-        const uint32_t possible = PLAIN ? ~(TRANS_STEP | SOFTMAX | MASKED) : ~0u;
+        const uint32_t possible = ~((PLAIN ? TRANS_STEP | SOFTMAX | MASKED : 0u) | (STATES ? PREDICTED | PAIR_SUM | PAIR_STEPS : 0u));
         return (p.flags & possible & bits) != 0;
     }
 };
@@ -695,7 +698,14 @@ __device__ __forceinline__ void up_to_4(const Hmm& h) {
     }
 }
 
-#if PLAIN
+#if STATES
+extern "C" __global__ void __launch_bounds__(WG)
+    hmm_forward_backward_states_4(const float* __restrict__ model, const float* __restrict__ obs, const uint32_t* __restrict__ words, const float* __restrict__ log_trans,
+           const float* __restrict__ inputs, float* __restrict__ states, float* __restrict__ pair, float* __restrict__ summary, HmmParams params) {
+    up_to_4({model, obs, words, log_trans, inputs, states, pair, summary, params, nullptr});
+}
+
+#elif PLAIN
 extern "C" __global__ void __launch_bounds__(WG)
     hmm_forward_backward_table_4(const float* __restrict__ model, const float* __restrict__ obs, const uint32_t* __restrict__ words, const float* __restrict__ log_trans,
            const float* __restrict__ inputs, float* __restrict__ states, float* __restrict__ pair, float* __restrict__ summary, HmmParams params) {
@@ -725,7 +735,14 @@ __device__ __forceinline__ void up_to_8(const Hmm& h) {
     }
 }
 
-#if PLAIN
+#if STATES
+extern "C" __global__ void __launch_bounds__(WG)
+    hmm_forward_backward_states_8(const float* __restrict__ model, const float* __restrict__ obs, const uint32_t* __restrict__ words, const float* __restrict__ log_trans,
+           const float* __restrict__ inputs, float* __restrict__ states, float* __restrict__ pair, float* __restrict__ summary, HmmParams params) {
+    up_to_8({model, obs, words, log_trans, inputs, states, pair, summary, params, nullptr});
+}
+
+#elif PLAIN
 extern "C" __global__ void __launch_bounds__(WG)
     hmm_forward_backward_table_8(const float* __restrict__ model, const float* __restrict__ obs, const uint32_t* __restrict__ words, const float* __restrict__ log_trans,
            const float* __restrict__ inputs, float* __restrict__ states, float* __restrict__ pair, float* __restrict__ summary, HmmParams params) {

@@ -17,7 +17,8 @@
 //! Sizes    log-probabilities above 1e28 count as 1e28; what is observed, its distance from a mean and inputs of a softmax as ±1e18 beyond
 //!          that, a distance in deviations as ±1e14: every finite input has finite results, and so has its gradient.
 //! Launch   K ≤ 4 and K ≤ 8: a thread per sequence, states and transition matrix in registers; log-probabilities under a fixed table have
-//!          kernels of their own, in which nothing else is compiled. More states: 16 to 64 threads of a workgroup per sequence, a state
+//!          kernels of their own, in which nothing else is compiled, and so have those without predicted and pair probabilities (on llvmpipe,
+//!          which walks every branch, a third of the loads and stores). More states: 16 to 64 threads of a workgroup per sequence, a state
 //!          each. A launch covers steps begin..end of the forward or the backward pass, or both over the whole time.
 //!          sm_90: 92 registers for K ≤ 4 under a table, 168 for K ≤ 8, no spill; 133 and 255 for the general kernels of so many states,
 //!          96 for more.
@@ -989,6 +990,22 @@ pub static HMM_FORWARD_BACKWARD_TABLE_8: Kernel = Kernel {
     ..HMM_FORWARD_BACKWARD_8
 };
 
+/// Forward-backward for K ≤ 4 under such a table, without predicted and pair probabilities.
+pub static HMM_FORWARD_BACKWARD_STATES_4: Kernel = Kernel {
+    name: "hmm_forward_backward_states_4",
+    about: "the same without predicted and pair probabilities",
+    constants: &[("VARIANT", 204)],
+    ..HMM_FORWARD_BACKWARD_4
+};
+
+/// Forward-backward for K ≤ 8 under such a table, without predicted and pair probabilities.
+pub static HMM_FORWARD_BACKWARD_STATES_8: Kernel = Kernel {
+    name: "hmm_forward_backward_states_8",
+    about: "the same without predicted and pair probabilities",
+    constants: &[("VARIANT", 208)],
+    ..HMM_FORWARD_BACKWARD_8
+};
+
 /// Sequences that a workgroup of the wide kernel takes: each has the next power of two ≥ K of its threads.
 fn sequences_per_group(k: u64) -> u64 {
     u64::from(WIDE) / k.next_power_of_two().clamp(1, u64::from(WIDE))
@@ -1144,7 +1161,7 @@ impl Plan {
                 .flat_map(|r| (0..(r.end - r.start).div_ceil(most)).map(move |i| r.start + i * most..(r.start + (i + 1) * most).min(r.end)))
                 .collect();
         }
-        let kernel = if on_host { &HMM_FORWARD_BACKWARD } else { kernel_of(hmm) };
+        let kernel = if on_host { &HMM_FORWARD_BACKWARD } else { kernel_of(hmm, wanted) };
         Ok(Plan { kernel, runs, block, record, wanted: sections, scratch, pairs })
     }
 }
@@ -1155,13 +1172,16 @@ fn plain(hmm: &Hmm) -> bool {
 }
 
 /// The kernel of a GPU.
-fn kernel_of(hmm: &Hmm) -> &'static Kernel {
-    match (hmm.k, plain(hmm)) {
-        (9.., _) => &HMM_FORWARD_BACKWARD,
-        (5.., true) => &HMM_FORWARD_BACKWARD_TABLE_8,
-        (5.., false) => &HMM_FORWARD_BACKWARD_8,
-        (_, true) => &HMM_FORWARD_BACKWARD_TABLE_4,
-        (_, false) => &HMM_FORWARD_BACKWARD_4,
+fn kernel_of(hmm: &Hmm, wanted: Wanted) -> &'static Kernel {
+    let states = !wanted.predicted && wanted.pair == Pair::None;
+    match (hmm.k, plain(hmm), states) {
+        (9.., ..) => &HMM_FORWARD_BACKWARD,
+        (5.., true, true) => &HMM_FORWARD_BACKWARD_STATES_8,
+        (5.., true, false) => &HMM_FORWARD_BACKWARD_TABLE_8,
+        (5.., false, _) => &HMM_FORWARD_BACKWARD_8,
+        (_, true, true) => &HMM_FORWARD_BACKWARD_STATES_4,
+        (_, true, false) => &HMM_FORWARD_BACKWARD_TABLE_4,
+        (_, false, _) => &HMM_FORWARD_BACKWARD_4,
     }
 }
 

@@ -122,6 +122,8 @@ pub static OPS: [Op; 26] = [
             &hmm::HMM_FORWARD_BACKWARD_8,
             &hmm::HMM_FORWARD_BACKWARD_TABLE_4,
             &hmm::HMM_FORWARD_BACKWARD_TABLE_8,
+            &hmm::HMM_FORWARD_BACKWARD_STATES_4,
+            &hmm::HMM_FORWARD_BACKWARD_STATES_8,
             &hmm::HMM_FORWARD_BACKWARD,
             &hmm_scan::HMM_SCAN_CHUNKS,
             &hmm_scan::HMM_SCAN_MERGE,
@@ -376,7 +378,7 @@ pub static OPS: [Op; 26] = [
 ];
 
 /// Every kernel: those of the ops, then the ceiling that `forback bench` measures.
-pub static KERNELS: [&Kernel; 155] = [
+pub static KERNELS: [&Kernel; 157] = [
     &philox::PHILOX,
     &performance::PERFORMANCE,
     &walk_forward_sharpe::SEGMENT_MOMENTS,
@@ -411,6 +413,8 @@ pub static KERNELS: [&Kernel; 155] = [
     &hmm::HMM_FORWARD_BACKWARD_8,
     &hmm::HMM_FORWARD_BACKWARD_TABLE_4,
     &hmm::HMM_FORWARD_BACKWARD_TABLE_8,
+    &hmm::HMM_FORWARD_BACKWARD_STATES_4,
+    &hmm::HMM_FORWARD_BACKWARD_STATES_8,
     &hmm::HMM_FORWARD_BACKWARD,
     &hmm_scan::HMM_SCAN_CHUNKS,
     &hmm_scan::HMM_SCAN_MERGE,

@@ -3,6 +3,8 @@
 //   hmm_forward_backward_4   grid ⌈B / WG⌉       thread = sequence, K ≤ 4: states in a vector, transitions in a matrix
 //   hmm_forward_backward_8   grid ⌈B / WG⌉       the same, K ≤ 8: two vectors, four matrices
 //   …_table_4, …_table_8     the same for log-probabilities, all observed, under a fixed table
+//   …_states_4, …_states_8   the same without predicted and pair probabilities
+// Software adapters run every branch under a mask, loads and stores lane by lane: what a kernel need not do must not be compiled in.
 //   hmm_forward_backward     grid ⌈B / (WG / L)⌉ L threads per sequence, a state each (or every L-th), L = K rounded up to a power of two, at most WG
 
 struct HmmParams {
@@ -32,7 +34,8 @@ struct HmmParams {
 @group(0) @binding(8) var<storage, read_write> summary: array<f32>;
 
 override WG: u32 = 64u;
-// 4, 8: up to so many states. 104, 108: with log-probabilities, all observed, under a fixed table, and nothing else compiled in.
+// 4, 8: up to so many states. 104, 108: with log-probabilities, all observed, under a fixed table, and nothing else compiled in. 204, 208: nor
+// predicted and pair probabilities.
 override VARIANT: u32 = 0u;
 
 const MODELS: u32 = 1u;
@@ -63,20 +66,21 @@ const PAIR_BLOCK: u32 = 64u;
 const LN2_HIGH: f32 = 0.693359375;
 const LN2_LOW: f32 = -2.12194440e-4;
 
-fn has(bits: u32) -> bool {
-    return (params.flags & bits) != 0u;
-}
-
 fn plain() -> bool {
     return VARIANT > 100u;
 }
 
+fn has(bits: u32) -> bool {
+    let possible = ~(select(0u, TRANS_STEP | SOFTMAX | MASKED, plain()) | select(0u, PREDICTED | PAIR_SUM | PAIR_STEPS, VARIANT > 200u));
+    return (params.flags & possible & bits) != 0u;
+}
+
 fn varies() -> bool {
-    return !plain() && has(TRANS_STEP);
+    return has(TRANS_STEP);
 }
 
 fn softmax() -> bool {
-    return !plain() && has(SOFTMAX);
+    return has(SOFTMAX);
 }
 
 // ---- inputs -------------------------------------------------------------------------------------------------------
@@ -89,7 +93,7 @@ fn length_of(b: u32) -> u32 {
 }
 
 fn observed(b: u32, t: u32) -> bool {
-    if plain() || !has(MASKED) {
+    if !has(MASKED) {
         return true;
     }
     return words[b * (1u + params.t) + 1u + t] != 0u;
@@ -503,19 +507,19 @@ fn forward(b: u32, length: u32, two: bool) {
     }
     let end = min(params.end, length);
     var t = params.begin;
-    // The inner loop is left at a step that must be done again: what that takes stays out of it.
+    // The inner loop is left at a step that must be done again, and to fold: what those take stays out of it.
+    let first = initial(b, two);
     while t < end {
+        let stop = min(end, (t / FOLD + 1u) * FOLD);
         var pred: States;
         var x: States;
         var shift = 0.0;
-        for (; t < end; t++) {
+        for (; t < stop; t++) {
             if !plain() && (t == max(params.begin, 1u) || (varies() && t > 0u)) {
                 a = transitions_of(b, t - 1u, two);
             }
             pred = predict(a, alpha, two);
-            if t == 0u {
-                pred = initial(b, two);
-            }
+            pred = States(select(pred.lo, first.lo, t == 0u), select(pred.hi, first.hi, t == 0u));
             if has(PREDICTED) {
                 store(predicted + t * params.k, times(pred, 1.0 / sum), two);
             }
@@ -531,14 +535,11 @@ fn forward(b: u32, length: u32, two: bool) {
                 break;
             }
             total = add(total, shift);
-            if t % FOLD == FOLD - 1u {
-                total = fold(total);
-            }
             if keeps {
                 store(kept_at + t * params.k, times(alpha, 1.0 / sum), two);
             }
         }
-        if t < end {
+        if t < stop {
             let z = joint(pred, x, two);
             shift = max_of(z, two);
             alpha = exp_states(z, shift, two);
@@ -550,13 +551,13 @@ fn forward(b: u32, length: u32, two: bool) {
                 shift = 0.0;
             }
             total = add(total, shift);
-            if t % FOLD == FOLD - 1u {
-                total = fold(total);
-            }
             if keeps {
                 store(kept_at + t * params.k, times(alpha, 1.0 / sum), two);
             }
             t++;
+        }
+        if t % FOLD == 0u {
+            total = fold(total);
         }
     }
     if params.end >= length && (params.begin < length || params.begin == 0u) {
@@ -657,11 +658,9 @@ fn backward(b: u32, length: u32, two: bool) {
         let t = after - 1u;
         if after <= length {
             let alpha = load_states(parked + t * params.k, two);
+            var inverse = 1.0;
             if after == length {
                 gamma = alpha;
-                if has(POSTERIOR) {
-                    store(posterior + t * params.k, gamma, two);
-                }
             } else {
                 if !plain() && (varies() || after == min(params.end, length - 1u)) {
                     a = transitions_of(b, t, two);
@@ -675,10 +674,7 @@ fn backward(b: u32, length: u32, two: bool) {
                 let from_here = onto(a, r, two);
                 gamma = States(alpha.lo * from_here.lo, alpha.hi * from_here.hi);
                 let sum = sum_of(gamma, two);
-                let inverse = select(0.0, 1.0 / sum, sum > 0.0);
-                if has(POSTERIOR) {
-                    store(posterior + t * params.k, times(gamma, inverse), two);
-                }
+                inverse = select(0.0, 1.0 / sum, sum > 0.0);
                 if pairs {
                     let scaled = times(alpha, inverse);
                     block.ll += pairs4(a.ll, scaled.lo, r.lo);
@@ -688,6 +684,9 @@ fn backward(b: u32, length: u32, two: bool) {
                         block.hh += pairs4(a.hh, scaled.hi, r.hi);
                     }
                 }
+            }
+            if has(POSTERIOR) {
+                store(posterior + t * params.k, times(gamma, inverse), two);
             }
         }
         if (has(PAIR_STEPS) && after < params.t) || (has(PAIR_SUM) && (t % PAIR_BLOCK == 0u || t == params.begin)) {
@@ -732,6 +731,16 @@ fn hmm_forward_backward_table_4(@builtin(workgroup_id) wid: vec3<u32>, @builtin(
 
 @compute @workgroup_size(WG)
 fn hmm_forward_backward_table_8(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) nwg: vec3<u32>, @builtin(local_invocation_index) tid: u32) {
+    thread_per_sequence(group_index(wid, nwg) * WG + tid, true);
+}
+
+@compute @workgroup_size(WG)
+fn hmm_forward_backward_states_4(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) nwg: vec3<u32>, @builtin(local_invocation_index) tid: u32) {
+    thread_per_sequence(group_index(wid, nwg) * WG + tid, false);
+}
+
+@compute @workgroup_size(WG)
+fn hmm_forward_backward_states_8(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) nwg: vec3<u32>, @builtin(local_invocation_index) tid: u32) {
     thread_per_sequence(group_index(wid, nwg) * WG + tid, true);
 }
 

@@ -4,8 +4,8 @@ use super::{Guarded, Guards};
 use crate::common::Rng;
 use forback::kernels::DeviceKind;
 use forback::kernels::hmm::{
-    Emission, HMM_EMISSION, HMM_FORWARD_BACKWARD, HMM_FORWARD_BACKWARD_4, HMM_FORWARD_BACKWARD_8, HMM_FORWARD_BACKWARD_TABLE_4, HMM_FORWARD_BACKWARD_TABLE_8,
-    HmmParams, flag,
+    Emission, HMM_EMISSION, HMM_FORWARD_BACKWARD, HMM_FORWARD_BACKWARD_4, HMM_FORWARD_BACKWARD_8, HMM_FORWARD_BACKWARD_STATES_4, HMM_FORWARD_BACKWARD_STATES_8,
+    HMM_FORWARD_BACKWARD_TABLE_4, HMM_FORWARD_BACKWARD_TABLE_8, HmmParams, flag,
 };
 use forback::kernels::hmm_baum_welch::{BaumWelchParams, HMM_EXPECTATION, HMM_EXPECTATION_LANES, HMM_MAXIMISATION, HMM_REDUCE, HMM_SUMS};
 use forback::kernels::hmm_forecast::{HMM_FORECAST, HMM_SOJOURN, HMM_SOJOURN_AVERAGE, HmmForecastParams, SOJOURN};
@@ -75,13 +75,20 @@ fn forward_backward(g: &mut Guards, rng: &mut Rng, nothing: &Nothing) {
     let kernels = [
         (&HMM_FORWARD_BACKWARD_4, 3),
         (&HMM_FORWARD_BACKWARD_TABLE_4, 3),
+        (&HMM_FORWARD_BACKWARD_STATES_4, 3),
         (&HMM_FORWARD_BACKWARD_8, 6),
         (&HMM_FORWARD_BACKWARD_TABLE_8, 6),
+        (&HMM_FORWARD_BACKWARD_STATES_8, 6),
         (&HMM_FORWARD_BACKWARD, 9),
     ];
     for (kernel, k) in kernels {
-        for (pair, pairs) in [(flag::PAIR_STEPS, (t - 1) * k * k), (flag::PAIR_SUM, k * k)] {
-            let wanted = flag::FILTERED | flag::PREDICTED | flag::POSTERIOR | pair;
+        let states_alone = kernel.name.contains("states");
+        for (more, pairs) in [(flag::PREDICTED | flag::PAIR_STEPS, (t - 1) * k * k), (flag::PREDICTED | flag::PAIR_SUM, k * k), (0, 0)] {
+            if states_alone && more != 0 {
+                continue;
+            }
+            let wanted = flag::FILTERED | flag::POSTERIOR | more;
+            let sections = if more == 0 { 2 } else { 3 };
             let params = HmmParams {
                 b: b as u32,
                 t: t as u32,
@@ -94,7 +101,7 @@ fn forward_backward(g: &mut Guards, rng: &mut Rng, nothing: &Nothing) {
             };
             let (model, log_trans, obs) = (g.reals(&rows(rng, 1, k)), g.reals(&rows(rng, k, k)), g.reals(&rng.returns(b * t * k, -1.0, 0.5)));
             let lengths = g.words(&[7, 4, 1]);
-            let [states, pair, summary] = [3 * b * t * k, b * pairs, b * 4].map(|n| g.out(Elem::F32, n));
+            let [states, pair, summary] = [sections * b * t * k, (b * pairs).max(1), b * 4].map(|n| g.out(Elem::F32, n));
             g.launch(kernel, &params, &[&model, &obs, &lengths, &log_trans, &nothing.reals, &states, &pair, &summary]);
         }
     }
