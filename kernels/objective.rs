@@ -729,6 +729,13 @@ pub struct NetReturns {
 }
 
 impl NetReturns {
+    /// Refuses what has no meaning.
+    /// # Errors
+    /// `Parameter` for a cost that is negative or no number; `Shape` without bars; `TooLarge` for a row beyond what f32 counts.
+    pub fn check(&self) -> Result<()> {
+        self.params().map(|_| ())
+    }
+
     fn params(&self) -> Result<ObjectiveParams> {
         if !(self.cost.is_finite() && self.cost >= 0.0) {
             let help = "give a finite share, at least 0".into();

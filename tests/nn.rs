@@ -24,6 +24,8 @@ mod maps_common;
 mod normalise;
 #[path = "nn/objective.rs"]
 mod objective;
+#[path = "nn/ops.rs"]
+mod ops;
 #[path = "nn/optimiser.rs"]
 mod optimiser;
 #[path = "nn/pool.rs"]

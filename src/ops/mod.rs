@@ -8,9 +8,11 @@ mod dense;
 mod gather;
 mod loss;
 mod map;
+mod objective;
 mod recurrent;
 
 pub use attention::AttentionOptions;
+pub use objective::ObjectiveOptions;
 pub use recurrent::{Layer, RecurrentOptions, RecurrentOutput};
 
 use crate::kernels::View;
