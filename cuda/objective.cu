@@ -1,8 +1,8 @@
 // Objectives of series of returns and their gradients. Maths, shapes and source: kernels/objective.rs.
-//   objective_moments, objective_tail                  grid  N             thread t takes values t, t+WG, …; for drawdowns a run of ⌈T/WG⌉
+//   objective_moments, objective_tail, …_tail_sweep    grid  N             thread t takes values t, t+WG, …; for drawdowns a run of ⌈T/WG⌉
 //   objective_finish                                   grid  ⌈N / WG⌉      thread = row
 //   objective_gradient, net_returns, …_backward        grid  ⌈N·T / WG⌉    thread = value
-//   state [N,16], coefficients [N,12]
+//   state [N,16], coefficients [N,12], bins [N,260]
 
 struct ObjectiveParams {
     uint32_t n;
@@ -16,6 +16,8 @@ struct ObjectiveParams {
     float floor_low;
     float option;
     float option_low;
+    uint32_t period;
+    uint32_t sweep;
 };
 
 #define STATE 16
@@ -29,8 +31,17 @@ struct ObjectiveParams {
 #define DRAWDOWN_ADDITIVE 4
 #define CVAR 5
 #define MEAN_VARIANCE 6
+#define BINS 260
+#define PREFIX 256
+#define RANK 258
+#define DIGITS 4
 #define RUIN 1e-6f
 #define MOST_GROWTH 40.0f
+
+// Bars of the batch that belong to a row.
+__device__ __forceinline__ uint32_t bars_of(const uint32_t* __restrict__ lengths, const ObjectiveParams& params, uint32_t row) {
+    return params.period == 0 ? params.t : min(max(lengths[(params.first + row) % params.period], params.start) - params.start, params.t);
+}
 
 // Levels of a stretch of bars, counted from its start: total, highest and lowest with their bars, and the deepest fall.
 struct Stretch {
@@ -96,14 +107,22 @@ __device__ __forceinline__ Stretch stretch_of(const float* __restrict__ x, uint3
 
 // ---- moments --------------------------------------------------------------------------------------------------------
 
-extern "C" __global__ void __launch_bounds__(WG) objective_moments(const float* __restrict__ returns, float* __restrict__ state, ObjectiveParams params) {
+extern "C" __global__ void __launch_bounds__(WG)
+    objective_moments(const float* __restrict__ returns, const uint32_t* __restrict__ lengths, float* __restrict__ state, ObjectiveParams params) {
     __shared__ Stretch sh_stretch[WG];
-    const uint32_t row = group_index(), tid = threadIdx.x, t = params.t;
+    const uint32_t row = group_index(), tid = threadIdx.x;
     if (row >= params.n) {
         return;
     }
-    const float* __restrict__ x = returns + row * t;
+    const uint32_t t = bars_of(lengths, params, row);
+    const float* __restrict__ x = returns + row * params.t;
     float* __restrict__ out = state + (params.first + row) * STATE;
+    if (t == 0) {
+        if (params.start == 0 && tid < STATE) {
+            out[tid] = 0.0f;
+        }
+        return;
+    }
 
     // mean, as the first return plus an offset
     const float first = x[0];
@@ -185,14 +204,19 @@ __device__ __forceinline__ float unordered(uint32_t key) {
     return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
 }
 
-extern "C" __global__ void __launch_bounds__(WG) objective_tail(const float* __restrict__ returns, float* __restrict__ state, ObjectiveParams params) {
+extern "C" __global__ void __launch_bounds__(WG)
+    objective_tail(const float* __restrict__ returns, const uint32_t* __restrict__ lengths, float* __restrict__ state, ObjectiveParams params) {
     __shared__ uint32_t sh_bins[256];
     __shared__ uint32_t sh_pick[2];
-    const uint32_t row = group_index(), tid = threadIdx.x, t = params.t;
+    const uint32_t row = group_index(), tid = threadIdx.x;
     if (row >= params.n) {
         return;
     }
-    const float* __restrict__ x = returns + row * t;
+    const uint32_t t = bars_of(lengths, params, row);
+    const float* __restrict__ x = returns + row * params.t;
+    if (t == 0) {
+        return;
+    }
     // the order statistic, one byte of its ordered image at a time
     uint32_t prefix = 0, rank = min((uint32_t)(params.option * (float)t + params.option_low * (float)t), t - 1);
     for (uint32_t byte = 0; byte < 4; byte++) {
@@ -238,6 +262,85 @@ extern "C" __global__ void __launch_bounds__(WG) objective_tail(const float* __r
     }
 }
 
+// ---- tail of an epoch in batches ------------------------------------------------------------------------------------
+
+// The image so far of a row's threshold, and its rank among the values that have it, from what the last sweep counted.
+__device__ __forceinline__ void pick(float* __restrict__ own, float* __restrict__ state, const ObjectiveParams& params) {
+    uint32_t prefix = (uint32_t)own[PREFIX + 1], rank = (uint32_t)own[RANK];
+    if (params.sweep == 1) {
+        const float n = state[0];
+        prefix = 0;
+        rank = min((uint32_t)(params.option * n + params.option_low * n), max((uint32_t)n, 1u) - 1);
+    }
+    uint32_t bin = 0;
+    for (; bin < 255 && (uint32_t)own[bin] <= rank; bin++) {
+        rank -= (uint32_t)own[bin];
+    }
+    prefix = (prefix << 8) | bin;
+    if (params.sweep < DIGITS) {
+        own[PREFIX + 1] = (float)prefix;
+        own[RANK] = (float)rank;
+    } else {
+        state[TAIL] = unordered(prefix);
+        state[TAIL + 1] = 0.0f;
+        state[TAIL + 2] = 0.0f;
+        state[TAIL + 3] = 0.0f;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(WG) objective_tail_sweep(const float* __restrict__ returns, const uint32_t* __restrict__ lengths,
+                                                                      float* __restrict__ state, float* __restrict__ bins, ObjectiveParams params) {
+    __shared__ uint32_t sh_bins[256];
+    __shared__ uint32_t sh_prefix;
+    const uint32_t row = group_index(), tid = threadIdx.x;
+    if (row >= params.n) {
+        return;
+    }
+    const uint32_t t = bars_of(lengths, params, row);
+    const float* __restrict__ x = returns + row * params.t;
+    float* __restrict__ out = state + (params.first + row) * STATE;
+    float* __restrict__ own = bins + (params.first + row) * BINS;
+    if (tid == 0) {
+        if (params.start == 0 && params.sweep > 0) {
+            pick(own, out, params);
+        }
+        sh_prefix = params.sweep == DIGITS ? ordered(out[TAIL]) : params.sweep > 0 ? (uint32_t)own[PREFIX + 1] : 0;
+    }
+    for (uint32_t i = tid; i < 256; i += WG) {
+        sh_bins[i] = 0;
+    }
+    __syncthreads();
+    const uint32_t prefix = sh_prefix;
+    if (params.sweep < DIGITS) {
+        // one more byte of the images that begin as the threshold's
+        const uint32_t shift = 24 - 8 * params.sweep;
+        for (uint32_t j = tid; j < t; j += WG) {
+            const uint32_t key = ordered(x[j]);
+            if (params.sweep == 0 || (key >> (shift + 8)) == prefix) {
+                atomicAdd(&sh_bins[(key >> shift) & 0xffu], 1u);
+            }
+        }
+        __syncthreads();
+        for (uint32_t i = tid; i < 256; i += WG) {
+            own[i] = (params.start == 0 ? 0.0f : own[i]) + (float)sh_bins[i];
+        }
+        return;
+    }
+    float sums[3] = {0.0f, 0.0f, 0.0f};
+    for (uint32_t j = tid; j < t; j += WG) {
+        const uint32_t key = ordered(x[j]);
+        sums[0] += key < prefix ? 1.0f : 0.0f;
+        sums[1] += key < prefix ? x[j] : 0.0f;
+        sums[2] += key == prefix ? 1.0f : 0.0f;
+    }
+    block_sum(sums);
+    if (tid == 0) {
+        out[TAIL + 1] += sums[0];
+        out[TAIL + 2] += sums[1];
+        out[TAIL + 3] += sums[2];
+    }
+}
+
 // ---- values and coefficients ----------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(WG)
@@ -269,8 +372,8 @@ extern "C" __global__ void __launch_bounds__(WG)
             }
             break;
         case SORTINO: {
-            const float below = sqrtf(s[3] / n + floor_square);
-            if (below > 0.0f) {
+            const float below = sqrtf(s[3] / fmaxf(n, 1.0f) + floor_square);
+            if (n > 0.0f && below > 0.0f) {
                 result = year * (mean - params.option) / below;
                 c0 = year / (n * below);
                 c3 = -(result / (n * below * below));
@@ -279,7 +382,7 @@ extern "C" __global__ void __launch_bounds__(WG)
         }
         case CALMAR: {
             const float below = sqrtf(drawdown * drawdown + floor_square);
-            if (below > 0.0f) {
+            if (n > 0.0f && below > 0.0f) {
                 const float growth = expm1f(fminf(params.periods / n * s[STRETCH], MOST_GROWTH));
                 result = growth / below;
                 c4 = (1.0f + growth) * params.periods / (n * below);
@@ -288,14 +391,17 @@ extern "C" __global__ void __launch_bounds__(WG)
             break;
         }
         case DRAWDOWN:
-            result = drawdown;
+            result = n > 0.0f ? drawdown : UNDEFINED;
             c5 = -(1.0f - drawdown);
             break;
         case DRAWDOWN_ADDITIVE:
-            result = fall;
+            result = n > 0.0f ? fall : UNDEFINED;
             c6 = -1.0f;
             break;
         default: {
+            if (n <= 0.0f) {
+                break;
+            }
             const float tail = fminf(params.option * n + params.option_low * n, n), rest = tail - s[TAIL + 1];
             result = -((s[TAIL + 2] + rest * s[TAIL]) / tail);
             c9 = s[TAIL];
@@ -322,10 +428,14 @@ extern "C" __global__ void __launch_bounds__(WG)
 // ---- gradient -------------------------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(WG)
-    objective_gradient(const float* __restrict__ returns, const float* __restrict__ coefficients, const float* __restrict__ grad_value,
-                       float* __restrict__ grad_returns, ObjectiveParams params) {
+    objective_gradient(const float* __restrict__ returns, const uint32_t* __restrict__ lengths, const float* __restrict__ coefficients,
+                       const float* __restrict__ grad_value, float* __restrict__ grad_returns, ObjectiveParams params) {
     const uint32_t at = group_index() * WG + threadIdx.x;
     if (at >= params.n * params.t) {
+        return;
+    }
+    if (at % params.t >= bars_of(lengths, params, at / params.t)) {
+        grad_returns[at] = 0.0f;
         return;
     }
     const uint32_t row = params.first + at / params.t;
@@ -347,6 +457,11 @@ __device__ __forceinline__ float sign(float x) {
     return x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : 0.0f;
 }
 
+// Where the return of position `at` lies: series of asset returns repeat.
+__device__ __forceinline__ uint32_t asset_at(uint32_t at, const ObjectiveParams& params) {
+    return params.period == 0 ? at : (params.first + at / params.t) % params.period * params.t + at % params.t;
+}
+
 extern "C" __global__ void __launch_bounds__(WG)
     net_returns(const float* __restrict__ positions, const float* __restrict__ asset_returns, float* __restrict__ returns, ObjectiveParams params) {
     const uint32_t at = group_index() * WG + threadIdx.x;
@@ -354,7 +469,7 @@ extern "C" __global__ void __launch_bounds__(WG)
         return;
     }
     const float before = at % params.t == 0 ? 0.0f : positions[at - 1];
-    returns[at] = positions[at] * asset_returns[at] - params.option * fabsf(positions[at] - before);
+    returns[at] = positions[at] * asset_returns[asset_at(at, params)] - params.option * fabsf(positions[at] - before);
 }
 
 extern "C" __global__ void __launch_bounds__(WG)
@@ -367,5 +482,5 @@ extern "C" __global__ void __launch_bounds__(WG)
     const uint32_t bar = at % params.t;
     const float x = positions[at], before = bar == 0 ? 0.0f : positions[at - 1];
     const float after = bar + 1 < params.t ? grad_returns[at + 1] * params.option * sign(positions[at + 1] - x) : 0.0f;
-    grad_positions[at] = grad_returns[at] * (asset_returns[at] - params.option * sign(x - before)) + after;
+    grad_positions[at] = grad_returns[at] * (asset_returns[asset_at(at, params)] - params.option * sign(x - before)) + after;
 }

@@ -352,6 +352,7 @@ pub static OPS: [Op; 26] = [
             &objective::NET_RETURNS,
             &objective::OBJECTIVE_MOMENTS,
             &objective::OBJECTIVE_TAIL,
+            &objective::OBJECTIVE_TAIL_SWEEP,
             &objective::OBJECTIVE_FINISH,
             &objective::OBJECTIVE_GRADIENT,
             &objective::NET_RETURNS_BACKWARD,
@@ -378,7 +379,7 @@ pub static OPS: [Op; 26] = [
 ];
 
 /// Every kernel: those of the ops, then the ceiling that `forback bench` measures.
-pub static KERNELS: [&Kernel; 157] = [
+pub static KERNELS: [&Kernel; 158] = [
     &philox::PHILOX,
     &performance::PERFORMANCE,
     &walk_forward_sharpe::SEGMENT_MOMENTS,
@@ -525,6 +526,7 @@ pub static KERNELS: [&Kernel; 157] = [
     &objective::NET_RETURNS,
     &objective::OBJECTIVE_MOMENTS,
     &objective::OBJECTIVE_TAIL,
+    &objective::OBJECTIVE_TAIL_SWEEP,
     &objective::OBJECTIVE_FINISH,
     &objective::OBJECTIVE_GRADIENT,
     &objective::NET_RETURNS_BACKWARD,

@@ -773,7 +773,7 @@ pub struct RecurrentGrads<'a> {
     pub grad_hn: Option<&'a View>,
     /// [M,B,H], zero where absent.
     pub grad_cn: Option<&'a View>,
-    /// As x.
+    /// [M,B,T,I], each model's, also where they share x: its gradient is then their sum.
     pub grad_x: Option<&'a View>,
     /// As w_ih.
     pub grad_w_ih: Option<&'a View>,
@@ -1151,7 +1151,7 @@ fn words(device: &Device, lengths: Option<&View>, resets: Option<&View>) -> Resu
 
 /// Records the gradients of [`recurrent`]; results are overwritten.
 /// # Errors
-/// As [`recurrent`]; `Parameter` where `keep` is `Nothing`, or grad_x of an x that several models share is asked for.
+/// As [`recurrent`]; `Parameter` where `keep` is `Nothing`.
 pub fn recurrent_backward(pass: &mut Pass, op: &Recurrent, args: &RecurrentGrads<'_>) -> Result<()> {
     op.check()?;
     let (g, all) = (op.gates(), op.models * op.batch);
@@ -1167,7 +1167,7 @@ pub fn recurrent_backward(pass: &mut Pass, op: &Recurrent, args: &RecurrentGrads
         ("grad_y", args.grad_y, y_len),
         ("grad_hn", args.grad_hn, all * op.hidden),
         ("grad_cn", args.grad_cn, all * op.hidden),
-        ("grad_x", args.grad_x, x_len),
+        ("grad_x", args.grad_x, all * op.time * op.inputs),
         ("grad_w_ih", args.grad_w_ih, op.models * g * op.inputs),
         ("grad_w_hh", args.grad_w_hh, op.models * g * op.hidden),
         ("grad_b_ih", args.grad_b_ih, op.models * g),
@@ -1192,9 +1192,6 @@ pub fn recurrent_backward(pass: &mut Pass, op: &Recurrent, args: &RecurrentGrads
     let parameter = |name: &str, value: String, help: &str| Error::Parameter { op: op.name(), name: name.into(), value, help: help.into() };
     if op.keep == Keep::Nothing {
         return Err(parameter("keep", "Nothing".into(), "backward needs what forward keeps: use Keep::States or Keep::Gates"));
-    }
-    if args.grad_x.is_some() && op.x_models == 1 && op.models > 1 {
-        return Err(parameter("x_models", "1".into(), "grad_x of an x that models share is not built: repeat x per model, or ask for no grad_x"));
     }
     let device = pass.device().clone();
     op.check_gpu(&device)?;

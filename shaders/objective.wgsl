@@ -1,8 +1,8 @@
 // Objectives of series of returns and their gradients. Maths, shapes and source: kernels/objective.rs.
-//   objective_moments, objective_tail                  grid  N             thread t takes values t, t+WG, …; for drawdowns a run of ⌈T/WG⌉
+//   objective_moments, objective_tail, …_tail_sweep    grid  N             thread t takes values t, t+WG, …; for drawdowns a run of ⌈T/WG⌉
 //   objective_finish                                   grid  ⌈N / WG⌉      thread = row
 //   objective_gradient, net_returns, …_backward        grid  ⌈N·T / WG⌉    thread = value
-//   state [N,16], coefficients [N,12]      workgroup memory: 8·WG + 258 words
+//   state [N,16], coefficients [N,12], bins [N,260]    workgroup memory: 8·WG + 258 words
 
 struct ObjectiveParams {
     n: u32,
@@ -16,11 +16,14 @@ struct ObjectiveParams {
     floor_low: f32,
     option: f32,
     option_low: f32,
+    period: u32,
+    sweep: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: ObjectiveParams;
 @group(0) @binding(1) var<storage, read> returns: array<f32>;
-@group(0) @binding(2) var<storage, read_write> state: array<f32>;
+@group(0) @binding(2) var<storage, read> lengths: array<u32>;
+@group(0) @binding(3) var<storage, read_write> state: array<f32>;
 
 override WG: u32 = 128u;
 const STATE: u32 = 16u;
@@ -34,6 +37,10 @@ const DRAWDOWN: u32 = 3u;
 const DRAWDOWN_ADDITIVE: u32 = 4u;
 const CVAR: u32 = 5u;
 const MEAN_VARIANCE: u32 = 6u;
+const BINS: u32 = 260u;
+const PREFIX: u32 = 256u;
+const RANK: u32 = 258u;
+const DIGITS: u32 = 4u;
 const RUIN: f32 = 1e-6;
 const MOST_GROWTH: f32 = 40.0;
 
@@ -65,6 +72,14 @@ fn reduce(tid: u32, mine: vec2<f32>) -> vec2<f32> {
         workgroupBarrier();
     }
     return sh_sum[0];
+}
+
+// Bars of the batch that belong to a row.
+fn bars_of(row: u32) -> u32 {
+    if params.period == 0u {
+        return params.t;
+    }
+    return min(max(lengths[(params.first + row) % params.period], params.start) - params.start, params.t);
 }
 
 fn empty(at: u32) -> Stretch {
@@ -142,20 +157,27 @@ fn objective_moments(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgro
     }
     let at = row * params.t;
     let out = (params.first + row) * STATE;
+    let t = bars_of(row);
+    if t == 0u {
+        if params.start == 0u && tid < STATE {
+            state[out + tid] = 0.0;
+        }
+        return;
+    }
 
     // mean, as the first return plus an offset
     let first = returns[at];
     var sum = 0.0;
-    for (var j = tid; j < params.t; j += WG) {
+    for (var j = tid; j < t; j += WG) {
         sum += returns[at + j] - first;
     }
-    var count = f32(params.t);
+    var count = f32(t);
     let offset = reduce(tid, vec2<f32>(sum, 0.0)).x / count;
 
     // central and downside squares
     let target_return = select(0.0, params.option, params.kind == SORTINO);
     var mine = vec2<f32>(0.0);
-    for (var j = tid; j < params.t; j += WG) {
+    for (var j = tid; j < t; j += WG) {
         let d = (returns[at + j] - first) - offset;
         let low = min(returns[at + j] - target_return, 0.0);
         mine += vec2<f32>(d * d, low * low);
@@ -165,9 +187,9 @@ fn objective_moments(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgro
     // drawdown: runs in order, then an ordered tree
     var s = empty(params.start);
     if params.kind == CALMAR || params.kind == DRAWDOWN || params.kind == DRAWDOWN_ADDITIVE {
-        let run = (params.t + WG - 1u) / WG;
-        let from_bar = min(tid * run, params.t);
-        let last = min(from_bar + run, params.t);
+        let run = (t + WG - 1u) / WG;
+        let from_bar = min(tid * run, t);
+        let last = min(from_bar + run, t);
         s = empty(params.start + from_bar);
         for (var j = from_bar; j < last; j += 64u) {
             s = join(s, stretch_of(at + j, at + min(j + 64u, last), params.start + j));
@@ -234,16 +256,20 @@ fn objective_tail(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups
         return;
     }
     let at = row * params.t;
+    let t = bars_of(row);
+    if t == 0u {
+        return;
+    }
     // the order statistic, one byte of its ordered image at a time
     var prefix = 0u;
-    var rank = min(u32(params.option * f32(params.t) + params.option_low * f32(params.t)), params.t - 1u);
+    var rank = min(u32(params.option * f32(t) + params.option_low * f32(t)), t - 1u);
     for (var byte = 0u; byte < 4u; byte++) {
         let shift = 24u - 8u * byte;
         for (var i = tid; i < 256u; i += WG) {
             atomicStore(&sh_bins[i], 0u);
         }
         workgroupBarrier();
-        for (var j = tid; j < params.t; j += WG) {
+        for (var j = tid; j < t; j += WG) {
             let key = ordered(returns[at + j]);
             if byte == 0u || (key >> (shift + 8u)) == prefix {
                 atomicAdd(&sh_bins[(key >> shift) & 0xffu], 1u);
@@ -270,7 +296,7 @@ fn objective_tail(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups
     }
     var below = vec2<f32>(0.0);
     var equal = 0.0;
-    for (var j = tid; j < params.t; j += WG) {
+    for (var j = tid; j < t; j += WG) {
         let key = ordered(returns[at + j]);
         if key < prefix {
             below += vec2<f32>(1.0, returns[at + j]);
@@ -287,6 +313,102 @@ fn objective_tail(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups
         state[out + 1u] = count;
         state[out + 2u] = sum;
         state[out + 3u] = equals;
+    }
+}
+
+// ---- tail of an epoch in batches --------------------------------------------------------------------------------
+
+@group(0) @binding(4) var<storage, read_write> bins: array<f32>;
+
+// The image so far of a row's threshold, and its rank among the values that have it, from what the last sweep counted.
+fn pick(own: u32, s: u32) {
+    var prefix = u32(bins[own + PREFIX + 1u]);
+    var rank = u32(bins[own + RANK]);
+    if params.sweep == 1u {
+        let n = state[s];
+        prefix = 0u;
+        rank = min(u32(params.option * n + params.option_low * n), max(u32(n), 1u) - 1u);
+    }
+    var bin = 0u;
+    for (; bin < 255u; bin++) {
+        let inside = u32(bins[own + bin]);
+        if inside > rank {
+            break;
+        }
+        rank -= inside;
+    }
+    prefix = (prefix << 8u) | bin;
+    if params.sweep < DIGITS {
+        bins[own + PREFIX + 1u] = f32(prefix);
+        bins[own + RANK] = f32(rank);
+    } else {
+        state[s + TAIL] = unordered(prefix);
+        for (var i = 1u; i < 4u; i++) {
+            state[s + TAIL + i] = 0.0;
+        }
+    }
+}
+
+@compute @workgroup_size(WG)
+fn objective_tail_sweep(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) nwg: vec3<u32>, @builtin(local_invocation_index) tid: u32) {
+    let row = group_index(wid, nwg);
+    if row >= params.n {
+        return;
+    }
+    let at = row * params.t;
+    let own = (params.first + row) * BINS;
+    let s = (params.first + row) * STATE;
+    let t = bars_of(row);
+    if tid == 0u {
+        if params.start == 0u && params.sweep > 0u {
+            pick(own, s);
+        }
+        var prefix = 0u;
+        if params.sweep == DIGITS {
+            prefix = ordered(state[s + TAIL]);
+        } else if params.sweep > 0u {
+            prefix = u32(bins[own + PREFIX + 1u]);
+        }
+        sh_pick[0] = prefix;
+    }
+    for (var i = tid; i < 256u; i += WG) {
+        atomicStore(&sh_bins[i], 0u);
+    }
+    workgroupBarrier();
+    let prefix = sh_pick[0];
+    if params.sweep < DIGITS {
+        // one more byte of the images that begin as the threshold's
+        let shift = 24u - 8u * params.sweep;
+        for (var j = tid; j < t; j += WG) {
+            let key = ordered(returns[at + j]);
+            if params.sweep == 0u || (key >> (shift + 8u)) == prefix {
+                atomicAdd(&sh_bins[(key >> shift) & 0xffu], 1u);
+            }
+        }
+        workgroupBarrier();
+        for (var i = tid; i < 256u; i += WG) {
+            let before = select(bins[own + i], 0.0, params.start == 0u);
+            bins[own + i] = before + f32(atomicLoad(&sh_bins[i]));
+        }
+        return;
+    }
+    var below = vec2<f32>(0.0);
+    var equal = 0.0;
+    for (var j = tid; j < t; j += WG) {
+        let key = ordered(returns[at + j]);
+        if key < prefix {
+            below += vec2<f32>(1.0, returns[at + j]);
+        }
+        equal += select(0.0, 1.0, key == prefix);
+    }
+    let sums = reduce(tid, below);
+    let count = sums.x;
+    let sum = sums.y;
+    let equals = reduce(tid, vec2<f32>(equal, 0.0)).x;
+    if tid == 0u {
+        state[s + TAIL + 1u] += count;
+        state[s + TAIL + 2u] += sum;
+        state[s + TAIL + 3u] += equals;
     }
 }
 
@@ -339,8 +461,8 @@ fn objective_finish(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgrou
             }
         }
         case SORTINO: {
-            let below = sqrt(state_in[s + 3u] / n + floor_square);
-            if below > 0.0 {
+            let below = sqrt(state_in[s + 3u] / max(n, 1.0) + floor_square);
+            if n > 0.0 && below > 0.0 {
                 result = year * (mean - params.option) / below;
                 c[0] = year / (n * below);
                 c[3] = -(result / (n * below * below));
@@ -348,7 +470,7 @@ fn objective_finish(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgrou
         }
         case CALMAR: {
             let below = sqrt(drawdown * drawdown + floor_square);
-            if below > 0.0 {
+            if n > 0.0 && below > 0.0 {
                 let growth = -minus_expm1(min(params.periods / n * level, MOST_GROWTH));
                 result = growth / below;
                 c[4] = (1.0 + growth) * params.periods / (n * below);
@@ -356,20 +478,22 @@ fn objective_finish(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgrou
             }
         }
         case DRAWDOWN: {
-            result = drawdown;
+            result = select(UNDEFINED, drawdown, n > 0.0);
             c[5] = -(1.0 - drawdown);
         }
         case DRAWDOWN_ADDITIVE: {
-            result = fall;
+            result = select(UNDEFINED, fall, n > 0.0);
             c[6] = -1.0;
         }
         default: {
-            let tail = min(params.option * n + params.option_low * n, n);
-            let rest = tail - state_in[s + TAIL + 1u];
-            result = -((state_in[s + TAIL + 2u] + rest * state_in[s + TAIL]) / tail);
-            c[9] = state_in[s + TAIL];
-            c[10] = -(1.0 / tail);
-            c[11] = -(rest / (tail * state_in[s + TAIL + 3u]));
+            if n > 0.0 {
+                let tail = min(params.option * n + params.option_low * n, n);
+                let rest = tail - state_in[s + TAIL + 1u];
+                result = -((state_in[s + TAIL + 2u] + rest * state_in[s + TAIL]) / tail);
+                c[9] = state_in[s + TAIL];
+                c[10] = -(1.0 / tail);
+                c[11] = -(rest / (tail * state_in[s + TAIL + 3u]));
+            }
         }
     }
     c[2] = mean;
@@ -383,14 +507,18 @@ fn objective_finish(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgrou
 
 // ---- gradient ---------------------------------------------------------------------------------------------------
 
-@group(0) @binding(2) var<storage, read> coefficients_in: array<f32>;
-@group(0) @binding(3) var<storage, read> grad_value: array<f32>;
-@group(0) @binding(4) var<storage, read_write> grad_returns: array<f32>;
+@group(0) @binding(3) var<storage, read> coefficients_in: array<f32>;
+@group(0) @binding(4) var<storage, read> grad_value: array<f32>;
+@group(0) @binding(5) var<storage, read_write> grad_returns: array<f32>;
 
 @compute @workgroup_size(WG)
 fn objective_gradient(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) nwg: vec3<u32>, @builtin(local_invocation_index) tid: u32) {
     let at = group_index(wid, nwg) * WG + tid;
     if at >= params.n * params.t {
+        return;
+    }
+    if at % params.t >= bars_of(at / params.t) {
+        grad_returns[at] = 0.0;
         return;
     }
     let row = params.first + at / params.t;
@@ -415,6 +543,14 @@ fn objective_gradient(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgr
 @group(0) @binding(2) var<storage, read> asset_returns: array<f32>;
 @group(0) @binding(3) var<storage, read_write> returns_out: array<f32>;
 
+// Where the return of position `at` lies: series of asset returns repeat.
+fn asset_at(at: u32) -> u32 {
+    if params.period == 0u {
+        return at;
+    }
+    return (params.first + at / params.t) % params.period * params.t + at % params.t;
+}
+
 fn position_before(at: u32) -> f32 {
     if at % params.t == 0u {
         return 0.0;
@@ -428,7 +564,7 @@ fn net_returns(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n
     if at >= params.n * params.t {
         return;
     }
-    returns_out[at] = positions[at] * asset_returns[at] - params.option * abs(positions[at] - position_before(at));
+    returns_out[at] = positions[at] * asset_returns[asset_at(at)] - params.option * abs(positions[at] - position_before(at));
 }
 
 @group(0) @binding(3) var<storage, read> grad_returns_in: array<f32>;
@@ -445,5 +581,5 @@ fn net_returns_backward(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_work
     if at % params.t + 1u < params.t {
         after = grad_returns_in[at + 1u] * params.option * sign(positions[at + 1u] - x);
     }
-    grad_positions[at] = grad_returns_in[at] * (asset_returns[at] - params.option * sign(x - position_before(at))) + after;
+    grad_positions[at] = grad_returns_in[at] * (asset_returns[asset_at(at)] - params.option * sign(x - position_before(at))) + after;
 }

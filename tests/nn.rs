@@ -10,6 +10,8 @@ mod attention;
 mod conv1d;
 #[path = "nn/gather.rs"]
 mod gather;
+#[path = "nn/gradients.rs"]
+mod gradients;
 #[path = "nn/layer_norm.rs"]
 mod layer_norm;
 #[path = "nn/linear.rs"]

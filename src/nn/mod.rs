@@ -6,8 +6,10 @@
 //! Sources  Vaswani et al. 2017 (encoder layer); Xiong et al. 2020, arXiv:2002.04745 (normalisation before or after); PyTorch's layouts.
 
 mod parameters;
+mod pooling;
 
 pub use parameters::{Declared, Init, Parameters, Tensor};
+pub use pooling::{AttentionPooling, Pooled, Positions, sinusoids};
 
 use crate::kernels::activation::Activation;
 use crate::ops::{AttentionOptions, Layer, RecurrentOptions};
@@ -192,16 +194,33 @@ impl MultiheadAttention {
     /// # Errors
     /// `Shape` naming the argument; as for [`Tape::attention`].
     pub fn forward(&self, tape: &mut Tape, parameters: &Parameters, x: Var, options: AttentionOptions) -> Result<Var> {
-        let &[m, b, t, e] = tape.shape(x) else {
+        let (qkv, [m, b, t, e]) = self.projected(tape, parameters, x)?;
+        let (out, _) = tape.attention_packed(qkv, self.heads, options)?;
+        let out = tape.reshape(out, &[m, b, t, e])?;
+        Linear::new(&under(&self.prefix, "out_proj"), e, e).forward(tape, parameters, out)
+    }
+
+    /// The attention weights that [`MultiheadAttention::forward`] has for x [M,B,T,E], before dropout: [M,B,NH,T,T], for plots; no gradient.
+    /// # Errors
+    /// As for [`MultiheadAttention::forward`].
+    pub fn weights(&self, tape: &mut Tape, parameters: &Parameters, x: Var, options: AttentionOptions) -> Result<Var> {
+        tape.no_grad(|tape| {
+            let (qkv, [m, b, t, _]) = self.projected(tape, parameters, x)?;
+            let (_, lse) = tape.attention_packed(qkv, self.heads, options)?;
+            let weights = tape.attention_weights_packed(qkv, self.heads, lse, options)?;
+            tape.reshape(weights, &[m, b, self.heads, t, t])
+        })
+    }
+
+    /// q | k | v [M·B,T,3E], and M, B, T, E.
+    fn projected(&self, tape: &mut Tape, parameters: &Parameters, x: Var) -> Result<(Var, [usize; 4])> {
+        let &[_, b, t, e] = tape.shape(x) else {
             return Err(Error::Shape { op: "attention", arg: "x".into(), expected: "[M,B,T,E]".into(), got: format!("{:?}", tape.shape(x)) });
         };
         let (weight, bias) = (parameters.on(tape, &under(&self.prefix, "in_proj_weight"))?, parameters.on(tape, &under(&self.prefix, "in_proj_bias"))?);
         let qkv = tape.linear(x, weight, Some(bias), Activation::None)?;
-        let models = tape.shape(qkv)[0];
-        let qkv = tape.reshape(qkv, &[models * b, t, 3 * e])?;
-        let (out, _) = tape.attention_packed(qkv, self.heads, options)?;
-        let out = tape.reshape(out, &[models.max(m), b, t, e])?;
-        Linear::new(&under(&self.prefix, "out_proj"), e, e).forward(tape, parameters, out)
+        let m = tape.shape(qkv)[0];
+        Ok((tape.reshape(qkv, &[m * b, t, 3 * e])?, [m, b, t, e]))
     }
 }
 

@@ -63,6 +63,11 @@ impl Declared {
         self.0.push(Tensor { name: name.into(), shape: shape.to_vec(), init, decay: shape.len() > 1 });
     }
 
+    /// Adds a tensor that does not decay, whatever its shape.
+    pub fn add_undecayed(&mut self, name: impl Into<String>, shape: &[usize], init: Init) {
+        self.0.push(Tensor { name: name.into(), shape: shape.to_vec(), init, decay: false });
+    }
+
     /// The tensors, in the order of their declaration.
     pub fn tensors(&self) -> &[Tensor] {
         &self.0

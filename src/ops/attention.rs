@@ -2,6 +2,7 @@
 
 use super::{need, optional, wrong};
 use crate::kernels::attention::{self, Attention, AttentionArgs, AttentionGrads, Bias, Dropout};
+use crate::kernels::map;
 use crate::kernels::{Device, Pass};
 use crate::tape::{Backward, Forward, Function, Keeps, Tape, Var};
 use crate::{Error, Result};
@@ -96,7 +97,50 @@ impl Function for AttentionOp {
             grad_v: optional(io.grad_inputs, v).cloned(),
             grad_bias: optional(io.grad_inputs, bias).cloned(),
         };
+        if let Some(grad_bias) = grads.grad_bias.as_ref().filter(|_| self.op.batch == 0) {
+            map::fill(pass, 0.0, grad_bias)?;
+        }
         attention::attention_backward(pass, &self.op, &args, &grads)
+    }
+}
+
+/// Weights of attention from what it left in its log-sum-exp.
+struct WeightsOp {
+    op: Attention,
+    packed: bool,
+    shape: Vec<usize>,
+}
+
+const WEIGHTS: &str = "attention_weights";
+
+impl Function for WeightsOp {
+    fn name(&self) -> &'static str {
+        WEIGHTS
+    }
+    fn shapes(&self) -> Vec<Vec<usize>> {
+        vec![self.shape.clone()]
+    }
+    fn keeps(&self) -> Keeps {
+        Keeps { inputs: 0, outputs: 0 }
+    }
+    fn forward(&self, pass: &mut Pass, io: &Forward<'_>) -> Result<()> {
+        let (q, k) = (need(io.inputs, 0, WEIGHTS)?, need(io.inputs, usize::from(!self.packed), WEIGHTS)?);
+        let rest = if self.packed { 1 } else { 2 };
+        let args = AttentionArgs {
+            q: q.clone(),
+            k: k.clone(),
+            // Values and result are not bound, but have their lengths.
+            v: k.clone(),
+            out: q.part(0..self.op.elements()[3]),
+            lse: need(io.inputs, rest, WEIGHTS)?.clone(),
+            kv_len: optional(io.inputs, rest + 1).cloned(),
+            bias: optional(io.inputs, rest + 2).cloned(),
+            step: optional(io.inputs, rest + 3).cloned(),
+        };
+        attention::attention_weights(pass, &self.op, &args, need(io.outputs, 0, WEIGHTS)?)
+    }
+    fn backward(&self, _: &mut Pass, _: &Backward<'_>) -> Result<()> {
+        Err(Error::Internal("attention weights have no gradient".into()))
     }
 }
 
@@ -118,15 +162,61 @@ impl Tape {
     /// # Errors
     /// As for [`Tape::attention`].
     pub fn attention_packed(&mut self, qkv: Var, heads: usize, options: AttentionOptions) -> Result<(Var, Var)> {
-        let [b, steps, row] = self.axes(NAME, "qkv", qkv, "[B,T,3·E]")?;
-        if heads == 0 || !row.is_multiple_of(3 * heads) {
-            return Err(wrong(NAME, "qkv", format!("[B,T,3·E] with E a multiple of {heads} heads"), self.shape(qkv)));
+        let (op, out) = self.packed(NAME, qkv, heads)?;
+        self.attend(op, true, &[qkv], out, options)
+    }
+
+    /// Weights of [`Tape::attention`] before dropout [B,NH,Tq,Tk], for plots: from its q, k, options and log-sum-exp; 0 for what a query may not see.
+    /// No gradient flows through them.
+    /// # Errors
+    /// As for [`Tape::attention`].
+    pub fn attention_weights(&mut self, q: Var, k: Var, lse: Var, options: AttentionOptions) -> Result<Var> {
+        let [b, heads, queries, width] = self.axes(WEIGHTS, "q", q, "[B,NH,Tq,D]")?;
+        let [_, _, keys, _] = self.axes(WEIGHTS, "k", k, "[B,NH,Tk,D]")?;
+        self.expect(WEIGHTS, "k", k, &[b, heads, keys, width])?;
+        let op = Attention { keys: keys as u64, ..Attention::new(b as u64, heads as u64, queries as u64, width as u64) };
+        self.weigh(op, false, &[q, k, lse], options)
+    }
+
+    /// The same of [`Tape::attention_packed`].
+    /// # Errors
+    /// As for [`Tape::attention`].
+    pub fn attention_weights_packed(&mut self, qkv: Var, heads: usize, lse: Var, options: AttentionOptions) -> Result<Var> {
+        let (op, _) = self.packed(WEIGHTS, qkv, heads)?;
+        self.weigh(op, true, &[qkv, lse], options)
+    }
+
+    fn weigh(&mut self, op: Attention, packed: bool, inputs: &[Var], options: AttentionOptions) -> Result<Var> {
+        let op = self.with_options(op, options)?;
+        let shape = [op.batch, op.heads, op.queries, op.keys].map(|n| n as usize).to_vec();
+        if let Some(&lse) = inputs.last() {
+            self.expect(WEIGHTS, "lse", lse, &shape[..3])?;
         }
-        let op = Attention::packed(b as u64, heads as u64, steps as u64, (row / 3 / heads) as u64);
-        self.attend(op, true, &[qkv], vec![b, steps, row / 3], options)
+        let inputs: Vec<Option<Var>> = inputs.iter().map(|&x| Some(x)).chain([options.kv_len, options.bias, options.step]).collect();
+        self.no_grad(|tape| tape.one(WeightsOp { op, packed, shape }, &inputs))
+    }
+
+    /// Sizes of a packed projection: the op, and the shape of its result.
+    fn packed(&self, name: &'static str, qkv: Var, heads: usize) -> Result<(Attention, Vec<usize>)> {
+        let [b, steps, row] = self.axes(name, "qkv", qkv, "[B,T,3·E]")?;
+        if heads == 0 || !row.is_multiple_of(3 * heads) {
+            return Err(wrong(name, "qkv", format!("[B,T,3·E] with E a multiple of {heads} heads"), self.shape(qkv)));
+        }
+        Ok((Attention::packed(b as u64, heads as u64, steps as u64, (row / 3 / heads) as u64), vec![b, steps, row / 3]))
     }
 
     fn attend(&mut self, op: Attention, packed: bool, qkv: &[Var], out: Vec<usize>, options: AttentionOptions) -> Result<(Var, Var)> {
+        let op = self.with_options(op, options)?;
+        let sizes = [op.batch, op.heads, op.queries].map(|n| n as usize);
+        let inputs: Vec<Option<Var>> = qkv.iter().map(|&x| Some(x)).chain([options.kv_len, options.bias, options.step]).collect();
+        let shapes = vec![out, sizes.to_vec()];
+        let out = self.apply(AttentionOp { op, packed, shapes }, &inputs)?;
+        let lse = self.detach(out[1])?;
+        Ok((out[0], lse))
+    }
+
+    /// The op with its options, which fit it.
+    fn with_options(&self, op: Attention, options: AttentionOptions) -> Result<Attention> {
         let AttentionOptions { causal, window, scale, kv_len, bias, dropout, step } = options;
         let sizes = [op.batch, op.heads, op.queries, op.keys].map(|n| n as usize);
         let bias_shape = match bias {
@@ -141,16 +231,14 @@ impl Tape {
         };
         if let Some(kv_len) = kv_len {
             self.expect(NAME, "kv_len", kv_len, &sizes[..1])?;
+            self.expect_words(NAME, "kv_len", kv_len)?;
         }
         if let Some(step) = step {
             self.expect(NAME, "step", step, &[1])?;
+            self.expect_words(NAME, "step", step)?;
         }
         let op = Attention { causal, window, scale, bias: bias_shape, dropout, ..op };
         op.check()?;
-        let inputs: Vec<Option<Var>> = qkv.iter().map(|&x| Some(x)).chain([kv_len, bias, step]).collect();
-        let shapes = vec![out, vec![sizes[0], sizes[1], sizes[2]]];
-        let out = self.apply(AttentionOp { op, packed, shapes }, &inputs)?;
-        let lse = self.detach(out[1])?;
-        Ok((out[0], lse))
+        Ok(op)
     }
 }

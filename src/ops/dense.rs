@@ -1,4 +1,4 @@
-//! Dense layers, normalisation, softmax and convolution.
+//! Dense layers, normalisation and softmax.
 
 use super::{need, optional, wrong};
 use crate::kernels::activation::Activation;
@@ -6,6 +6,7 @@ use crate::kernels::kernel::Elem;
 use crate::kernels::layer_norm::{self, LayerNormArgs, LayerNormBackwardArgs};
 use crate::kernels::linear::{self, LinearArgs, LinearBackwardArgs};
 use crate::kernels::map;
+use crate::kernels::normalise::{self, Normalise};
 use crate::kernels::softmax::{self, Softmax, SoftmaxMask};
 use crate::kernels::{Device, Pass};
 use crate::tape::{Backward, Forward, Function, Keeps, Tape, Var};
@@ -144,6 +145,30 @@ impl Function for SoftmaxOp {
     }
 }
 
+struct NormaliseOp {
+    op: Normalise,
+    shape: Vec<usize>,
+}
+
+impl Function for NormaliseOp {
+    fn name(&self) -> &'static str {
+        "normalise"
+    }
+    fn shapes(&self) -> Vec<Vec<usize>> {
+        vec![self.shape.clone()]
+    }
+    fn keeps(&self) -> Keeps {
+        Keeps { inputs: 1, outputs: 0 }
+    }
+    fn forward(&self, pass: &mut Pass, io: &Forward<'_>) -> Result<()> {
+        normalise::normalise(pass, &self.op, need(io.inputs, 0, "normalise")?, need(io.outputs, 0, "normalise")?)
+    }
+    fn backward(&self, pass: &mut Pass, io: &Backward<'_>) -> Result<()> {
+        let (x, grad_y) = (need(io.inputs, 0, "normalise")?, need(io.grad_outputs, 0, "normalise")?);
+        normalise::normalise_backward(pass, &self.op, x, grad_y, need(io.grad_inputs, 0, "normalise")?)
+    }
+}
+
 /// Sizes between the first and the last axis, multiplied.
 fn rows(shape: &[usize]) -> usize {
     shape[1..shape.len() - 1].iter().product()
@@ -198,10 +223,42 @@ impl Tape {
     /// # Errors
     /// `Shape` for a tensor without axes.
     pub fn softmax(&mut self, x: Var, log: bool) -> Result<Var> {
+        self.softmax_of(x, None, log)
+    }
+
+    /// The same over the allowed elements alone: mask has a word for each element of x (not 0 is allowed), or a length for each row (the elements
+    /// before it are). The others are 0, or −1e30 in the logarithm, with gradient 0; so is a row without an allowed one.
+    /// # Errors
+    /// `Shape` for a mask of another shape, or of reals.
+    pub fn softmax_masked(&mut self, x: Var, mask: Var, log: bool) -> Result<Var> {
+        self.softmax_of(x, Some(mask), log)
+    }
+
+    fn softmax_of(&mut self, x: Var, mask: Option<Var>, log: bool) -> Result<Var> {
         let shape = self.shape(x).to_vec();
         let Some((&width, outer)) = shape.split_last() else { return Err(wrong("softmax", "x", "[…,D]", &shape)) };
-        let op = Softmax { rows: outer.iter().product::<usize>() as u64, width: width as u64, log, mask: SoftmaxMask::None };
+        let kind = match mask.map(|mask| self.shape(mask)) {
+            None => SoftmaxMask::None,
+            Some(given) if given == shape => SoftmaxMask::Words,
+            Some(given) if given == outer => SoftmaxMask::Lengths,
+            Some(given) => return Err(wrong("softmax", "mask", format!("words {shape:?}, or lengths {outer:?}"), given)),
+        };
+        if let Some(mask) = mask {
+            self.expect_words("softmax", "mask", mask)?;
+        }
+        let op = Softmax { rows: outer.iter().product::<usize>() as u64, width: width as u64, log, mask: kind };
         op.check()?;
-        self.one(SoftmaxOp { op, shape }, &[Some(x), None])
+        self.one(SoftmaxOp { op, shape }, &[Some(x), mask])
+    }
+
+    /// x/max(‖x‖₂, eps) over the last axis.
+    /// # Errors
+    /// `Shape` for a tensor without axes; `Parameter` for an eps that is not positive.
+    pub fn normalise(&mut self, x: Var, eps: f32) -> Result<Var> {
+        let shape = self.shape(x).to_vec();
+        let Some((&width, outer)) = shape.split_last() else { return Err(wrong("normalise", "x", "[…,D]", &shape)) };
+        let op = Normalise { rows: outer.iter().product::<usize>() as u64, width: width as u64, eps };
+        op.check()?;
+        self.one(NormaliseOp { op, shape }, &[Some(x)])
     }
 }

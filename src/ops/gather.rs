@@ -42,6 +42,7 @@ impl Tape {
     pub fn embedding(&mut self, table: Var, ids: Var) -> Result<Var> {
         let [table_models, v, e] = self.axes(NAME, "table", table, "[M or 1,V,E]")?;
         let Some((&ids_models, inner)) = self.shape(ids).split_first() else { return Err(wrong(NAME, "ids", "[M or 1,…]", self.shape(ids))) };
+        self.expect_words(NAME, "ids", ids)?;
         let models = table_models.max(ids_models);
         let shape: Vec<usize> = std::iter::once(models).chain(inner.iter().copied()).chain([e]).collect();
         let op = Embedding {

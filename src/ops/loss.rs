@@ -65,6 +65,9 @@ impl Tape {
         let narrow = matches!(criterion, Criterion::Pinball | Criterion::CrossEntropy { .. });
         let inner = if narrow { &shape[1..shape.len() - 1] } else { &shape[1..] };
         let target_models = self.models_of("target", target, m, inner)?;
+        if matches!(criterion, Criterion::CrossEntropy { .. }) {
+            self.expect_words(NAME, "target", target)?;
+        }
         let weight_models = weight.map_or(Ok(1), |w| self.models_of("weight", w, m, &shape[1..shape.len() - 1]))?;
         if let Some(quantiles) = quantiles {
             self.expect(NAME, "quantiles", quantiles, &[columns])?;

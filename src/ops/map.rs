@@ -2,7 +2,7 @@
 
 use super::{need, optional, wrong};
 use crate::kernels::kernel::Elem;
-use crate::kernels::map::{self, Binary, BinaryFunction, CopyStrided, Dims, Dropout, GluHalves, Kept, Layout, RANK, Unary};
+use crate::kernels::map::{self, Binary, BinaryFunction, CopyStrided, Dims, Dropout, GatedResidualGrads, GluHalves, Kept, Layout, RANK, Unary};
 use crate::kernels::reduce::{self, BinaryScratch, Reduce};
 use crate::kernels::{Device, Pass, View};
 use crate::tape::{Backward, Forward, Function, Keeps, Tape, Var};
@@ -97,6 +97,38 @@ impl Function for GluOp {
     fn backward(&self, pass: &mut Pass, io: &Backward<'_>) -> Result<()> {
         let (x, grad_y) = (need(io.inputs, 0, "glu")?, need(io.grad_outputs, 0, "glu")?);
         map::glu_backward(pass, &self.op, x, grad_y, need(io.grad_inputs, 0, "glu")?)
+    }
+}
+
+/// x·gate + y·(1 − gate), all of one shape.
+struct GatedResidualOp {
+    shape: Vec<usize>,
+}
+
+impl Function for GatedResidualOp {
+    fn name(&self) -> &'static str {
+        "gated_residual"
+    }
+    fn shapes(&self) -> Vec<Vec<usize>> {
+        vec![self.shape.clone()]
+    }
+    fn keeps(&self) -> Keeps {
+        Keeps { inputs: 0b111, outputs: 0 }
+    }
+    fn forward(&self, pass: &mut Pass, io: &Forward<'_>) -> Result<()> {
+        let [x, y, gate] = self.three(io.inputs)?;
+        map::gated_residual(pass, x, y, gate, need(io.outputs, 0, "gated_residual")?)
+    }
+    fn backward(&self, pass: &mut Pass, io: &Backward<'_>) -> Result<()> {
+        let [x, y, gate] = self.three(io.inputs)?;
+        let grads = GatedResidualGrads { x: optional(io.grad_inputs, 0), y: optional(io.grad_inputs, 1), gate: optional(io.grad_inputs, 2) };
+        map::gated_residual_backward(pass, x, y, gate, need(io.grad_outputs, 0, "gated_residual")?, &grads)
+    }
+}
+
+impl GatedResidualOp {
+    fn three<'a>(&self, inputs: &'a [Option<View>]) -> Result<[&'a View; 3]> {
+        Ok([need(inputs, 0, "gated_residual")?, need(inputs, 1, "gated_residual")?, need(inputs, 2, "gated_residual")?])
     }
 }
 
@@ -342,6 +374,7 @@ impl Tape {
         let op = Dropout { p, seed, stream };
         op.check()?;
         self.expect("dropout", "step", step, &[1])?;
+        self.expect_words("dropout", "step", step)?;
         let shape = self.shape(x).to_vec();
         self.one(DropoutOp { op, shape }, &[Some(x), Some(step)])
     }
@@ -360,10 +393,14 @@ impl Tape {
         self.one(GluOp { op: GluHalves { rows, width }, shape }, &[Some(x)])
     }
 
-    /// x·gate + y·(1 − gate).
+    /// x·gate + y·(1 − gate), broadcasting: in one launch where the shapes are the same.
     /// # Errors
     /// As for [`Tape::binary`].
     pub fn gated_residual(&mut self, x: Var, y: Var, gate: Var) -> Result<Var> {
+        let shape = self.shape(x).to_vec();
+        if self.shape(y) == shape && self.shape(gate) == shape {
+            return self.one(GatedResidualOp { shape }, &[Some(x), Some(y), Some(gate)]);
+        }
         let difference = self.sub(x, y)?;
         let part = self.mul(difference, gate)?;
         self.add(y, part)

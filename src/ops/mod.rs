@@ -4,18 +4,22 @@
 //! Errors name the op, the argument, what was expected and what came.
 
 mod attention;
+mod conv1d;
 mod dense;
 mod gather;
 mod loss;
 mod map;
 mod objective;
+mod pool;
 mod recurrent;
 
 pub use attention::AttentionOptions;
+pub use conv1d::Conv1dOptions;
 pub use objective::ObjectiveOptions;
 pub use recurrent::{Layer, RecurrentOptions, RecurrentOutput};
 
 use crate::kernels::View;
+use crate::kernels::kernel::Elem;
 use crate::tape::{Tape, Var};
 use crate::{Error, Result};
 
@@ -46,5 +50,23 @@ impl Tape {
 
     fn expect(&self, op: &'static str, arg: &str, x: Var, shape: &[usize]) -> Result<()> {
         if self.shape(x) == shape { Ok(()) } else { Err(wrong(op, arg, format!("{shape:?}"), self.shape(x))) }
+    }
+
+    /// Words: lengths, masks, steps, ids.
+    fn expect_words(&self, op: &'static str, arg: &str, x: Var) -> Result<()> {
+        match self.values.get(x.at()) {
+            Some(value) if value.elem != Elem::U32 => Err(Error::Shape { op, arg: arg.into(), expected: "words".into(), got: "reals".into() }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Words of rows: one for each of `outer`, or, without its first axis or with that of size 1, the same for all models.
+    fn expect_rows(&self, op: &'static str, arg: &str, x: Var, outer: &[usize]) -> Result<()> {
+        let shape = self.shape(x);
+        let shared = outer.get(1..).is_some_and(|rest| shape == rest && !rest.is_empty() || shape.first() == Some(&1) && shape[1..] == *rest);
+        if shape != outer && !shared {
+            return Err(wrong(op, arg, format!("{outer:?}, or that of one model"), shape));
+        }
+        self.expect_words(op, arg, x)
     }
 }

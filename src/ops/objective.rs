@@ -1,9 +1,9 @@
 //! Objectives of returns, one value per series, and the returns that positions earn after costs.
 
-use super::{need, wrong};
+use super::{need, optional, wrong};
 use crate::kernels::kernel::Elem;
-use crate::kernels::map::{self, CopyStrided, Layout};
-use crate::kernels::objective::{self, Goal, NetReturns, Objective};
+use crate::kernels::map::Unary;
+use crate::kernels::objective::{self, Goal, NetReturns, Objective, Series};
 use crate::kernels::{Device, Pass, View};
 use crate::tape::{Backward, Forward, Function, Keeps, Tape, Var};
 use crate::{Error, Result};
@@ -16,7 +16,8 @@ pub struct ObjectiveOptions {
     /// Floor of the ratios' denominators per period, which keeps values and gradients finite without risk: 1e-5 unless given; 0 leaves such
     /// ratios undefined (−1e30, gradient 0).
     pub floor: f64,
-    /// Bars of each series, words; what lies past them is not read and has gradient 0.
+    /// Bars of each series, words [M,…], or […] or [1,…] where the models share them; what lies past them is not read and has gradient 0, and a
+    /// series without bars is undefined.
     pub lengths: Option<Var>,
 }
 
@@ -33,6 +34,10 @@ struct ObjectiveOp {
 
 const NAME: &str = "objective";
 
+fn series(inputs: &[Option<View>]) -> Result<Series<'_>> {
+    Ok(Series { returns: need(inputs, 0, NAME)?, lengths: optional(inputs, 1) })
+}
+
 impl Function for ObjectiveOp {
     fn name(&self) -> &'static str {
         NAME
@@ -47,44 +52,25 @@ impl Function for ObjectiveOp {
         vec![self.op.state()]
     }
     fn keeps(&self) -> Keeps {
-        Keeps { inputs: 0b1, outputs: 0 }
+        Keeps { inputs: 0b11, outputs: 0 }
     }
     fn forward(&self, pass: &mut Pass, io: &Forward<'_>) -> Result<()> {
         let (Some(coefficients), [state]) = (io.saved, io.scratch) else { return Err(Error::Internal("an objective has no memory".into())) };
-        objective::objective(pass, &self.op, need(io.inputs, 0, NAME)?, need(io.outputs, 0, NAME)?, coefficients, state)
+        objective::objective(pass, &self.op, series(io.inputs)?, need(io.outputs, 0, NAME)?, coefficients, state)
     }
     fn backward(&self, pass: &mut Pass, io: &Backward<'_>) -> Result<()> {
         let coefficients = io.saved.ok_or_else(|| Error::Internal("an objective has no memory".into()))?;
-        let (returns, grad_value) = (need(io.inputs, 0, NAME)?, need(io.grad_outputs, 0, NAME)?);
-        objective::objective_backward(pass, &self.op, returns, coefficients, grad_value, need(io.grad_inputs, 0, NAME)?)
+        let (grad_value, grad_returns) = (need(io.grad_outputs, 0, NAME)?, need(io.grad_inputs, 0, NAME)?);
+        objective::objective_backward(pass, &self.op, series(io.inputs)?, coefficients, grad_value, grad_returns)
     }
 }
 
 struct NetReturnsOp {
     op: NetReturns,
-    /// Series of asset returns that the models share; 0 where each has its own.
-    shared: u64,
     shape: Vec<usize>,
 }
 
 const NET: &str = "net_returns";
-
-impl NetReturnsOp {
-    fn room(&self) -> Vec<u64> {
-        if self.shared == 0 { Vec::new() } else { vec![self.op.rows * self.op.bars] }
-    }
-
-    /// Asset returns of every row.
-    fn assets(&self, pass: &mut Pass, given: &View, room: Option<&View>) -> Result<View> {
-        let Some(all) = room else { return Ok(given.clone()) };
-        let (series, bars) = (self.shared, self.op.bars);
-        let dims = map::dims(&[self.op.rows / series, series, bars])?;
-        let mut from = Layout::row_major(&dims);
-        from.strides[map::RANK - 3] = 0;
-        map::copy_strided(pass, &CopyStrided { dims, from, to: Layout::row_major(&dims), add: false }, given, all)?;
-        Ok(all.clone())
-    }
-}
 
 impl Function for NetReturnsOp {
     fn name(&self) -> &'static str {
@@ -93,23 +79,16 @@ impl Function for NetReturnsOp {
     fn shapes(&self) -> Vec<Vec<usize>> {
         vec![self.shape.clone()]
     }
-    fn scratch(&self, _: &Device) -> Vec<u64> {
-        self.room()
-    }
-    fn scratch_backward(&self, _: &Device) -> Vec<u64> {
-        self.room()
-    }
     fn keeps(&self) -> Keeps {
         Keeps { inputs: 0b11, outputs: 0 }
     }
     fn forward(&self, pass: &mut Pass, io: &Forward<'_>) -> Result<()> {
-        let assets = self.assets(pass, need(io.inputs, 1, NET)?, io.scratch.first())?;
-        objective::net_returns(pass, &self.op, need(io.inputs, 0, NET)?, &assets, need(io.outputs, 0, NET)?)
+        objective::net_returns(pass, &self.op, need(io.inputs, 0, NET)?, need(io.inputs, 1, NET)?, need(io.outputs, 0, NET)?)
     }
     fn backward(&self, pass: &mut Pass, io: &Backward<'_>) -> Result<()> {
-        let assets = self.assets(pass, need(io.inputs, 1, NET)?, io.scratch.first())?;
-        let (positions, grad_returns) = (need(io.inputs, 0, NET)?, need(io.grad_outputs, 0, NET)?);
-        objective::net_returns_backward(pass, &self.op, positions, &assets, grad_returns, need(io.grad_inputs, 0, NET)?)
+        let (positions, asset_returns) = (need(io.inputs, 0, NET)?, need(io.inputs, 1, NET)?);
+        let (grad_returns, grad_positions) = (need(io.grad_outputs, 0, NET)?, need(io.grad_inputs, 0, NET)?);
+        objective::net_returns_backward(pass, &self.op, positions, asset_returns, grad_returns, grad_positions)
     }
 }
 
@@ -128,7 +107,7 @@ impl Tape {
         let op = Objective { goal, rows: outer.iter().product::<usize>() as u64, bars: bars as u64, periods_per_year, floor };
         op.check()?;
         if let Some(lengths) = lengths {
-            return Err(wrong(NAME, "lengths", "none: series of unequal length are not built", self.shape(lengths)));
+            self.expect_rows(NAME, "lengths", lengths, outer)?;
         }
         self.one(ObjectiveOp { op, shape: outer.to_vec() }, &[Some(returns), lengths])
     }
@@ -153,7 +132,50 @@ impl Tape {
         }
         let op = NetReturns { rows: outer.iter().product::<usize>() as u64, bars: bars as u64, cost };
         op.check()?;
-        let shared = if given == shape { 0 } else { op.rows / shape[0].max(1) as u64 };
-        self.one(NetReturnsOp { op, shared, shape }, &[Some(positions), Some(asset_returns)])
+        self.one(NetReturnsOp { op, shape }, &[Some(positions), Some(asset_returns)])
+    }
+
+    /// How far portfolios are from their risk budgets: Σ_i (s_i − b_i)² with the shares of risk s_i = w_i·(Σw)_i/(w·Σw + floor²), for weights
+    /// [M,…,N], covariance [M or 1,…,N,N] (its axes before the last two repeat where they are 1) and budgets [N] that sum to one, equal unless
+    /// given: to [M,…]. Both have gradients. Shares do not change with the scale of w or Σ; `floor`, a deviation of the portfolio per period,
+    /// keeps them finite where it has no risk, and the shares are then 0. Maillard, Roncalli, Teiletche 2010.
+    /// # Errors
+    /// `Shape` naming the argument; `Parameter` for a floor that is negative or no number.
+    pub fn risk_parity(&mut self, weights: Var, covariance: Var, budgets: Option<Var>, floor: f64) -> Result<Var> {
+        const OP: &str = "risk_parity";
+        if !(floor.is_finite() && floor >= 0.0) {
+            let help = "give a finite number, at least 0".into();
+            return Err(Error::Parameter { op: OP, name: "floor".into(), value: floor.to_string(), help });
+        }
+        let shape = self.shape(weights).to_vec();
+        let Some((&n, outer)) = shape.split_last().filter(|&(&n, _)| n > 0) else {
+            return Err(wrong(OP, "weights", "[M,…,N] with at least one asset", &shape));
+        };
+        let repeats = |given: &[usize]| given.len() == shape.len() + 1 && given.iter().zip(outer).all(|(a, b)| a == b || *a == 1);
+        let given = self.shape(covariance);
+        if !repeats(given) || given[outer.len()..] != [n, n] {
+            return Err(wrong(OP, "covariance", format!("{outer:?} or ones, then [{n}, {n}]"), given));
+        }
+        let mut row = outer.to_vec();
+        row.extend([1, n]);
+        let row = self.reshape(weights, &row)?;
+        let product = self.mul(covariance, row)?;
+        let marginal = self.sum(product, &[outer.len() + 1])?;
+        let parts = self.mul(weights, marginal)?;
+        let variance = self.sum(parts, &[outer.len()])?;
+        let mut column = outer.to_vec();
+        column.push(1);
+        let variance = self.reshape(variance, &column)?;
+        let variance = self.affine(variance, 1.0, (floor * floor) as f32)?;
+        let shares = self.div(parts, variance)?;
+        let off = match budgets {
+            Some(budgets) => {
+                self.expect(OP, "budgets", budgets, &[n])?;
+                self.sub(shares, budgets)?
+            }
+            None => self.affine(shares, 1.0, -(1.0 / n as f32))?,
+        };
+        let squares = self.unary(Unary::Square, off)?;
+        self.sum(squares, &[outer.len()])
     }
 }

@@ -4,6 +4,7 @@ use super::{need, optional, wrong};
 use crate::kernels::kernel::Elem;
 use crate::kernels::map;
 use crate::kernels::recurrent::{self, Cell, Keep, Recurrent, RecurrentArgs, RecurrentGrads};
+use crate::kernels::reduce::{self, Reduce};
 use crate::kernels::{Device, Pass, View};
 use crate::tape::{Backward, Forward, Function, Keeps, Tape, Var};
 use crate::{Error, Result};
@@ -80,6 +81,19 @@ impl RecurrentOp {
         self.directions[0].saved().next_multiple_of(64)
     }
 
+    /// Values of x of every model.
+    fn all_x(&self) -> u64 {
+        let op = &self.directions[0];
+        op.models * op.batch * op.time * op.inputs
+    }
+
+    /// The sum over the models that share x; none where each has its own.
+    fn sum_of_models(&self) -> Option<Reduce> {
+        let op = &self.directions[0];
+        let shared = op.x_models < op.models && op.models > 0;
+        shared.then(|| Reduce::over(&[op.models, self.all_x() / op.models], &[0]).ok()).flatten()
+    }
+
     /// The part of `saved` that a direction has.
     fn saved_of(&self, saved: &View, direction: usize) -> View {
         let (each, from) = (self.directions[0].saved(), direction as u64 * self.part());
@@ -102,11 +116,11 @@ impl Function for RecurrentOp {
     }
     fn scratch_backward(&self, _: &Device) -> Vec<u64> {
         let op = &self.directions[0];
-        let mut lens = op.scratch_backward().to_vec();
-        if self.directions.len() == 2 {
-            lens.push(op.x_models * op.batch * op.time * op.inputs);
-        }
-        lens
+        let [gates, sums] = op.scratch_backward();
+        // What the second direction adds to x's gradient, then that of each model that shares x and what their sum needs.
+        let other = if self.directions.len() == 2 { self.all_x() } else { 0 };
+        let [each, parts] = self.sum_of_models().map_or([0, 0], |sum| [self.all_x(), sum.scratch()]);
+        vec![gates, sums, other, each, parts]
     }
     fn keeps(&self) -> Keeps {
         // x, weights and biases; neither start states nor outputs.
@@ -142,12 +156,16 @@ impl Function for RecurrentOp {
 
     fn backward(&self, pass: &mut Pass, io: &Backward<'_>) -> Result<()> {
         let saved = io.saved.ok_or_else(|| Error::Internal("a recurrent layer has no memory".into()))?;
-        let [delta, partial, rest @ ..] = io.scratch else { return Err(Error::Internal("a recurrent layer has no scratch".into())) };
-        let grad_x = optional(io.grad_inputs, 0);
+        let [gates, sums, other, each, parts] = io.scratch else { return Err(Error::Internal("a recurrent layer has no scratch".into())) };
+        if self.directions[0].batch == 0 {
+            return io.grad_inputs.iter().flatten().try_for_each(|grad| map::fill(pass, 0.0, grad));
+        }
+        let sum = self.sum_of_models();
+        let grad_x = optional(io.grad_inputs, 0).map(|grad_x| if sum.is_some() { each } else { grad_x });
         for (d, op) in self.directions.iter().enumerate() {
             let (at, [hn, cn]) = (self.at(d), self.states(d));
             // The second direction's gradient of x is added to the first one's.
-            let other = if d == 0 { None } else { rest.first() };
+            let other = (d > 0).then_some(other);
             let args = RecurrentGrads {
                 x: need(io.inputs, 0, self.name)?,
                 w_ih: need(io.inputs, at, self.name)?,
@@ -167,14 +185,17 @@ impl Function for RecurrentOp {
                 grad_b_hh: optional(io.grad_inputs, at + 3),
                 grad_h0: optional(io.grad_inputs, at + 4),
                 grad_c0: optional(io.grad_inputs, at + 5),
-                scratch: [delta, partial],
+                scratch: [gates, sums],
             };
             recurrent::recurrent_backward(pass, op, &args)?;
             if let (Some(grad_x), Some(other)) = (grad_x, other) {
                 map::accumulate(pass, 1.0, other, grad_x)?;
             }
         }
-        Ok(())
+        match (sum, optional(io.grad_inputs, 0)) {
+            (Some(sum), Some(grad_x)) => reduce::reduce_sum(pass, &sum, each, grad_x, Some(parts)),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -229,9 +250,11 @@ impl Tape {
         }
         if let Some(lengths) = options.lengths {
             self.expect(name, "lengths", lengths, &[b])?;
+            self.expect_words(name, "lengths", lengths)?;
         }
         if let Some(resets) = options.resets {
             self.expect(name, "resets", resets, &[b, t])?;
+            self.expect_words(name, "resets", resets)?;
         }
         inputs.extend([options.lengths, options.resets]);
         let keep = match (self.records(&inputs), options.recompute) {

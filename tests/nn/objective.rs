@@ -1,7 +1,8 @@
 //! Objectives: published anchors, gradients against central differences, epochs in batches, every column against the reference.
 
 use forback::kernels::objective::{
-    Goal, NetReturns, Objective, net_returns, net_returns_backward, objective, objective_backward, objective_finish, objective_gradient, objective_moments,
+    Goal, NetReturns, Objective, Series, net_returns, net_returns_backward, objective, objective_backward, objective_finish, objective_gradient,
+    objective_moments, objective_tail,
 };
 use forback::kernels::{Device, Error, OpenOptions, Schedule, View};
 
@@ -48,14 +49,21 @@ fn op(goal: Goal, rows: u64, bars: u64, floor: f64) -> Objective {
 
 /// Value [N] and gradient [N,T] with grad_value = 1, −2, 3, …
 fn run(device: &Device, op: &Objective, returns: &[f32]) -> Result<(Vec<f64>, Vec<f64>), Error> {
+    run_ragged(device, op, returns, None)
+}
+
+/// The same of rows of these lengths.
+fn run_ragged(device: &Device, op: &Objective, returns: &[f32], lengths: Option<&[u32]>) -> Result<(Vec<f64>, Vec<f64>), Error> {
     let zeros = |len: u64| device.zeros("zeros", len).map(|b| View::from(&b));
     let returns = View::from(&device.upload("returns", returns)?);
     let up: Vec<f32> = (0..op.rows).map(|i| (i + 1) as f32 * if i % 2 == 0 { 1.0 } else { -1.0 }).collect();
     let grad_value = View::from(&device.upload("grad_value", &up)?);
     let (value, coefficients, state, grad) = (zeros(op.rows)?, zeros(op.saved())?, zeros(op.state())?, zeros(returns.len())?);
+    let lengths = lengths.map(|lengths| device.upload_u32("lengths", lengths).map(|b| View::from(&b))).transpose()?;
+    let series = Series { returns: &returns, lengths: lengths.as_ref() };
     let mut pass = device.pass("test");
-    objective(&mut pass, op, &returns, &value, &coefficients, &state)?;
-    objective_backward(&mut pass, op, &returns, &coefficients, &grad_value, &grad)?;
+    objective(&mut pass, op, series, &value, &coefficients, &state)?;
+    objective_backward(&mut pass, op, series, &coefficients, &grad_value, &grad)?;
     let (value, grad) = (pass.read(&value)?, pass.read(&grad)?);
     let mut done = pass.submit()?;
     // the nearest f32 to −1e30 is not it
@@ -64,27 +72,33 @@ fn run(device: &Device, op: &Objective, returns: &[f32]) -> Result<(Vec<f64>, Ve
 }
 
 /// The same in batches of `batch` bars, then of what is left.
-fn run_epoch(device: &Device, whole: &Objective, returns: &[f32], batch: u64) -> (Vec<f64>, Vec<f64>) {
+fn run_epoch(device: &Device, whole: &Objective, returns: &[f32], lengths: Option<&[u32]>, batch: u64) -> (Vec<f64>, Vec<f64>) {
     let zeros = |len: u64| View::from(&device.zeros("zeros", len).unwrap());
     let up: Vec<f32> = (0..whole.rows).map(|i| (i + 1) as f32 * if i % 2 == 0 { 1.0 } else { -1.0 }).collect();
     let grad_value = View::from(&device.upload("grad_value", &up).unwrap());
-    let (value, coefficients, state) = (zeros(whole.rows), zeros(whole.saved()), zeros(whole.state()));
+    let (value, coefficients, state, bins) = (zeros(whole.rows), zeros(whole.saved()), zeros(whole.state()), zeros(whole.bins()));
+    let lengths = lengths.map(|lengths| View::from(&device.upload_u32("lengths", lengths).unwrap()));
     let part = |from: u64| {
         let bars = batch.min(whole.bars - from);
         let rows = returns.chunks_exact(whole.bars as usize).flat_map(|row| row[from as usize..(from + bars) as usize].to_vec());
         (Objective { bars, ..*whole }, View::from(&device.upload("batch", &rows.collect::<Vec<f32>>()).unwrap()))
     };
-    let mut pass = device.pass("first sweep");
-    for from in (0..whole.bars).step_by(batch as usize) {
-        let (op, x) = part(from);
-        objective_moments(&mut pass, &op, &x, from, &state).unwrap();
+    let mut pass = device.pass("epoch");
+    for sweep in 0..whole.sweeps(device) {
+        for from in (0..whole.bars).step_by(batch as usize) {
+            let (op, x) = part(from);
+            if sweep == 0 {
+                objective_moments(&mut pass, &op, Series { returns: &x, lengths: lengths.as_ref() }, from, &state).unwrap();
+            }
+            objective_tail(&mut pass, &op, Series { returns: &x, lengths: lengths.as_ref() }, from, sweep, &state, &bins).unwrap();
+        }
     }
     objective_finish(&mut pass, whole, &state, &value, &coefficients).unwrap();
     let mut grads = Vec::new();
     for from in (0..whole.bars).step_by(batch as usize) {
         let (op, x) = part(from);
         let grad = zeros(x.len());
-        objective_gradient(&mut pass, &op, &x, from, &coefficients, &grad_value, &grad).unwrap();
+        objective_gradient(&mut pass, &op, Series { returns: &x, lengths: lengths.as_ref() }, from, &coefficients, &grad_value, &grad).unwrap();
         grads.push((from, op.bars, pass.read(&grad).unwrap()));
     }
     let value = pass.read(&value).unwrap();
@@ -96,7 +110,8 @@ fn run_epoch(device: &Device, whole: &Objective, returns: &[f32], batch: u64) ->
             all[at..at + bars as usize].copy_from_slice(part);
         }
     }
-    (done.f64(value).unwrap(), all)
+    let value = done.f64(value).unwrap().into_iter().map(|v| if v <= -1e29 { -1e30 } else { v }).collect();
+    (value, all)
 }
 
 fn assert_close(what: &str, got: &[f64], want: &[f64], tolerance: f64) {
@@ -176,19 +191,77 @@ fn columns_agree_with_the_reference() {
 
 #[test]
 fn an_epoch_in_batches_has_the_whole_epochs_gradient() {
-    for goal in goals().into_iter().filter(|g| !matches!(g, Goal::Cvar { .. })) {
-        for (rows, bars, batch) in [(2, 500, 64), (3, 37, 1), (1, 20_000, 16_384)] {
+    for goal in goals() {
+        for (rows, bars, batch, ragged) in
+            [(2, 500, 64, false), (3, 37, 1, false), (3, 101, 7, true), (6, 131, 130, true), (2, 60, 60, false), (1, 20_000, 16_384, false)]
+        {
             let op = op(goal, rows, bars, 0.001);
             let x = noise(8, rows * bars);
+            let lengths = [bars as u32, 1 + bars as u32 / 3, 0];
+            let lengths = ragged.then_some(&lengths[..]);
             for (name, device) in devices().into_iter().chain([("reference".to_string(), Device::open("reference").unwrap())]) {
                 if batch == 1 && name.starts_with("cuda-host") {
                     continue; // a launch for every bar: slow there, and the same code as the others
                 }
-                let ((value, grad), (by_batch, grad_by_batch)) = (run(&device, &op, &x).unwrap(), run_epoch(&device, &op, &x, batch));
+                let (value, grad) = run_ragged(&device, &op, &x, lengths).unwrap();
+                let (by_batch, grad_by_batch) = run_epoch(&device, &op, &x, lengths, batch);
                 let tolerance = if name == "reference" { 1e-12 } else { 1e-5 };
                 assert_close(&format!("{name} {op:?} value"), &by_batch, &value, tolerance);
                 assert_close(&format!("{name} {op:?} gradient"), &grad_by_batch, &grad, tolerance);
             }
+        }
+    }
+}
+
+/// The threshold that the sweeps find is a value of the series, not one near it: the steps of the gradient are at the same bars.
+#[test]
+fn the_tail_of_an_epoch_in_batches_is_exact() {
+    for (name, device) in devices().into_iter().chain([("reference".to_string(), Device::open("reference").unwrap())]) {
+        for alpha in [0.001, 0.05, 0.5, 1.0] {
+            let op = op(Goal::Cvar { alpha }, 3, 257, 0.0);
+            // ties, both zeros, huge and tiny values
+            let mut x = noise(21, 3 * 257);
+            for (i, r) in [0.0f32, -0.0, -0.01, -0.01, -0.01, 1e-38, -1e-38, 3e38, -0.01].into_iter().enumerate() {
+                x[i * 29] = r;
+                x[257 + i] = r;
+            }
+            let ((_, grad), (_, by_batch)) = (run(&device, &op, &x).unwrap(), run_epoch(&device, &op, &x, None, 19));
+            let differ = grad.iter().zip(&by_batch).filter(|(a, b)| (*a - *b).abs() > 1e-5 * a.abs()).count();
+            assert_eq!(differ, 0, "{name} α {alpha}");
+        }
+    }
+}
+
+/// Rows of a ragged series are the rows cut to their lengths, bit for bit, and what lies past them is not read.
+#[test]
+fn ragged_rows_are_rows_cut_to_their_lengths() {
+    for (name, device) in devices().into_iter().chain([("reference".to_string(), Device::open("reference").unwrap())]) {
+        for goal in goals() {
+            let (rows, bars, lengths) = (6u64, 140u64, [140u32, 7, 129, 1, 500, 0]);
+            let mut x = noise(13, rows * bars);
+            for (row, &length) in lengths.iter().enumerate() {
+                x[row * 140 + (length as usize).min(140)..(row + 1) * 140].fill(f32::NAN);
+            }
+            let (value, grad) = run_ragged(&device, &op(goal, rows, bars, 0.001), &x, Some(&lengths)).unwrap();
+            for (row, &length) in lengths.iter().enumerate() {
+                let n = (length as usize).min(140);
+                let (own, past) = grad[row * 140..(row + 1) * 140].split_at(n);
+                assert!(past.iter().all(|&g| g == 0.0), "{name} {goal:?} row {row}");
+                if n == 0 {
+                    assert_eq!(value[row], -1e30, "{name} {goal:?}");
+                    continue;
+                }
+                let up = (row + 1) as f64 * if row.is_multiple_of(2) { 1.0 } else { -1.0 };
+                let (want, want_grad) = run(&device, &op(goal, 1, n as u64, 0.001), &x[row * 140..row * 140 + n]).unwrap();
+                assert_eq!(value[row], want[0], "{name} {goal:?} row {row}");
+                let want_grad: Vec<f64> = want_grad.iter().map(|g| up * g).collect();
+                assert_close(&format!("{name} {goal:?} row {row}"), own, &want_grad, 1e-7);
+            }
+            // Lengths of three rows serve six.
+            let (shared, _) = run_ragged(&device, &op(goal, rows, bars, 0.001), &noise(13, rows * bars), Some(&lengths[..3])).unwrap();
+            let twice: Vec<u32> = lengths[..3].iter().chain(&lengths[..3]).copied().collect();
+            let (own, _) = run_ragged(&device, &op(goal, rows, bars, 0.001), &noise(13, rows * bars), Some(&twice)).unwrap();
+            assert_eq!(shared, own, "{name} {goal:?}");
         }
     }
 }
@@ -264,6 +337,61 @@ fn turnover_costs_and_its_gradient_are_differences() {
     }
 }
 
+/// A batch of positions with a bar of its neighbours on either side has the net returns and the gradients of the whole series.
+#[test]
+fn net_returns_of_batches_need_a_bar_on_either_side() {
+    for spec in ["reference", "cpu", "wgpu", "cuda-host"] {
+        let device = Device::open(spec).unwrap();
+        let (bars, x, y, g) = (101usize, noise(1, 101), noise(2, 101), noise(3, 101));
+        let net = |from: usize, to: usize| {
+            let op = NetReturns { rows: 1, bars: (to - from) as u64, cost: 0.125 };
+            let up = |x: &[f32]| View::from(&device.upload("x", &x[from..to]).unwrap());
+            let (x, y, g, r, dx) = (up(&x), up(&y), up(&g), up(&x), up(&x));
+            let mut pass = device.pass("net");
+            net_returns(&mut pass, &op, &x, &y, &r).unwrap();
+            net_returns_backward(&mut pass, &op, &x, &y, &g, &dx).unwrap();
+            let (r, dx) = (pass.read(&r).unwrap(), pass.read(&dx).unwrap());
+            let mut done = pass.submit().unwrap();
+            (done.f64(r).unwrap(), done.f64(dx).unwrap())
+        };
+        let (r, dx) = net(0, bars);
+        for batch in [1, 7, 64] {
+            for from in (0..bars).step_by(batch) {
+                let to = (from + batch).min(bars);
+                let (first, last) = (from.saturating_sub(1), (to + 1).min(bars));
+                let (part, grad) = net(first, last);
+                assert_eq!(part[from - first..to - first], r[from..to], "{spec} {from}..{to}");
+                assert_eq!(grad[from - first..to - first], dx[from..to], "{spec} {from}..{to}");
+            }
+        }
+    }
+}
+
+/// Asset returns that rows share are those of each row, whether a binding holds them or not.
+#[test]
+fn rows_share_asset_returns() {
+    let small = OpenOptions { binding_bytes: Some(16 << 10), ..OpenOptions::default() };
+    let open = |spec: &str| [Device::open(spec).unwrap(), Device::open_with(spec, &small).unwrap()];
+    for device in ["reference", "cpu", "wgpu", "cuda-host"].into_iter().flat_map(open) {
+        for (rows, series, bars) in [(6u64, 3u64, 5u64), (4, 1, 131), (6, 2, 2500), (14, 7, 700)] {
+            let op = NetReturns { rows, bars, cost: 0.125 };
+            let (x, y, g) = (noise(1, rows * bars), noise(2, series * bars), noise(3, rows * bars));
+            let net = |y: &[f32]| {
+                let up = |x: &[f32]| View::from(&device.upload("x", x).unwrap());
+                let (x, y, g, r, dx) = (up(&x), up(y), up(&g), up(&x), up(&x));
+                let mut pass = device.pass("net");
+                net_returns(&mut pass, &op, &x, &y, &r).unwrap();
+                net_returns_backward(&mut pass, &op, &x, &y, &g, &dx).unwrap();
+                let (r, dx) = (pass.read(&r).unwrap(), pass.read(&dx).unwrap());
+                let mut done = pass.submit().unwrap();
+                (done.f64(r).unwrap(), done.f64(dx).unwrap())
+            };
+            let repeated: Vec<f32> = (0..rows / series).flat_map(|_| y.clone()).collect();
+            assert_eq!(net(&y), net(&repeated), "{} {op:?} of {series}", device.info().kind.name());
+        }
+    }
+}
+
 #[test]
 fn a_million_bars() {
     let bars = 1_000_000;
@@ -313,7 +441,11 @@ fn illegal_options_are_named() {
     assert!(matches!(run(&device, &Objective { bars: 0, ..good }, &[]), Err(Error::Shape { arg, .. }) if arg == "bars"));
     let cvar = op(Goal::Cvar { alpha: 0.1 }, 2, 10, 0.0);
     let x = View::from(&device.upload("x", &noise(1, 20)).unwrap());
-    let state = View::from(&device.zeros("state", cvar.state()).unwrap());
-    let refused = objective_moments(&mut device.pass("x"), &cvar, &x, 10, &state);
-    assert!(matches!(refused, Err(Error::Parameter { ref name, .. }) if name == "start"), "{refused:?}");
+    let (state, bins) = (View::from(&device.zeros("state", cvar.state()).unwrap()), View::from(&device.zeros("bins", cvar.bins()).unwrap()));
+    let refused = objective_tail(&mut device.pass("x"), &cvar, &x, 0, 5, &state, &bins);
+    assert!(matches!(refused, Err(Error::Parameter { ref name, .. }) if name == "sweep"), "{refused:?}");
+    for lengths in [vec![1u32; 3], vec![]] {
+        let refused = run_ragged(&device, &good, &noise(1, 20), Some(&lengths));
+        assert!(matches!(refused, Err(Error::Shape { ref arg, .. }) if arg == "lengths"), "{refused:?}");
+    }
 }
