@@ -67,6 +67,9 @@ impl Function for Conv1dOp {
 
     fn backward(&self, pass: &mut Pass, io: &Backward<'_>) -> Result<()> {
         let [scratch] = io.scratch else { return Err(Error::Internal("conv1d has no scratch".into())) };
+        if self.op.batch == 0 {
+            return io.grad_inputs.iter().flatten().try_for_each(|grad| map::fill(pass, 0.0, grad));
+        }
         let args = Conv1dBackwardArgs {
             x: need(io.inputs, 0, NAME)?.clone(),
             weight: need(io.inputs, 1, NAME)?.clone(),
@@ -78,11 +81,6 @@ impl Function for Conv1dOp {
             grad_bias: optional(io.grad_inputs, 2).cloned(),
             scratch: scratch.clone(),
         };
-        if self.op.batch == 0 {
-            for grad in [&args.grad_weight, &args.grad_bias].into_iter().flatten() {
-                map::fill(pass, 0.0, grad)?;
-            }
-        }
         conv1d::conv1d_backward(pass, &self.op, &args)
     }
 }

@@ -48,6 +48,9 @@ impl Function for LinearOp {
 
     fn backward(&self, pass: &mut Pass, io: &Backward<'_>) -> Result<()> {
         let [scratch] = io.scratch else { return Err(Error::Internal("linear has no scratch".into())) };
+        if self.op.rows == 0 {
+            return io.grad_inputs.iter().flatten().try_for_each(|grad| map::fill(pass, 0.0, grad));
+        }
         let args = LinearBackwardArgs {
             x: need(io.inputs, 0, "linear")?.clone(),
             weight: need(io.inputs, 1, "linear")?.clone(),
@@ -58,11 +61,6 @@ impl Function for LinearOp {
             grad_bias: optional(io.grad_inputs, 2).cloned(),
             scratch: scratch.clone(),
         };
-        if self.op.rows == 0 {
-            for grad in [&args.grad_weight, &args.grad_bias].into_iter().flatten() {
-                map::fill(pass, 0.0, grad)?;
-            }
-        }
         linear::linear_backward(pass, &self.op, &args)
     }
 }
