@@ -313,34 +313,33 @@ fn mistakes_with_words_and_shapes_are_named() {
     let (x, w, b) = (reals(&mut tape, &[1, 2, 3, 7]), reals(&mut tape, &[1, 4, 3, 3]), reals(&mut tape, &[1, 4]));
     let two = reals(&mut tape, &[2]);
     let words = tape.input(&device.zeros_u32("words", 2).unwrap(), &[2]).unwrap();
-    let refuse = |result, words: &[&str]| refused(result, words);
-    refuse(tape.conv1d(x, b, None, Conv1dOptions::default()), &["conv1d", "weight", "[M,O,C,K]", "[1, 4]"]);
+    refused(tape.conv1d(x, b, None, Conv1dOptions::default()), &["conv1d", "weight", "[M,O,C,K]", "[1, 4]"]);
     let five = reals(&mut tape, &[1, 2, 5, 7]);
-    refuse(tape.conv1d(five, w, None, Conv1dOptions::default()), &["conv1d", "x", "[1, 4, 3, 3]", "[1, 2, 5, 7]"]);
-    refuse(tape.conv1d(x, w, Some(two), Conv1dOptions::default()), &["conv1d", "bias", "[1, 4]", "[2]"]);
-    refuse(tape.conv1d(x, w, Some(b), Conv1dOptions { lengths: Some(two), ..Default::default() }), &["conv1d", "lengths", "words", "reals"]);
-    refuse(tape.conv1d(x, w, Some(b), Conv1dOptions { dilation: 9, ..Default::default() }), &["conv1d", "taps", "reach"]);
+    refused(tape.conv1d(five, w, None, Conv1dOptions::default()), &["conv1d", "x", "[1, 4, 3, 3]", "[1, 2, 5, 7]"]);
+    refused(tape.conv1d(x, w, Some(two), Conv1dOptions::default()), &["conv1d", "bias", "[1, 4]", "[2]"]);
+    refused(tape.conv1d(x, w, Some(b), Conv1dOptions { lengths: Some(two), ..Default::default() }), &["conv1d", "lengths", "words", "reals"]);
+    refused(tape.conv1d(x, w, Some(b), Conv1dOptions { dilation: 9, ..Default::default() }), &["conv1d", "taps", "reach"]);
     let h = reals(&mut tape, &[2, 5, 3]);
-    refuse(tape.last_valid(h, two), &["last_valid", "lengths", "words"]);
-    refuse(tape.mean_pool(b, words), &["mean_pool", "h", "[M,…,T,H]"]);
-    refuse(tape.attention_pool(two, h, words).map(|pair| pair.0), &["attention_pool", "scores", "[2, 5]", "[2]"]);
-    refuse(tape.softmax_masked(h, words, false), &["softmax", "mask", "[2, 5, 3]"]);
+    refused(tape.last_valid(h, two), &["last_valid", "lengths", "words"]);
+    refused(tape.mean_pool(b, words), &["mean_pool", "h", "[M,…,T,H]"]);
+    refused(tape.attention_pool(two, h, words).map(|pair| pair.0), &["attention_pool", "scores", "[2, 5]", "[2]"]);
+    refused(tape.softmax_masked(h, words, false), &["softmax", "mask", "[2, 5, 3]"]);
     let mask = reals(&mut tape, &[2, 5]);
-    refuse(tape.softmax_masked(h, mask, false), &["softmax", "mask", "words", "reals"]);
-    refuse(tape.normalise(h, 0.0), &["normalise", "eps"]);
-    refuse(tape.objective(Goal::Calmar, mask, ObjectiveOptions { lengths: Some(two), ..Default::default() }), &["objective", "lengths", "words"]);
-    refuse(tape.objective(Goal::Calmar, h, ObjectiveOptions { lengths: Some(words), ..Default::default() }), &["objective", "lengths", "[2, 5]"]);
-    refuse(tape.risk_parity(two, h, None, 0.0), &["risk_parity", "covariance", "[2, 2]"]);
-    refuse(tape.risk_parity(two, h, None, -1.0), &["risk_parity", "floor"]);
-    refuse(tape.dropout(h, 0.1, 0, 0, two), &["dropout", "step", "[1]"]);
+    refused(tape.softmax_masked(h, mask, false), &["softmax", "mask", "words", "reals"]);
+    refused(tape.normalise(h, 0.0), &["normalise", "eps"]);
+    refused(tape.objective(Goal::Calmar, mask, ObjectiveOptions { lengths: Some(two), ..Default::default() }), &["objective", "lengths", "words"]);
+    refused(tape.objective(Goal::Calmar, h, ObjectiveOptions { lengths: Some(words), ..Default::default() }), &["objective", "lengths", "[2, 5]"]);
+    refused(tape.risk_parity(two, h, None, 0.0), &["risk_parity", "covariance", "[2, 2]"]);
+    refused(tape.risk_parity(two, h, None, -1.0), &["risk_parity", "floor"]);
+    refused(tape.dropout(h, 0.1, 0, 0, two), &["dropout", "step", "[1]"]);
     let table = reals(&mut tape, &[1, 5, 3]);
-    refuse(tape.embedding(table, two), &["embedding", "ids", "words"]);
+    refused(tape.embedding(table, two), &["embedding", "ids", "words"]);
     let q = reals(&mut tape, &[2, 1, 3, 4]);
-    refuse(tape.attention(q, q, q, AttentionOptions { kv_len: Some(two), ..Default::default() }).map(|pair| pair.0), &["attention", "kv_len", "words"]);
+    refused(tape.attention(q, q, q, AttentionOptions { kv_len: Some(two), ..Default::default() }).map(|pair| pair.0), &["attention", "kv_len", "words"]);
     // Words where reals belong are found when the pass is recorded.
     let y = tape.unary(Unary::Exp, words).unwrap();
     let result = tape.record(&mut device.pass("mixed"), &[y]).map(|_| y);
-    refuse(result, &["unary"]);
+    refused(result, &["unary"]);
 }
 
 /// Rows of attention's weights sum to one and give its result back, packed or not, with mask, lengths and bias.
