@@ -48,7 +48,7 @@ fn main() -> forback::Result<()> {
 
     let model = Forecaster { lstm: Recurrent::new("lstm", Cell::Lstm, 1, 8), head: Linear::new("head", 8, 1) };
     let windows = WalkForward { train: 500, test: 100, step: 100, ..WalkForward::default() };
-    let plan = Plan { windows, horizon: 1, valid: 0.2, seeds: 3, learning_rates: vec![3e-3, 1e-2] };
+    let plan = Plan { windows, horizon: 1, valid: 0.2, seeds: 3, learning_rates: vec![3e-3, 1e-2], per_series: false };
     let config = TrainConfig { epochs: 8, batch: 32, ..TrainConfig::default() };
     let device = forback::Device::open("cpu")?;
     let out = walk_forward(&device, &model, &table, &plan, &config, &mut |_| Ok(()))?;

@@ -57,7 +57,7 @@ fn main() -> forback::Result<()> {
     };
     let folds = vec![fold; 8];
     let criterion = Criterion::Bce { positive_weight: 1.0 };
-    let config = TrainConfig { epochs: 30, batch: 25, criterion, learning_rate: vec![3e-3], ..TrainConfig::default() };
+    let config = TrainConfig { epochs: 30, batch: 25, objective: criterion.into(), learning_rate: vec![3e-3], ..TrainConfig::default() };
     let device = forback::Device::open("cpu")?;
     let mut trainer = Trainer::new(&device, &model, &table, &folds, config)?;
     trainer.fit(&mut |_| Ok(()))?;

@@ -42,5 +42,9 @@ mod softmax;
 mod support;
 #[path = "nn/tape.rs"]
 mod tape;
+#[path = "nn/torch.rs"]
+mod torch;
 #[path = "nn/train.rs"]
 mod train;
+#[path = "nn/training.rs"]
+mod training;

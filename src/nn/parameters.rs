@@ -122,6 +122,18 @@ impl Parameters {
         Ok(Parameters { device: device.clone(), models, tensors: declared.0.clone(), offsets, by_name, values, grads })
     }
 
+    /// The same tensors with other values, such as averages; gradients are shared.
+    /// # Errors
+    /// `Shape` for a buffer of another length.
+    pub fn with_values(&self, values: Buffer) -> Result<Parameters> {
+        if values.len() != self.values.len() {
+            let (expected, got) = (format!("{} values", self.values.len()), values.len().to_string());
+            return Err(Error::Shape { op: "parameters", arg: "values".into(), expected, got });
+        }
+        let (device, tensors, offsets, by_name) = (self.device.clone(), self.tensors.clone(), self.offsets.clone(), self.by_name.clone());
+        Ok(Parameters { device, models: self.models, tensors, offsets, by_name, values, grads: self.grads.clone() })
+    }
+
     /// M.
     pub fn models(&self) -> usize {
         self.models

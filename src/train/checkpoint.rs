@@ -1,5 +1,9 @@
 //! Models as safetensors files: of one model under PyTorch's names, or of a whole training that goes on bit for bit.
 //!
+//! PyTorch's dropout and batch_first leave no trace in a file: a file is the same with and without them, x is batch first here, and a module
+//! without dropout computes what `eval()` does. norm_first is an option of [`crate::nn::EncoderLayer`]. Files of bias=False, proj_size, kdim and
+//! vdim, add_bias_kv are refused, by name.
+//!
 //! An LSTM has one bias here and two in PyTorch: a file gets `bias_hh_…` as zeros, and where one is read it is added to `bias_ih_…`.
 
 use super::schedule::{Progress, Rates};
@@ -9,7 +13,7 @@ use crate::{Error, Result};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use std::collections::{BTreeSet, HashMap};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 fn bytes(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|v| v.to_le_bytes()).collect()
@@ -52,17 +56,48 @@ fn parse<'a>(path: &Path, data: &'a [u8]) -> Result<SafeTensors<'a>> {
     SafeTensors::deserialize(data).map_err(|e| refused(path, e.to_string(), "this is no safetensors file, or a damaged one"))
 }
 
+/// The variant of PyTorch's modules that tensors give away, where there is no such module here.
+fn variant(wrong: &[String]) -> Option<&'static str> {
+    let any = |what: &dyn Fn(&str) -> bool| wrong.iter().any(|line| what(line));
+    if any(&|line| line.contains("weight_hr_") && line.contains("not of this model")) {
+        Some("it was saved by an LSTM with proj_size, which is not built: save one without")
+    } else if any(&|line| line.contains("q_proj_weight") && line.contains("not of this model")) {
+        Some("it was saved by attention with kdim or vdim, which is not built: keys and values have the width of the queries here")
+    } else if any(&|line| line.contains("bias_k'") && line.contains("not of this model")) {
+        Some("it was saved by attention with add_bias_kv, which is not built: save one without")
+    } else if any(&|line| line.contains("bias") && line.contains("missing")) {
+        Some("it was saved with bias=False, and this module has biases: save it with biases, zeros serve")
+    } else {
+        None
+    }
+}
+
 impl Parameters {
     /// Writes one model as PyTorch's state_dict has it.
     /// # Errors
     /// `Parameter` for a model that is not there; `Data` where the file cannot be written, and then nothing is left of it.
     pub fn save(&self, path: &Path, model: usize) -> Result<()> {
         self.check_model(model)?;
+        self.write_model(path, model, &self.all()?)
+    }
+
+    /// Writes every model, each into the file that `path` names.
+    /// # Errors
+    /// `Io` where a file cannot be written.
+    pub fn save_each(&self, path: &dyn Fn(usize) -> PathBuf) -> Result<()> {
+        let all = self.all()?;
+        (0..self.models()).try_for_each(|model| self.write_model(&path(model), model, &all))
+    }
+
+    fn all(&self) -> Result<Vec<Vec<f32>>> {
+        self.tensors().iter().map(|t| self.get(&t.name)).collect()
+    }
+
+    fn write_model(&self, path: &Path, model: usize, all: &[Vec<f32>]) -> Result<()> {
         let mut out = Vec::new();
         let names: BTreeSet<&str> = self.tensors().iter().map(|t| t.name.as_str()).collect();
-        for tensor in self.tensors() {
+        for (tensor, values) in self.tensors().iter().zip(all) {
             let each = tensor.shape.iter().product::<usize>();
-            let values = self.get(&tensor.name)?;
             out.push((tensor.name.clone(), tensor.shape.clone(), bytes(&values[model * each..(model + 1) * each])));
             let other = tensor.name.replace("bias_ih_", "bias_hh_");
             if other != tensor.name && !names.contains(other.as_str()) {
@@ -101,7 +136,8 @@ impl Parameters {
         }
         wrong.extend(unused.iter().map(|name| format!("'{name}' is not of this model")));
         if !wrong.is_empty() {
-            return Err(refused(path, format!("another architecture: {}", wrong.join("; ")), "build the model with the sizes that it was saved with"));
+            let help = variant(&wrong).unwrap_or("build the model with the sizes that it was saved with");
+            return Err(refused(path, format!("another architecture: {}", wrong.join("; ")), help));
         }
         for (tensor, value) in values {
             let each = value.len();
@@ -122,11 +158,11 @@ impl Parameters {
 }
 
 impl<N: Model> Trainer<'_, N> {
-    /// Writes everything that the training needs to go on: parameters, moments, counters, best parameters, schedule.
+    /// Writes everything that the training needs to go on: parameters, moments, averages, counters, best parameters, schedule.
     /// # Errors
     /// `Data` where the file cannot be written.
     pub fn save(&self, path: &Path) -> Result<()> {
-        let values = [
+        let mut values = vec![
             ("parameters", download(&self.device, self.parameters.values())?),
             ("moment1", download(&self.device, &self.state.moment1)?),
             ("moment2", download(&self.device, &self.state.moment2)?),
@@ -134,6 +170,9 @@ impl<N: Model> Trainer<'_, N> {
             // Words in the bits of reals.
             ("counters", self.counters()?.into_iter().map(f32::from_bits).collect()),
         ];
+        if let Some(average) = &self.state.average {
+            values.push(("average", download(&self.device, average.values())?));
+        }
         let tensors: Vec<_> = values.iter().map(|(name, v)| (name.to_string(), vec![v.len()], bytes(v))).collect();
         let state = serde_json::json!({
             "epoch": self.epoch,
@@ -162,6 +201,10 @@ impl<N: Model> Trainer<'_, N> {
         let (values, moment1, moment2, best, counters) = (get("parameters")?, get("moment1")?, get("moment2")?, get("best")?, get("counters")?);
         let rates: Vec<(u64, u64, usize)> = serde_json::from_value(state["rates"].clone()).map_err(|_| damaged("rates"))?;
         let progress: Vec<(u64, usize, Option<usize>)> = serde_json::from_value(state["progress"].clone()).map_err(|_| damaged("progress"))?;
+        let average = self.state.average.as_ref().map(|average| Ok::<_, Error>((average, get("average")?))).transpose()?;
+        if let Some((average, values)) = average {
+            self.device.write(average.values(), &values)?;
+        }
         self.epoch = state["epoch"].as_u64().ok_or_else(|| damaged("epoch"))? as usize;
         self.device.write(self.parameters.values(), &values)?;
         self.device.write(&self.state.moment1, &moment1)?;
@@ -175,6 +218,6 @@ impl<N: Model> Trainer<'_, N> {
 
     fn architecture(&self) -> serde_json::Value {
         let tensors: Vec<_> = self.parameters.tensors().iter().map(|t| (t.name.clone(), t.shape.clone())).collect();
-        serde_json::json!({ "models": self.parameters.models(), "tensors": tensors })
+        serde_json::json!({ "models": self.parameters.models(), "tensors": tensors, "averaged": self.state.average.is_some() })
     }
 }

@@ -19,6 +19,8 @@ pub struct Table {
     pub outputs: usize,
     /// T, rows of a window.
     pub window: usize,
+    /// Series of equal length that stand one after the other, such as assets; no window reaches from one into another.
+    pub series: usize,
 }
 
 impl Table {
@@ -42,7 +44,23 @@ impl Table {
             }
         }
         let flat = |x: ArrayView2<'_, f32>| x.iter().copied().collect();
-        Ok(Table { features: flat(features), targets: flat(targets), inputs, outputs: targets.ncols(), window })
+        Ok(Table { features: flat(features), targets: flat(targets), inputs, outputs: targets.ncols(), window, series: 1 })
+    }
+
+    /// The same rows as `series` stretches of equal length, one after the other.
+    /// # Errors
+    /// `Parameter` where the rows do not divide, or a series is shorter than a window.
+    pub fn stacked(self, series: usize) -> Result<Table> {
+        if series == 0 || !self.rows().is_multiple_of(series) || self.rows() / series < self.window {
+            let help = format!("{} rows make series of equal length, each at least a window of {} rows", self.rows(), self.window);
+            return Err(Error::Parameter { op: "table", name: "series".into(), value: series.to_string(), help });
+        }
+        Ok(Table { series, ..self })
+    }
+
+    /// Rows of one series.
+    pub fn rows_of_series(&self) -> usize {
+        self.rows() / self.series.max(1)
     }
 
     /// Rows.
@@ -58,9 +76,14 @@ impl Table {
 
     /// Mean and 1/deviation of each feature over rows `from..to`: a scaler that knows these rows alone. A constant feature has scale 1.
     pub fn scaler(&self, rows: std::ops::Range<usize>) -> Vec<[f32; 2]> {
-        let rows = rows.start.min(self.rows())..rows.end.min(self.rows());
-        let n = rows.len().max(1) as f64;
-        let column = |i: usize| rows.clone().map(move |t| f64::from(self.features[t * self.inputs + i]));
+        self.scaler_of(&[rows])
+    }
+
+    /// The same over several stretches of rows.
+    pub fn scaler_of(&self, rows: &[std::ops::Range<usize>]) -> Vec<[f32; 2]> {
+        let rows: Vec<_> = rows.iter().map(|r| r.start.min(self.rows())..r.end.min(self.rows())).collect();
+        let n = rows.iter().map(|r| r.len()).sum::<usize>().max(1) as f64;
+        let column = |i: usize| rows.iter().cloned().flatten().map(move |t| f64::from(self.features[t * self.inputs + i]));
         let one = |i: usize| {
             let mean = column(i).sum::<f64>() / n;
             let deviation = (column(i).map(|x| (x - mean) * (x - mean)).sum::<f64>() / n).sqrt();

@@ -181,7 +181,7 @@ fn models_are_saved_as_pytorch_reads_them() {
 fn nothing_of_the_future_reaches_a_prediction() {
     let device = open("cpu").unwrap();
     let windows = WalkForward { train: 60, test: 20, step: 20, ..WalkForward::default() };
-    let plan = Plan { windows, horizon: 1, valid: 0.2, seeds: 2, learning_rates: vec![1e-2] };
+    let plan = Plan { windows, horizon: 1, valid: 0.2, seeds: 2, learning_rates: vec![1e-2], per_series: false };
     let net = Net::new(Cell::Gru);
     let cut = 101;
     let run = |table: &Table| walk_forward(&device, &net, table, &plan, &config(2), &mut |_| Ok(())).unwrap();
