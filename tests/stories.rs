@@ -10,6 +10,8 @@
 mod regimes;
 #[path = "common/signals.rs"]
 mod signals;
+#[path = "stories/train.rs"]
+mod train;
 
 use arrow_array::{Array, ArrayRef, Date32Array, Float32Array, Float64Array, RecordBatch, StringArray, UInt32Array};
 use arrow_cast::display::{ArrayFormatter, FormatOptions};

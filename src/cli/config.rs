@@ -1,4 +1,4 @@
-//! `--config FILE`: the options of a sweep as TOML, under their long names. The command line wins over the file.
+//! `--config FILE`: the options of a sweep or a training as TOML, under their long names. The command line wins over the file.
 //!
 //! ```toml
 //! strategy = "sma_cross"
@@ -36,22 +36,26 @@ impl From<clap::Error> for Refusal {
 /// Options that say how to run and not what: they are not written back.
 const NOT_WRITTEN: [&str; 10] = ["config", "out", "json", "resume", "shard", "plan", "part_sets", "replay", "help", "version"];
 
+/// Commands that take a config file.
+const COMMANDS: [&str; 2] = ["sweep", "train"];
+
 /// The price files, which the command line takes without a name.
 const FILES: &str = "files";
 
 /// The command line with the options of its config file, and those options as TOML, to be written beside the results.
 pub(super) fn parse(mut argv: Vec<OsString>) -> std::result::Result<(Command, String), Refusal> {
     let mut matches = Cli::command().try_get_matches_from(&argv)?;
-    let config = matches.subcommand_matches("sweep").and_then(|sweep| Some((sweep.get_one::<std::path::PathBuf>("config")?.clone(), sweep.clone())));
-    if let Some((path, given)) = config {
+    let given = COMMANDS.iter().find_map(|&name| Some((name, matches.subcommand_matches(name)?.clone())));
+    let config = given.as_ref().and_then(|(name, given)| Some((*name, given.get_one::<std::path::PathBuf>("config")?.clone(), given)));
+    if let Some((name, path, given)) = config {
         let file = path.display().to_string();
         let text = std::fs::read_to_string(&path)
             .map_err(|e| Refusal::Config(Error::Io { path: file.clone(), message: format!("cannot be read: {e}; name a TOML file with --config") }))?;
-        let entries = entries(&text, &file).map_err(Refusal::Config)?;
-        let at = argv.iter().position(|word| word == "sweep").map_or(argv.len(), |i| i + 1);
+        let entries = entries(name, &text, &file).map_err(Refusal::Config)?;
+        let at = argv.iter().position(|word| word == name).map_or(argv.len(), |i| i + 1);
         let on_the_line = |id: &str| given.value_source(id) == Some(ValueSource::CommandLine);
         for entry in entries.into_iter().filter(|entry| !on_the_line(&entry.id)) {
-            entry.check(&file).map_err(Refusal::Config)?;
+            entry.check(name, &file).map_err(Refusal::Config)?;
             if entry.id == FILES {
                 argv.extend(entry.words.into_iter().map(OsString::from));
             } else {
@@ -60,7 +64,7 @@ pub(super) fn parse(mut argv: Vec<OsString>) -> std::result::Result<(Command, St
         }
         matches = Cli::command().try_get_matches_from(&argv)?;
     }
-    let written = matches.subcommand_matches("sweep").map(written).unwrap_or_default();
+    let written = COMMANDS.iter().find_map(|&name| Some(written(name, matches.subcommand_matches(name)?))).unwrap_or_default();
     Ok((Cli::from_arg_matches(&matches)?.command, written))
 }
 
@@ -68,9 +72,9 @@ pub(super) fn parse(mut argv: Vec<OsString>) -> std::result::Result<(Command, St
 pub(super) fn command(text: &str, file: &Path) -> Result<Command> {
     let file = file.display().to_string();
     let mut argv: Vec<String> = vec!["forback".into(), "sweep".into()];
-    let (files, options): (Vec<Entry>, Vec<Entry>) = entries(text, &file)?.into_iter().partition(|entry| entry.id == FILES);
+    let (files, options): (Vec<Entry>, Vec<Entry>) = entries("sweep", text, &file)?.into_iter().partition(|entry| entry.id == FILES);
     for entry in options.into_iter().chain(files) {
-        entry.check(&file)?;
+        entry.check("sweep", &file)?;
         argv.extend(entry.words);
     }
     let cli = Cli::command().try_get_matches_from(&argv).and_then(|matches| Cli::from_arg_matches(&matches));
@@ -89,8 +93,8 @@ struct Entry {
 
 impl Entry {
     /// Refuses a value that the option does not take, by line.
-    fn check(&self, file: &str) -> Result<()> {
-        let argv = ["forback", "sweep"].into_iter().map(String::from).chain(self.words.iter().cloned());
+    fn check(&self, command: &str, file: &str) -> Result<()> {
+        let argv = ["forback", command].into_iter().map(String::from).chain(self.words.iter().cloned());
         let Err(error) = Cli::command().try_get_matches_from(argv) else { return Ok(()) };
         // Options that need another one are judged with all of them.
         if error.kind() == clap::error::ErrorKind::MissingRequiredArgument {
@@ -98,7 +102,7 @@ impl Entry {
         }
         let text = error.to_string();
         let message = text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_string();
-        Err(bad(file, Some(self.line), Some(&self.key), message, "see forback sweep --help".into()))
+        Err(bad(file, Some(self.line), Some(&self.key), message, format!("see forback {command} --help")))
     }
 }
 
@@ -106,23 +110,23 @@ fn bad(file: &str, line: Option<u64>, key: Option<&str>, message: String, help: 
     Error::Data { file: file.into(), row: line, column: None, value: key.map(String::from), message, help }
 }
 
-fn sweep_command() -> clap::Command {
+fn command_named(name: &str) -> clap::Command {
     let mut cli = Cli::command();
     cli.build();
-    cli.find_subcommand("sweep").cloned().unwrap_or_default()
+    cli.find_subcommand(name).cloned().unwrap_or_default()
 }
 
-fn entries(text: &str, file: &str) -> Result<Vec<Entry>> {
+fn entries(command_name: &str, text: &str, file: &str) -> Result<Vec<Entry>> {
     let line_of = |at: usize| 1 + text.bytes().take(at).filter(|&byte| byte == b'\n').count() as u64;
     let table = DeTable::parse(text)
         .map_err(|e| bad(file, e.span().map(|span| line_of(span.start)), None, e.message().replace('\n', ", "), "correct the TOML".into()))?;
-    let command = sweep_command();
+    let command = command_named(command_name);
     let mut entries = Vec::new();
     for (key, value) in table.get_ref().iter() {
         let (name, line) = (key.get_ref().to_string(), line_of(key.span().start));
         let refused = |message: &str, help: String| bad(file, Some(line), Some(&name), message.into(), help);
         let list = |value: &DeValue<'_>| {
-            words(value).ok_or_else(|| refused("its value is no text, number, true, false or list of these", "see forback sweep --help".into()))
+            words(value).ok_or_else(|| refused("its value is no text, number, true, false or list of these", format!("see forback {command_name} --help")))
         };
         if name == FILES {
             entries.push(Entry { id: name.clone(), key: name.clone(), line, words: list(value.get_ref())? });
@@ -132,7 +136,10 @@ fn entries(text: &str, file: &str) -> Result<Vec<Entry>> {
         let Some(arg) = known().find(|arg| arg.get_long() == Some(name.as_str())) else {
             let names = known().filter_map(|arg| arg.get_long()).chain([FILES]);
             let near = crate::data::nearest(&name.replace('_', "-"), names).map(|near| format!("did you mean '{near}'?"));
-            return Err(refused("this is no option of a sweep", near.unwrap_or_else(|| "forback sweep --help lists the options".into())));
+            return Err(refused(
+                &format!("this is no option of forback {command_name}"),
+                near.unwrap_or_else(|| format!("forback {command_name} --help lists the options")),
+            ));
         };
         let id = arg.get_id().to_string();
         let words = match (value.get_ref(), arg.get_action()) {
@@ -177,10 +184,11 @@ fn grid<'a>(entries: impl Iterator<Item = (&'a str, &'a DeValue<'a>)>) -> Option
 
 // ---- writing ---------------------------------------------------------------------------------------------------------
 
-/// What a sweep was asked for, defaults included.
-fn written(matches: &ArgMatches) -> String {
-    let command = sweep_command();
-    let mut lines = vec!["# forback sweep --config FILE repeats this sweep.".to_string()];
+/// What a command was asked for, defaults included.
+fn written(name: &str, matches: &ArgMatches) -> String {
+    let command = command_named(name);
+    let what = if name == "sweep" { "sweep" } else { "training" };
+    let mut lines = vec![format!("# forback {name} --config FILE repeats this {what}.")];
     for arg in command.get_arguments().filter(|arg| !NOT_WRITTEN.contains(&arg.get_id().as_str())) {
         let (id, key) = (arg.get_id().as_str(), arg.get_long().unwrap_or(FILES));
         if matches!(arg.get_action(), ArgAction::SetTrue) {

@@ -16,6 +16,8 @@ mod results;
 mod signals;
 mod store;
 mod sweep;
+mod train;
+mod train_files;
 mod verify;
 
 use crate::{Device, Error, Result};
@@ -38,6 +40,8 @@ enum Command {
     Sweep(Box<sweep::Args>),
     /// Fit market regimes: hidden Markov models on returns, over the whole sample and refitted as time goes on.
     Regimes(Box<regimes::Args>),
+    /// Train neural models walk-forward, and say what their forecasts are worth out of sample.
+    Train(Box<train::Args>),
     /// Put the shards of a sweep together.
     Merge(merge::Args),
     /// List the devices of this machine, and why the missing ones are missing.
@@ -120,6 +124,7 @@ pub fn main() -> ExitCode {
     let result = match &command {
         Command::Sweep(args) => sweep::run(args, &options),
         Command::Regimes(args) => regimes::run(args),
+        Command::Train(args) => train::run(args, &options),
         Command::Merge(args) => merge::run(args),
         Command::Devices(args) => devices::run(args),
         Command::Kernels(args) => kernels::run(args),

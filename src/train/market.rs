@@ -8,7 +8,8 @@
 //! Targets of bar t, decided at its close and earned from bar t+d on, d the delay of the execution (1 for the next close), over h bars:
 //! * return         f_{t+d+h} / f_{t+d} − 1, f the prices at which is traded; models see it over σ_t·√h, which makes assets and times alike;
 //! * sign           1 where that return is positive, else 0;
-//! * volatility     ln of the deviation (n−1) of the h log returns of closes after bar t+d, at least 1e-8;
+//! * volatility     ln of the deviation (n−1) of the h log returns of closes after bar t+d, at least 1e-8; models see what it has more than that of
+//!   the h returns up to bar t, so that a model that has learned nothing forecasts the volatility so far;
 //! * position       the return itself: what a position of 1 earns.
 //!
 //! σ_t is the deviation of the last 63 log returns, at least 1e-4. A target looks d + h bars ahead; rows without one exist for prediction alone.
@@ -126,10 +127,10 @@ pub struct Samples {
     pub reach: usize,
     /// What is forecast, per row, in its own units; NaN where it lies ahead of the data.
     pub truth: Vec<f64>,
-    /// What a prediction of the table's target is multiplied by to be in those units.
+    /// What a prediction of the table's target is multiplied by to be in those units …
     pub unit: Vec<f64>,
-    /// The last value that is known of the same thing: the volatility so far; NaN for the others.
-    pub last: Vec<f64>,
+    /// … and what is then added: the volatility so far, 0 for the others.
+    pub base: Vec<f64>,
 }
 
 impl Samples {
@@ -146,7 +147,8 @@ impl Samples {
         if horizon < least {
             return wrong("--horizon", horizon.to_string(), format!("give at least {least} bars"));
         }
-        let first = features.iter().map(|f| f.warm_up()).max().unwrap_or(0).max(SIGMA);
+        let far = if target == Target::Volatility { horizon } else { SIGMA };
+        let first = features.iter().map(|f| f.warm_up()).max().unwrap_or(0).max(far);
         let reach = bars.delay + bars.ahead + horizon;
         let needed = first + window + reach;
         if t < needed + 1 {
@@ -160,7 +162,7 @@ impl Samples {
             reach,
             truth: Vec::new(),
             unit: Vec::new(),
-            last: Vec::new(),
+            base: Vec::new(),
         };
         let (mut x, mut y) = (Array2::zeros((n * rows, features.len())), Array2::zeros((n * rows, 1)));
         for asset in 0..n {
@@ -190,10 +192,11 @@ impl Samples {
                     Target::Sign => (if known { f64::from(earned > 0.0) } else { f64::NAN }, 1.0),
                     Target::Volatility => (if known { volatility(from + horizon) } else { f64::NAN }, 1.0),
                 };
-                y[[row, 0]] = if known { (truth / unit) as f32 } else { 0.0 };
+                let base = if target == Target::Volatility { volatility(bar) } else { 0.0 };
+                y[[row, 0]] = if known { ((truth - base) / unit) as f32 } else { 0.0 };
                 all.truth.push(truth);
                 all.unit.push(unit);
-                all.last.push(if target == Target::Volatility && bar >= horizon { volatility(bar) } else { f64::NAN });
+                all.base.push(base);
             }
         }
         all.table = Table::new(x.view(), y.view(), window)?.stacked(n)?;

@@ -187,7 +187,7 @@ pub struct Trainer<'a, N: Model> {
 /// How a step is taken.
 enum How {
     /// One pass.
-    Whole(Recorded),
+    Whole(Box<Recorded>),
     /// Parts whose gradients add up, then the optimiser.
     Parts(Box<Parts>),
 }
@@ -284,7 +284,7 @@ impl<'a, N: Model> Trainer<'a, N> {
         let inputs = Inputs::new(device, table, folds)?;
         let recorder = Recorder { device, model, table, inputs: &inputs, config: &config, state: &state };
         let how = match &state.sum {
-            None => How::Whole(recorder.batch(&parameters, What::Step)?),
+            None => How::Whole(Box::new(recorder.batch(&parameters, What::Step)?)),
             Some(sum) => {
                 let part = recorder.batch(&parameters, if per_epoch { What::PartOfEpoch } else { What::Part })?;
                 let first = if per_epoch && state.average.is_some() { Some(recorder.batch(&parameters, What::Returns)?) } else { None };

@@ -16,7 +16,7 @@
 
 use crate::kernels::View;
 use crate::kernels::loss::Criterion;
-use crate::kernels::objective::{Goal, Objective as Op, objective_finish, objective_gradient, objective_moments};
+use crate::kernels::objective::{Goal, Objective as Op, objective_finish, objective_gradient, objective_moments, objective_tail};
 use crate::{Device, Error, Result};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -90,6 +90,11 @@ const BARS: usize = 1024;
 /// Values below this stand for undefined ones.
 const UNDEFINED: f64 = -9e29;
 
+/// Stretches of a series that are on the device one after the other.
+fn steps(bars: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..bars).step_by(BARS).map(move |from| from..(from + BARS).min(bars))
+}
+
 /// Models whose series have the same length, and what the device knows of them.
 struct Group {
     models: Vec<usize>,
@@ -121,12 +126,6 @@ impl<'a> Series<'a> {
         Ok(all)
     }
 
-    /// Bars of a step: as many as the device takes at a time, or all where only all of them have a tail.
-    fn steps(&self, bars: usize) -> Vec<Range<usize>> {
-        let step = if matches!(self.earnings.goal, Goal::Cvar { .. }) { bars } else { BARS };
-        (0..bars).step_by(step).map(|from| from..(from + step).min(bars)).collect()
-    }
-
     fn upload(&self, models: &[usize], bars: &Range<usize>) -> Result<View> {
         let part: Vec<f32> = models.iter().flat_map(|&k| &self.returns[k][bars.clone()]).copied().collect();
         Ok(View::from(&self.device.upload("net returns", &part)?))
@@ -136,9 +135,14 @@ impl<'a> Series<'a> {
         let op = self.earnings.op(models.len(), bars);
         let zeros = |label: &str, len: u64| Ok::<View, Error>(View::from(&self.device.zeros(label, len)?));
         let (state, value, coefficients) = (zeros("moments", op.state())?, zeros("value", op.rows)?, zeros("coefficients", op.saved())?);
-        for part in self.steps(bars) {
+        let bins = zeros("bins", op.bins())?;
+        for (sweep, part) in (0..op.sweeps(self.device)).flat_map(|sweep| steps(bars).map(move |part| (sweep, part))) {
+            let (op, returns) = (self.earnings.op(models.len(), part.len()), self.upload(&models, &part)?);
             let mut pass = self.device.pass("moments");
-            objective_moments(&mut pass, &self.earnings.op(models.len(), part.len()), &self.upload(&models, &part)?, part.start as u64, &state)?;
+            if sweep == 0 {
+                objective_moments(&mut pass, &op, &returns, part.start as u64, &state)?;
+            }
+            objective_tail(&mut pass, &op, &returns, part.start as u64, sweep, &state, &bins)?;
             pass.submit()?;
         }
         let mut pass = self.device.pass("objective");
@@ -156,7 +160,7 @@ impl<'a> Series<'a> {
         let mut out: Vec<Vec<f32>> = self.returns.iter().map(|r| Vec::with_capacity(r.len())).collect();
         for group in &self.groups {
             let sign = View::from(&self.device.upload("sign", &vec![self.earnings.sign() as f32; group.models.len()])?);
-            for part in self.steps(group.bars) {
+            for part in steps(group.bars) {
                 let op = self.earnings.op(group.models.len(), part.len());
                 let returns = self.upload(&group.models, &part)?;
                 let grad = View::from(&self.device.zeros("gradient", returns.len())?);

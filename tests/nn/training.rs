@@ -6,10 +6,14 @@ use forback::kernels::objective::Goal;
 use forback::kernels::optimiser::{Algorithm, Average};
 use forback::nn::{Cell, Declared, Linear, Module, Parameters, Recurrent};
 use forback::ops::{ObjectiveOptions, RecurrentOptions};
+use forback::sim::walk_forward::WalkForward;
 use forback::tape::{Tape, Var};
 use forback::train::data::{Fold, Table};
 use forback::train::log::Log;
+use forback::train::market::{Bars, Feature, Samples, Target};
 use forback::train::schedule::{Rates, Schedule};
+use forback::train::score;
+use forback::train::walk_forward::{Plan, Stitched, folds, folds_of, select};
 use forback::train::{Earnings, Epoch, Model, Objective, TrainConfig, Trainer};
 use forback::{Device, Result};
 use ndarray::Array2;
@@ -166,7 +170,7 @@ fn an_epoch_of_unequal_folds_is_that_of_each_alone_and_needs_no_more_memory() {
         let long = if slow { 2..40 } else { 2..390 };
         let (short, long) = (fold(&table, 2..35, 40..60), fold(&table, long, 40..60));
         let used = device.used_bytes();
-        let (alone, small) = gradient_of_epoch(&device, &table, &[short.clone()], &config);
+        let (alone, small) = gradient_of_epoch(&device, &table, std::slice::from_ref(&short), &config);
         let (both, _) = gradient_of_epoch(&device, &table, &[short, long.clone()], &config);
         for (alone, both) in alone.iter().zip(&both) {
             assert_eq!(alone[..], both[..alone.len()], "{}: another model changed this one", device.info());
@@ -390,4 +394,115 @@ fn options_without_meaning_are_refused_by_name() {
     assert!(trainer.predict_for(&[]).unwrap_err().to_string().contains("one per model"));
     assert!(trainer.predict_for(&[&[0]]).unwrap_err().to_string().contains("whole window"));
     assert!(trainer.parameters().with_values(device.zeros("short", 3).unwrap()).map(|_| ()).unwrap_err().to_string().contains("values"));
+}
+
+/// Two assets that differ from another pair from bar `cut` on.
+fn closes(bars: usize, cut: usize) -> Array2<f32> {
+    let (mut rng, mut other) = (Rng::new(4), Rng::new(5));
+    let mut level = [4.0f64, 3.0];
+    Array2::from_shape_fn((bars, 2), |(t, i)| {
+        let (a, b) = (rng.normal(), other.normal());
+        level[i] += 0.01 * if t < cut { a } else { b };
+        level[i].exp() as f32
+    })
+}
+
+#[test]
+fn samples_know_the_past_alone_and_targets_what_they_say() {
+    let (cut, window) = (150, 10);
+    let features = Feature::list("returns:1,5,momentum:21,volatility:21").unwrap();
+    assert_eq!(features[1..3], [Feature::Returns(5), Feature::Momentum(21)]);
+    let (past, changed) = (closes(220, usize::MAX), closes(220, cut));
+    for (target, horizon, delay, ahead) in
+        [(Target::Return, 3, 1, 0), (Target::Sign, 1, 0, 0), (Target::Volatility, 5, 1, 0), (Target::Position, 1, 1, 0), (Target::Return, 2, 0, 1)]
+    {
+        let of = |close: &Array2<f32>| {
+            let fill = Array2::from_shape_fn(close.dim(), |(t, i)| if ahead == 1 { close[[(t + 1).min(219), i]] } else { close[[t, i]] });
+            Samples::of(&Bars { close: close.view(), fill: fill.view(), delay, ahead }, &features, target, horizon, window).unwrap()
+        };
+        let (a, b) = (of(&past), of(&changed));
+        assert_eq!((a.reach, a.table.series, a.rows() + a.first), (horizon + delay + ahead, 2, 220));
+        for row in 0..a.table.rows() {
+            let ((asset, bar), d) = (a.place(row as u32), features.len());
+            assert_eq!(asset, row / a.rows());
+            let (x, y) = (&a.table.features[row * d..(row + 1) * d], &b.table.features[row * d..(row + 1) * d]);
+            assert_eq!(x == y, bar < cut, "{target:?}, features of bar {bar}");
+            let known = |s: &Samples| (s.truth[row].to_bits(), s.table.targets[row].to_bits());
+            if bar + a.reach < cut {
+                assert_eq!(known(&a), known(&b), "{target:?}, target of bar {bar}");
+            } else if target != Target::Sign {
+                assert!(known(&a) != known(&b) || bar + a.reach >= 220, "{target:?}, target of bar {bar} looks less far than it says");
+            }
+            assert_eq!(a.truth[row].is_nan(), bar + a.reach >= 220);
+            let seen = f64::from(a.table.targets[row]) * a.unit[row] + a.base[row];
+            assert!(a.truth[row].is_nan() || (seen - a.truth[row]).abs() < 1e-5, "{target:?}: {seen}, {}", a.truth[row]);
+        }
+        // The first row by hand.
+        let (t, p) = (a.first, |bar: usize| f64::from(past[[bar, 0]]));
+        let from = t + delay + ahead;
+        let logs: Vec<f64> = (from + 1..=from + horizon).map(|j| (p(j) / p(j - 1)).ln()).collect();
+        let mean = logs.iter().sum::<f64>() / horizon as f64;
+        let want = match target {
+            Target::Sign => f64::from(p(from + horizon) > p(from)),
+            Target::Volatility => (logs.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (horizon as f64 - 1.0)).sqrt().ln(),
+            _ => p(from + horizon) / p(from) - 1.0,
+        };
+        assert!((a.truth[0] - want).abs() < 1e-9 * want.abs().max(1.0), "{target:?}: {}, by hand {want}", a.truth[0]);
+        assert!((f64::from(a.table.features[1]) - (p(t) / p(t - 5)).ln()).abs() < 1e-6);
+    }
+}
+
+#[test]
+fn series_share_models_or_have_their_own_and_choices_are_made_inside() {
+    let features = Array2::from_shape_fn((300, 1), |(t, _)| t as f32);
+    let table = Table::new(features.view(), Array2::zeros((300, 1)).view(), 4).unwrap().stacked(3).unwrap();
+    let windows = WalkForward { train: 40, test: 20, step: 20, ..WalkForward::default() };
+    let shared = folds(&table, &windows, 2, 0.25).unwrap();
+    assert_eq!(shared.len(), 2);
+    for fold in &shared {
+        assert_eq!(fold.train.len() % 3, 0);
+        for list in [&fold.train, &fold.valid, &fold.test] {
+            for (s, part) in list.chunks_exact(list.len() / 3).enumerate() {
+                assert!(part.iter().all(|&row| (row as usize) / 100 == s && row as usize % 100 >= 3), "a window reaches into another series");
+                assert!(part.iter().zip(&list[..]).all(|(row, first)| row % 100 == first % 100));
+            }
+        }
+        let ends: Vec<usize> = (0..3).map(|s| fold.train[(s + 1) * fold.train.len() / 3 - 1] as usize).collect();
+        let known: Vec<std::ops::Range<usize>> = ends.iter().map(|end| end + 1 - (ends[0] + 4 - fold.train[0] as usize)..end + 1).collect();
+        assert_eq!(fold.scaler, table.scaler_of(&known));
+    }
+    let plan = Plan { windows, horizon: 2, valid: 0.25, seeds: 2, learning_rates: vec![1e-2, 1e-3], per_series: true };
+    let models = plan.models(&table).unwrap();
+    assert_eq!(models.folds.len(), 2 * 3 * 2 * 2);
+    let place = models.place(12 + 4 + 2 + 1);
+    assert_eq!((place.configuration, place.group, place.fold, place.seed), (1, 1, 1, 1));
+    assert_eq!(models.folds[0].train, folds_of(&table, &windows, 2, 0.25, 0..1).unwrap()[0].train);
+
+    // Predictions name their model; each configuration is best in one fold of one series.
+    let predicted: Vec<Vec<f32>> = models.folds.iter().enumerate().map(|(k, fold)| vec![k as f32; fold.test.len()]).collect();
+    let losses: Vec<f64> = (0..24).map(|k| if (k / 12 == 1) == (k % 12 / 2 == 3) { 0.5 } else { f64::NAN }).collect();
+    let stitched = models.stitch(&table, &predicted, losses);
+    assert_eq!(stitched.rows.len(), 3 * 40);
+    let chosen = select(std::slice::from_ref(&stitched)).unwrap();
+    assert_eq!(chosen.chosen, [0, 0, 0, 1, 0, 0]);
+    for (i, value) in chosen.predictions.iter().enumerate() {
+        let (group, fold) = (stitched.group[i] as usize, stitched.fold[i] as usize);
+        assert_eq!(stitched.rows[i] as usize / 100, group);
+        let first = if (group, fold) == (1, 1) { 12 } else { 0 } + (group * 2 + fold) * 2;
+        assert_eq!(*value, first as f32 + 0.5, "the mean of two seeds");
+    }
+    let other = Stitched { rows: vec![1], ..stitched.clone() };
+    assert!(select(&[stitched, other]).is_err());
+    assert!(table.clone().stacked(7).is_err() && table.stacked(0).is_err());
+}
+
+/// scipy.stats: pearsonr, spearmanr; the rest by hand.
+#[test]
+fn forecasts_are_scored_as_elsewhere() {
+    let (a, b) = ([1.0, 2.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0]);
+    assert!((score::rank_correlation(&a, &b) - 0.9486832980505138).abs() < 1e-12);
+    assert!((score::correlation(&[1.0, 2.0, 4.0], &[3.0, 1.0, 2.0]) + 0.327326835353989).abs() < 1e-12);
+    assert!(score::correlation(&[1.0, 1.0], &[0.0, 2.0]).is_nan() && score::correlation(&[1.0], &[1.0]).is_nan());
+    assert_eq!(score::r_squared(&[1.0, 2.0], &[1.0, 3.0], &[0.0, 0.0]), 1.0 - 1.0 / 5.0);
+    assert_eq!(score::accuracy(&[true, false, true, true], &[true, true, false, true]), 0.5);
 }
