@@ -230,6 +230,7 @@ pub static OPS: [Op; 26] = [
             &recurrent::RECURRENT_GATES,
             &recurrent::LSTM_BACKWARD,
             &recurrent::RECURRENT_GRADIENTS,
+            &recurrent::RECURRENT_GRADIENTS_BLOCKS,
             &recurrent::RECURRENT_REDUCE,
         ],
         differentiable: true,
@@ -244,6 +245,7 @@ pub static OPS: [Op; 26] = [
             &recurrent::RECURRENT_GATES,
             &recurrent::GRU_BACKWARD,
             &recurrent::RECURRENT_GRADIENTS,
+            &recurrent::RECURRENT_GRADIENTS_BLOCKS,
             &recurrent::RECURRENT_REDUCE,
         ],
         differentiable: true,
@@ -379,7 +381,7 @@ pub static OPS: [Op; 26] = [
 ];
 
 /// Every kernel: those of the ops, then the ceiling that `forback bench` measures.
-pub static KERNELS: [&Kernel; 158] = [
+pub static KERNELS: [&Kernel; 159] = [
     &philox::PHILOX,
     &performance::PERFORMANCE,
     &walk_forward_sharpe::SEGMENT_MOMENTS,
@@ -472,6 +474,7 @@ pub static KERNELS: [&Kernel; 158] = [
     &recurrent::GRU_BACKWARD,
     &recurrent::RECURRENT_GRADIENTS,
     &recurrent::RECURRENT_REDUCE,
+    &recurrent::RECURRENT_GRADIENTS_BLOCKS,
     &attention::ATTENTION_FORWARD_8,
     &attention::ATTENTION_FORWARD_16,
     &attention::ATTENTION_FORWARD_32,

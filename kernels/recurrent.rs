@@ -12,12 +12,14 @@
 //!          tiles of grad_x and of the weights' gradients over slices of B·T), [`recurrent_reduce` where there is more than one slice].
 //!          Two and at most three launches; four if gates are recomputed and a model has more than 131,072 steps. Only where a device
 //!          bounds loops (llvmpipe) or a binding is too small are there more: time and batch are split, no bit changes.
+//!          A software adapter (H a multiple of 4, I ≥ 4) runs `recurrent_gradients_blocks`: 8 × 8 of a product a thread, no staging. On
+//!          llvmpipe 2 × 4 from staged tiles took 330 ms of (64,63,30,64), 8 × 8 without barriers 42.
 //! Scratch  forward: packed weights and states; backward: δ [M,B,T,4H], and states with partial sums.
 //! Keeps    per step h(t−1), for LSTM c(t−1) too, and the four gates where `keep` is `Gates`.
 //! Floor    LSTM forward 8·B·T·H·(I+H) flops, training 3×; bytes 4·B·T·(I + H·(1 to 7)).
 //! Numerics f32 sums in the order of k; gates through exp with clamped arguments; no atomics, a fixed order everywhere.
 //! Source   Hochreiter & Schmidhuber 1997; Cho et al. 2014, with the reset gate after the product as in cuDNN.
-//! Files    shaders/recurrent.wgsl · cuda/recurrent.cu · recurrent_lanes.rs (f32 on the CPU) · reference: the `_cpu` functions
+//! Files    shaders/recurrent.wgsl, recurrent_blocks.wgsl · cuda/recurrent.cu · recurrent_lanes.rs (f32 on the CPU) · reference: the `_cpu` functions
 
 use crate::conformance::{Case, Outputs};
 use crate::device::{Device, Pass, View};
@@ -308,6 +310,34 @@ recurrent_kernel! {
     [writes("sums")],
     |words| reduce_items(&RecurrentParams::of(words)).div_ceil(u64::from(WG)), recurrent_reduce_cpu, recurrent_reduce_cpu, 1.0
 }
+
+// ---- kernels of software adapters ----------------------------------------------------------------------------------------------
+
+const BLOCK_WG: u32 = 8;
+/// Most steps that one slice of a weight gradient sums: a round each.
+const BLOCK_SLICE: u64 = 60_000;
+
+fn block_gradient_groups(words: &[u32]) -> u64 {
+    let p = RecurrentParams::of(words);
+    let (models, hidden, inputs) = (u64::from(p.models), u64::from(p.hidden), u64::from(p.inputs));
+    let groups = |items: u64| items.div_ceil(u64::from(BLOCK_WG));
+    let x = models * (p.own() as u64 * u64::from(p.time)).div_ceil(8) * inputs.div_ceil(8);
+    let slices = models * u64::from(p.slice_count) * hidden / 2;
+    let w = groups(slices * inputs.div_ceil(8)) + groups(slices * hidden.div_ceil(8));
+    (if p.has(flag::GRAD_X) { groups(x) } else { 0 }) + (if p.has(flag::GRAD_W) { w } else { 0 })
+}
+
+/// [`RECURRENT_GRADIENTS`] on software adapters.
+pub static RECURRENT_GRADIENTS_BLOCKS: Kernel = Kernel {
+    name: "recurrent_gradients_blocks",
+    about: "grad_x, and slices of the weights' gradients, on software adapters",
+    workgroup: BLOCK_WG,
+    groups: block_gradient_groups,
+    wgsl: wgsl!("recurrent_blocks"),
+    cuda: None,
+    cpu: None,
+    ..RECURRENT_GRADIENTS
+};
 
 // ---- the plain column -------------------------------------------------------------------------------------------------------
 
@@ -949,6 +979,14 @@ impl Recurrent {
         Err(Error::TooLarge { what: format!("{}: hidden", self.name()), needed: self.hidden, limit: MAX_HIDDEN, unit: "units", help })
     }
 
+    /// Whether [`RECURRENT_GRADIENTS_BLOCKS`] takes these sizes on this device.
+    fn blocks(&self, device: &Device) -> bool {
+        let (slice_rows, time_parts, _) = self.slices();
+        let sizes = self.hidden.is_multiple_of(4) && self.inputs >= 4;
+        let info = device.info();
+        info.kind == crate::DeviceKind::Wgpu && info.software && sizes && (slice_rows * self.time.div_ceil(time_parts)) <= BLOCK_SLICE
+    }
+
     /// Runs of models that fit the device; runs of whole slices of sequences where not even one model does.
     fn chunks(&self, device: &Device) -> Result<Vec<Chunk>> {
         let (slice_rows, _, slices) = self.slices();
@@ -1272,7 +1310,8 @@ pub fn recurrent_backward(pass: &mut Pass, op: &Recurrent, args: &RecurrentGrads
             (None, None) => return Err(Error::Internal("recurrent_backward: no place for grad_x".into())),
         };
         if wanted || (args.grad_x.is_some() && op.time > 0) {
-            pass.launch(&RECURRENT_GRADIENTS, &p, &[x, saved, lengths.clone(), w_ih, gates, grad_x.view.clone(), sums.clone()])?;
+            let kernel = if op.blocks(&device) { &RECURRENT_GRADIENTS_BLOCKS } else { &RECURRENT_GRADIENTS };
+            pass.launch(kernel, &p, &[x, saved, lengths.clone(), w_ih, gates, grad_x.view.clone(), sums.clone()])?;
         }
         grad_x.finish(pass)?;
         if rows.end < op.batch {
