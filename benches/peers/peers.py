@@ -4,6 +4,7 @@ Sweeps: timed is a peer's whole call with its tables of indicators made beforeha
 a second: sets x assets x returns / seconds. Peers run the workload's first sets (--sets), which are the same formula and the same work each.
 Hidden Markov models: a rate is sequence-steps a second (x iterations of a fit). hmmlearn gets its scaling implementation, the faster one,
 and fewer sequences (it runs one after the other, on one thread); dynamax gets jit and vmap over the whole batch.
+Neural layers, and many small models: nets.py.
 """
 
 import argparse
@@ -42,6 +43,7 @@ import numpy as np
 import pyarrow.parquet
 
 import fused
+import nets
 
 ROOT = Path(__file__).resolve().parents[2]
 BARS, FEE, YEAR = 2520, 1e-3, math.sqrt(252.0)
@@ -448,7 +450,7 @@ def vectorbt_timed(_):
     return vectorbt_run(), 1000 * (BARS - 1), 1000
 
 
-# workload, peer, comparison, what is timed.
+# workload, peer, comparison, what is timed, and the shape where a workload has several.
 ROWS = [(name, "numba", compare_sweep, numba_sweep) for name in SWEEPS]
 ROWS += [("sweep_walk_forward", "numba", compare_walk, numba_walk), ("sweep_sma", "vectorbt", compare_vectorbt, vectorbt_timed)]
 ROWS += [
@@ -456,6 +458,14 @@ ROWS += [
     ("hmm_posterior", "dynamax", compare_posterior_dynamax, dynamax_posterior),
     ("hmm_fit", "hmmlearn", compare_fit, hmmlearn_fit),
 ]
+ROWS = [(*row, None) for row in ROWS]
+
+
+def net(workload, peer, shape, compare, prepare):
+    return workload, peer, lambda folder, _: compare(folder), lambda _: (*prepare(), None), shape
+
+
+ROWS += [net(*row) for row in nets.rows(verified, args.threads)]
 
 
 def machine():
@@ -475,7 +485,7 @@ def versions():
     from importlib.metadata import version
 
     ours = subprocess.run([args.bin, "--version"], capture_output=True, text=True).stdout.strip()
-    return {"forback": ours, "python": platform.python_version()} | {name: version(name) for name in ("numba", "numpy", "pandas", "vectorbt", "hmmlearn", "dynamax", "jax")}
+    return {"forback": ours, "python": platform.python_version()} | {name: version(name) for name in ("numba", "numpy", "pandas", "vectorbt", "hmmlearn", "dynamax", "jax", "torch")}
 
 
 def main():
@@ -487,7 +497,9 @@ def main():
 
     print("comparing outputs", file=sys.stderr)
     compared, failed = {}, []
-    for workload, peer, compare, _ in rows:
+    for workload, peer, compare, _, _ in rows:
+        if (workload, peer) in compared:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             compared[workload, peer], good = compare(folder, workload)
         print(f"  {workload:<20} {peer:<9} {'equal' if good else 'DIFFERENT':<10} {compared[workload, peer]}", file=sys.stderr)
@@ -501,13 +513,14 @@ def main():
     slug = "".join(c if c.isalnum() else "-" for c in head["machine"].lower()).strip("-")
     path = Path(args.out) if args.out else ROOT / "benches/results" / f"{head['date'][:10]}-peers-{slug}.jsonl"
     lines = []
-    print(f"{head['machine']}, {args.threads} threads, {head['date'][:10]}, commit {head['commit']}; set-bars or sequence-steps a second, medians of {args.rounds} rounds")
+    print(f"{head['machine']}, {args.threads} threads, {head['date'][:10]}, commit {head['commit']}; set-bars, sequence-steps, flops or model-steps a second, medians of {args.rounds} rounds")
     print(f"{'workload':<20} {'peer':<9} {'forback':>10} {'peer':>10} {'ratio':>9}")
-    for workload, peer, _, prepare in rows:
+    for workload, peer, _, prepare, shape in rows:
         run, work, sets = prepare(workload)
         ours, theirs = [], []
         for _ in range(args.rounds):
-            ours.append(forback("bench", workload, "--threads", str(args.threads), "--runs", "3")[0])
+            lines_of = forback("bench", workload, "--threads", str(args.threads), "--runs", "3")
+            ours.append(next(line for line in lines_of if shape in (None, line["shape"])))
             grid = SWEEPS[workload][1] if workload in SWEEPS else WALK_GRID if workload == "sweep_walk_forward" else None
             if ours[-1].get("grid", grid) != grid:
                 sys.exit(f"{workload}: forback bench runs {ours[-1]['grid']}, the peers {grid}; make them equal")
@@ -516,8 +529,9 @@ def main():
         rate, peer_rate = statistics.median(o["rate"] for o in ours), statistics.median(theirs)
         print(f"{workload:<20} {peer:<9} {rate:>10.3g} {peer_rate:>10.3g} {ratio:>8.1f}x", flush=True)
         line = {"workload": workload, "peer": peer, "ratio": ratio, "forback_rate": rate, "peer_rate": peer_rate}
-        line |= {"unit": "sequence-steps/s" if workload.startswith("hmm") else "set-bars/s"}
-        line |= {"device": ours[0]["device"], "adapter": ours[0]["adapter"], "shape": ours[0]["shape"], "peer_sequences" if workload.startswith("hmm") else "peer_sets": sets}
+        line |= {"unit": f"{ours[0]['unit']}/s" if shape else "sequence-steps/s" if workload.startswith("hmm") else "set-bars/s"}
+        line |= {"device": ours[0]["device"], "adapter": ours[0]["adapter"], "shape": ours[0]["shape"]}
+        line |= {} if shape else {"peer_sequences" if workload.startswith("hmm") else "peer_sets": sets}
         line |= {"forback_rates": [o["rate"] for o in ours], "peer_rates": theirs, "compared": compared[workload, peer]} | head
         lines.append(json.dumps(line))
     path.parent.mkdir(parents=True, exist_ok=True)
