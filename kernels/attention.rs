@@ -14,13 +14,15 @@
 //! Launch     a thread owns a row (query, or key in `backward_kv`): it and its results stay in registers, tiles of the other side go
 //!            through workgroup memory. D ≤ 8, 16, 32 have kernels of their own; else ⌈D/32⌉ threads share a row and add their parts of the scores.
 //!            `rows` puts lse and delta side by side; then `backward_q` and `backward_kv`, each its row's owner: no atomics, one order of sums.
+//!            Software adapters, without bias and dropout and with D 8, 16 or 32, run the `_blocks` kernels: two rows a thread, no tiles. On
+//!            llvmpipe tiles took 106 ms of training at (64,4,63,16); two rows without barriers, which keep variables in memory, 48.
 //! Scratch    rows [B, header and (lse, delta) of each row], backward only.
 //! Floor      4·(Tq + Tk)·2·D bytes forward and twice that backward per head; 4·Tq·Tk·D flops forward, 14·Tq·Tk·D backward (scores are
 //!            computed twice), one exponential a score forward, two backward.
 //! Numerics   running maximum; f32 sums of at most Tk terms, rescaled when the maximum moves. A NaN in a row of q, or in a key that it may see,
 //!            makes that row NaN. Padding beyond kv_len is never read.
 //! Source     Rabe, Staats 2021, arXiv:2112.05682; Dao 2023, arXiv:2307.08691, for delta and the two passes.
-//! Files      shaders/attention.wgsl · cuda/attention.cu · kernels/attention_lanes.rs (fast f32) · reference: the `_cpu` functions
+//! Files      shaders/attention.wgsl, attention_blocks.wgsl · cuda/attention.cu · kernels/attention_lanes.rs (fast f32) · reference: the `_cpu` functions
 
 use crate::attention_lanes as lanes;
 use crate::conformance::{Case, Outputs};
@@ -661,6 +663,58 @@ narrow! {
     ATTENTION_BACKWARD_KV_PACKED_32 = "attention_backward_kv_packed_32", "the same into one buffer, up to 32 wide", keys, UP_TO_32, ATTENTION_BACKWARD_KV_PACKED;
 }
 
+// ---- kernels of software adapters ---------------------------------------------------------------------------------------------
+
+const BLOCK_WG: u32 = 8;
+/// Most rows that a thread goes through: a round each.
+const BLOCK_ROUNDS: u64 = 60_000;
+
+fn block_groups(words: &[u32], steps: u32) -> u64 {
+    let p = params(words);
+    (u64::from(p.batch) * u64::from(p.heads) * u64::from(steps).div_ceil(2)).div_ceil(u64::from(BLOCK_WG))
+}
+
+macro_rules! blocks {
+    ($($id:ident = $name:literal, $about:literal, $steps:ident, $constants:ident, $base:ident, $args:expr;)*) => { $(
+        #[doc = $about]
+        pub static $id: Kernel = Kernel {
+            name: $name,
+            about: $about,
+            args: $args,
+            constants: $constants,
+            workgroup: BLOCK_WG,
+            groups: |words| block_groups(words, params(words).$steps),
+            wgsl: wgsl!("attention_blocks"),
+            cuda: None,
+            cpu: None,
+            ..$base
+        };
+    )* };
+}
+
+const VECS_2: &[(&str, u32)] = &[("VECS", 2)];
+const VECS_4: &[(&str, u32)] = &[("VECS", 4)];
+const VECS_8: &[(&str, u32)] = &[("VECS", 8)];
+const BLOCK_FORWARD: &[Arg] = &[Q, K, V, reads_u32("kv_len"), writes("out"), writes("lse")];
+const BLOCK_Q: &[Arg] = &[Q, K, V, GRAD_OUT, ROWS, writes("grad_q")];
+const BLOCK_KV: &[Arg] = &[Q, K, V, GRAD_OUT, ROWS, writes("grad_k"), writes("grad_v")];
+const BLOCK_PACKED: &[Arg] = &[Q, K, V, GRAD_OUT, ROWS, writes("grad_kv")];
+
+blocks! {
+    ATTENTION_FORWARD_BLOCKS_8 = "attention_forward_blocks_8", "fused attention for heads 8 wide on software adapters", queries, VECS_2, ATTENTION_FORWARD, BLOCK_FORWARD;
+    ATTENTION_BACKWARD_Q_BLOCKS_8 = "attention_backward_q_blocks_8", "gradient of the queries, 8 wide, software adapters", queries, VECS_2, ATTENTION_BACKWARD_Q, BLOCK_Q;
+    ATTENTION_BACKWARD_KV_BLOCKS_8 = "attention_backward_kv_blocks_8", "gradients of keys and values, 8 wide, software adapters", keys, VECS_2, ATTENTION_BACKWARD_KV, BLOCK_KV;
+    ATTENTION_BACKWARD_KV_PACKED_BLOCKS_8 = "attention_backward_kv_packed_blocks_8", "the same into one buffer, software adapters", keys, VECS_2, ATTENTION_BACKWARD_KV_PACKED, BLOCK_PACKED;
+    ATTENTION_FORWARD_BLOCKS_16 = "attention_forward_blocks_16", "fused attention for heads 16 wide on software adapters", queries, VECS_4, ATTENTION_FORWARD, BLOCK_FORWARD;
+    ATTENTION_BACKWARD_Q_BLOCKS_16 = "attention_backward_q_blocks_16", "gradient of the queries, 16 wide, software adapters", queries, VECS_4, ATTENTION_BACKWARD_Q, BLOCK_Q;
+    ATTENTION_BACKWARD_KV_BLOCKS_16 = "attention_backward_kv_blocks_16", "gradients of keys and values, 16 wide, software adapters", keys, VECS_4, ATTENTION_BACKWARD_KV, BLOCK_KV;
+    ATTENTION_BACKWARD_KV_PACKED_BLOCKS_16 = "attention_backward_kv_packed_blocks_16", "the same into one buffer, software adapters", keys, VECS_4, ATTENTION_BACKWARD_KV_PACKED, BLOCK_PACKED;
+    ATTENTION_FORWARD_BLOCKS_32 = "attention_forward_blocks_32", "fused attention for heads 32 wide on software adapters", queries, VECS_8, ATTENTION_FORWARD, BLOCK_FORWARD;
+    ATTENTION_BACKWARD_Q_BLOCKS_32 = "attention_backward_q_blocks_32", "gradient of the queries, 32 wide, software adapters", queries, VECS_8, ATTENTION_BACKWARD_Q, BLOCK_Q;
+    ATTENTION_BACKWARD_KV_BLOCKS_32 = "attention_backward_kv_blocks_32", "gradients of keys and values, 32 wide, software adapters", keys, VECS_8, ATTENTION_BACKWARD_KV, BLOCK_KV;
+    ATTENTION_BACKWARD_KV_PACKED_BLOCKS_32 = "attention_backward_kv_packed_blocks_32", "the same into one buffer, software adapters", keys, VECS_8, ATTENTION_BACKWARD_KV_PACKED, BLOCK_PACKED;
+}
+
 /// Gradient of the bias, summed over the items and heads that share it.
 pub static ATTENTION_GRAD_BIAS: Kernel = Kernel {
     name: "attention_grad_bias",
@@ -1002,6 +1056,8 @@ pub struct AttentionGrads {
 
 /// The kernels of a width on a device.
 struct Kernels {
+    /// Whether they are those of software adapters, which know neither bias nor dropout.
+    blocks: bool,
     forward: &'static Kernel,
     q: &'static Kernel,
     kv: &'static Kernel,
@@ -1010,8 +1066,17 @@ struct Kernels {
 
 fn kernels(op: &Attention, device: &Device) -> Kernels {
     let cpu = matches!(device.info().kind, DeviceKind::Cpu | DeviceKind::Reference);
-    let of = |forward, q, kv, packed| Kernels { forward, q, kv, packed };
+    let plain = op.bias.is_none() && op.dropout.is_none_or(|d| d.probability <= 0.0) && op.keys.max(op.queries) <= BLOCK_ROUNDS;
+    let blocks = device.info().kind == DeviceKind::Wgpu && device.info().software && plain && matches!(op.width, 8 | 16 | 32);
+    let of = |forward, q, kv, packed| Kernels { blocks, forward, q, kv, packed };
     match op.width {
+        8 if blocks => of(&ATTENTION_FORWARD_BLOCKS_8, &ATTENTION_BACKWARD_Q_BLOCKS_8, &ATTENTION_BACKWARD_KV_BLOCKS_8, &ATTENTION_BACKWARD_KV_PACKED_BLOCKS_8),
+        16 if blocks => {
+            of(&ATTENTION_FORWARD_BLOCKS_16, &ATTENTION_BACKWARD_Q_BLOCKS_16, &ATTENTION_BACKWARD_KV_BLOCKS_16, &ATTENTION_BACKWARD_KV_PACKED_BLOCKS_16)
+        }
+        32 if blocks => {
+            of(&ATTENTION_FORWARD_BLOCKS_32, &ATTENTION_BACKWARD_Q_BLOCKS_32, &ATTENTION_BACKWARD_KV_BLOCKS_32, &ATTENTION_BACKWARD_KV_PACKED_BLOCKS_32)
+        }
         1..=8 if !cpu => of(&ATTENTION_FORWARD_8, &ATTENTION_BACKWARD_Q_8, &ATTENTION_BACKWARD_KV_8, &ATTENTION_BACKWARD_KV_PACKED_8),
         9..=16 if !cpu => of(&ATTENTION_FORWARD_16, &ATTENTION_BACKWARD_Q_16, &ATTENTION_BACKWARD_KV_16, &ATTENTION_BACKWARD_KV_PACKED_16),
         17..=32 if !cpu => of(&ATTENTION_FORWARD_32, &ATTENTION_BACKWARD_Q_32, &ATTENTION_BACKWARD_KV_32, &ATTENTION_BACKWARD_KV_PACKED_32),
@@ -1177,8 +1242,12 @@ pub fn attention(pass: &mut Pass, op: &Attention, args: &AttentionArgs) -> Resul
         return Ok(());
     }
     pass.device().check_rounds(OP, rounds(op, op.keys), "rounds")?;
-    let kernel = kernels(op, pass.device()).forward;
-    r.launch(pass, kernel, 0, &[r.q(), r.k(), r.v(), r.bias(), r.lengths(), r.step()], &[r.out(&args.out), r.lse()])
+    let Kernels { blocks, forward, .. } = kernels(op, pass.device());
+    let results = [r.out(&args.out), r.lse()];
+    match blocks {
+        true => r.launch(pass, forward, 0, &[r.q(), r.k(), r.v(), r.lengths()], &results),
+        false => r.launch(pass, forward, 0, &[r.q(), r.k(), r.v(), r.bias(), r.lengths(), r.step()], &results),
+    }
 }
 
 /// Records the gradients that are wanted, from what [`attention`] left in `args.out` and `args.lse`. They are overwritten; of a packed gradient
@@ -1207,6 +1276,7 @@ pub fn attention_backward(pass: &mut Pass, op: &Attention, args: &AttentionArgs,
     let rows = Tensor { view: &grads.scratch, item: op.record() };
     r.launch(pass, &ATTENTION_ROWS, 0, &[r.lengths(), r.step(), r.out(&args.out), grad_out, r.lse()], &[rows])?;
     let inputs = [r.q(), r.k(), r.v(), r.bias(), grad_out, rows];
+    let plain = [r.q(), r.k(), r.v(), grad_out, rows];
     let like = |view, tensor: Tensor<'_>| Tensor { view, item: tensor.item };
     if let (Some(view), Some(bias)) = (&grads.grad_bias, op.bias) {
         r.launch(pass, &ATTENTION_GRAD_BIAS, 0, &inputs, &[Tensor { view, item: r.bias_item(bias) }])?;
@@ -1221,16 +1291,17 @@ pub fn attention_backward(pass: &mut Pass, op: &Attention, args: &AttentionArgs,
             return r.launch(pass, &ATTENTION_BACKWARD, 0, &inputs, &outputs);
         }
     }
+    let inputs: &[Tensor<'_>] = if kernels.blocks { &plain } else { &inputs };
     if let Some(view) = &grads.grad_q {
-        r.launch(pass, kernels.q, 0, &inputs, &[like(view, r.q())])?;
+        r.launch(pass, kernels.q, 0, inputs, &[like(view, r.q())])?;
     }
     match (&grads.grad_k, &grads.grad_v) {
         (Some(grad_k), Some(grad_v)) if grad_k.is(grad_v) => {
-            r.launch(pass, kernels.packed, flag::GRAD_K | flag::GRAD_V, &inputs, &[like(grad_k, r.k())])?;
+            r.launch(pass, kernels.packed, flag::GRAD_K | flag::GRAD_V, inputs, &[like(grad_k, r.k())])?;
         }
-        (Some(grad_k), Some(grad_v)) => r.launch(pass, kernels.kv, 0, &inputs, &[like(grad_k, r.k()), like(grad_v, r.v())])?,
-        (Some(grad_k), None) => r.launch(pass, kernels.packed, flag::GRAD_K, &inputs, &[like(grad_k, r.k())])?,
-        (None, Some(grad_v)) => r.launch(pass, kernels.packed, flag::GRAD_V, &inputs, &[like(grad_v, r.v())])?,
+        (Some(grad_k), Some(grad_v)) => r.launch(pass, kernels.kv, 0, inputs, &[like(grad_k, r.k()), like(grad_v, r.v())])?,
+        (Some(grad_k), None) => r.launch(pass, kernels.packed, flag::GRAD_K, inputs, &[like(grad_k, r.k())])?,
+        (None, Some(grad_v)) => r.launch(pass, kernels.packed, flag::GRAD_V, inputs, &[like(grad_v, r.v())])?,
         (None, None) => {}
     }
     Ok(())

@@ -12,8 +12,9 @@
 //!          tiles of grad_x and of the weights' gradients over slices of B·T), [`recurrent_reduce` where there is more than one slice].
 //!          Two and at most three launches; four if gates are recomputed and a model has more than 131,072 steps. Only where a device
 //!          bounds loops (llvmpipe) or a binding is too small are there more: time and batch are split, no bit changes.
-//!          A software adapter (H a multiple of 4, I ≥ 4) runs `recurrent_gradients_blocks`: 8 × 8 of a product a thread, no staging. On
-//!          llvmpipe 2 × 4 from staged tiles took 330 ms of (64,63,30,64), 8 × 8 without barriers 42.
+//!          Software adapters (H a multiple of 4 up to 128, I ≥ 4) run the `_blocks` kernels: a thread owns four sequences, their states in
+//!          memory, or 8 × 8 of a product; no barrier, no staging. Training (64,63,30,64) on llvmpipe, forward + backward + gradients, ms:
+//!          tiles 110 + 105 + 330; 8 × 8 products 40; eight sequences a tile with barriers 45 + 41; two a thread 86 + 59; four 35 + 30.
 //! Scratch  forward: packed weights and states; backward: δ [M,B,T,4H], and states with partial sums.
 //! Keeps    per step h(t−1), for LSTM c(t−1) too, and the four gates where `keep` is `Gates`.
 //! Floor    LSTM forward 8·B·T·H·(I+H) flops, training 3×; bytes 4·B·T·(I + H·(1 to 7)).
@@ -314,6 +315,8 @@ recurrent_kernel! {
 // ---- kernels of software adapters ----------------------------------------------------------------------------------------------
 
 const BLOCK_WG: u32 = 8;
+/// Most hidden units.
+const BLOCK_HIDDEN: u64 = 128;
 /// Most steps that one slice of a weight gradient sums: a round each.
 const BLOCK_SLICE: u64 = 60_000;
 
@@ -327,17 +330,27 @@ fn block_gradient_groups(words: &[u32]) -> u64 {
     (if p.has(flag::GRAD_X) { groups(x) } else { 0 }) + (if p.has(flag::GRAD_W) { w } else { 0 })
 }
 
-/// [`RECURRENT_GRADIENTS`] on software adapters.
-pub static RECURRENT_GRADIENTS_BLOCKS: Kernel = Kernel {
-    name: "recurrent_gradients_blocks",
-    about: "grad_x, and slices of the weights' gradients, on software adapters",
-    workgroup: BLOCK_WG,
-    groups: block_gradient_groups,
-    wgsl: wgsl!("recurrent_blocks"),
-    cuda: None,
-    cpu: None,
-    ..RECURRENT_GRADIENTS
-};
+fn block_loop_groups(words: &[u32]) -> u64 {
+    let p = RecurrentParams::of(words);
+    (u64::from(p.models) * (p.own() as u64).div_ceil(ROWS)).div_ceil(u64::from(BLOCK_WG))
+}
+
+macro_rules! block_kernel {
+    ($($value:ident = $name:literal, $about:literal, $of:ident, $groups:expr;)*) => { $(
+        #[doc = $about]
+        pub static $value: Kernel =
+            Kernel { name: $name, about: $about, workgroup: BLOCK_WG, groups: $groups, wgsl: wgsl!("recurrent_blocks"), cuda: None, cpu: None, ..$of };
+    )* };
+}
+
+block_kernel! {
+    LSTM_FORWARD_BLOCKS = "lstm_forward_blocks", "all steps of an LSTM layer, on software adapters", LSTM_FORWARD, block_loop_groups;
+    GRU_FORWARD_BLOCKS = "gru_forward_blocks", "all steps of a GRU layer, on software adapters", GRU_FORWARD, block_loop_groups;
+    LSTM_BACKWARD_BLOCKS = "lstm_backward_blocks", "all steps of an LSTM layer backward, on software adapters", LSTM_BACKWARD, block_loop_groups;
+    GRU_BACKWARD_BLOCKS = "gru_backward_blocks", "all steps of a GRU layer backward, on software adapters", GRU_BACKWARD, block_loop_groups;
+    RECURRENT_GRADIENTS_BLOCKS = "recurrent_gradients_blocks", "grad_x and slices of the weights' gradients, on software adapters", RECURRENT_GRADIENTS,
+        block_gradient_groups;
+}
 
 // ---- the plain column -------------------------------------------------------------------------------------------------------
 
@@ -979,12 +992,19 @@ impl Recurrent {
         Err(Error::TooLarge { what: format!("{}: hidden", self.name()), needed: self.hidden, limit: MAX_HIDDEN, unit: "units", help })
     }
 
-    /// Whether [`RECURRENT_GRADIENTS_BLOCKS`] takes these sizes on this device.
+    /// Whether the kernels of software adapters take these sizes on this device.
     fn blocks(&self, device: &Device) -> bool {
         let (slice_rows, time_parts, _) = self.slices();
-        let sizes = self.hidden.is_multiple_of(4) && self.inputs >= 4;
+        let sizes = self.hidden.is_multiple_of(4) && self.hidden <= BLOCK_HIDDEN && self.inputs >= 4;
         let info = device.info();
         info.kind == crate::DeviceKind::Wgpu && info.software && sizes && (slice_rows * self.time.div_ceil(time_parts)) <= BLOCK_SLICE
+    }
+
+    /// Rounds of a step of those kernels' loops, forward and backward.
+    fn block_rounds(&self) -> (u64, u64) {
+        let quads = self.hidden / 4;
+        let forward = quads * (self.inputs / 4 + quads + 6) + 5 * quads + 16;
+        (forward, self.hidden.div_ceil(8) * (self.gates() / 4 + 1) + 9 * quads + 32)
     }
 
     /// Runs of models that fit the device; runs of whole slices of sequences where not even one model does.
@@ -1096,7 +1116,9 @@ pub fn recurrent(pass: &mut Pass, op: &Recurrent, args: &RecurrentArgs<'_>) -> R
             (args.b_ih.is_some(), flag::BIAS),
         ]);
     let units = op.hidden.div_ceil(u64::from(WG));
-    let runs = op.time_runs(&device, units * (op.inputs.div_ceil(4) + op.hidden.div_ceil(4) + 8) + 1)?;
+    let blocks = op.blocks(&device);
+    let rounds = if blocks { op.block_rounds().0 } else { units * (op.inputs.div_ceil(4) + op.hidden.div_ceil(4) + 8) + 1 };
+    let runs = op.time_runs(&device, rounds)?;
     let (lengths, resets) = words(&device, args.lengths, args.resets)?;
     for chunk in op.chunks(&device)? {
         let models = chunk.models.end - chunk.models.start;
@@ -1132,7 +1154,12 @@ pub fn recurrent(pass: &mut Pass, op: &Recurrent, args: &RecurrentArgs<'_>) -> R
             let saved = Bound::new(pass, args.saved, of_rows(op.time * op.width()))?;
             for run in &runs {
                 let p = RecurrentParams { from_step: run.start as u32, to_step: run.end as u32, ..p };
-                let kernel = if lstm { &LSTM_FORWARD } else { &GRU_FORWARD };
+                let kernel = match (lstm, blocks) {
+                    (true, false) => &LSTM_FORWARD,
+                    (true, true) => &LSTM_FORWARD_BLOCKS,
+                    (false, false) => &GRU_FORWARD,
+                    (false, true) => &GRU_FORWARD_BLOCKS,
+                };
                 let args = [x.clone(), packed.clone(), lengths.clone(), resets.clone(), state.clone(), y.view.clone(), saved.view.clone()];
                 pass.launch(kernel, &p, &args)?;
             }
@@ -1248,7 +1275,9 @@ pub fn recurrent_backward(pass: &mut Pass, op: &Recurrent, args: &RecurrentGrads
             (wanted, flag::GRAD_W),
         ]);
     let units = op.hidden.div_ceil(u64::from(WG));
-    let runs = op.time_runs(&device, units * (op.hidden.div_ceil(2) + 8) + 1)?;
+    let blocks = op.blocks(&device);
+    let rounds = if blocks { op.block_rounds().1 } else { units * (op.hidden.div_ceil(2) + 8) + 1 };
+    let runs = op.time_runs(&device, rounds)?;
     op.check_tiles(&device, op.inputs + op.hidden + 1)?;
     op.check_tiles(&device, 4 * op.hidden)?;
     op.check_tiles(&device, (slice_rows * op.time.div_ceil(time_parts)).min(SLICE + op.time % SLICE))?;
@@ -1298,7 +1327,12 @@ pub fn recurrent_backward(pass: &mut Pass, op: &Recurrent, args: &RecurrentGrads
             Some(view) => pass.input(view, of_rows(op.time * op.y_stride))?,
             None => w_hh.clone(),
         };
-        let kernel = if lstm { &LSTM_BACKWARD } else { &GRU_BACKWARD };
+        let kernel = match (lstm, blocks) {
+            (true, false) => &LSTM_BACKWARD,
+            (true, true) => &LSTM_BACKWARD_BLOCKS,
+            (false, false) => &GRU_BACKWARD,
+            (false, true) => &GRU_BACKWARD_BLOCKS,
+        };
         let whole: Vec<Range<u64>> = std::iter::once(0..0).collect();
         for run in if op.time == 0 { &whole } else { &runs }.iter().rev() {
             let p = RecurrentParams { from_step: run.start as u32, to_step: run.end as u32, ..p };
@@ -1310,7 +1344,7 @@ pub fn recurrent_backward(pass: &mut Pass, op: &Recurrent, args: &RecurrentGrads
             (None, None) => return Err(Error::Internal("recurrent_backward: no place for grad_x".into())),
         };
         if wanted || (args.grad_x.is_some() && op.time > 0) {
-            let kernel = if op.blocks(&device) { &RECURRENT_GRADIENTS_BLOCKS } else { &RECURRENT_GRADIENTS };
+            let kernel = if blocks { &RECURRENT_GRADIENTS_BLOCKS } else { &RECURRENT_GRADIENTS };
             pass.launch(kernel, &p, &[x, saved, lengths.clone(), w_ih, gates, grad_x.view.clone(), sums.clone()])?;
         }
         grad_x.finish(pass)?;

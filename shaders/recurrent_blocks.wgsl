@@ -1,8 +1,9 @@
-// grad_x and the weights' gradients on software adapters, where an invocation is a lane of the processor's vector: a load is a loop over
-// the lanes that costs ten multiply-adds, a shader with barriers in its loops keeps every variable in memory, and compile time grows with
-// the square of the loads. So: 8 × 8 of a product in registers, loads of four neighbours, no workgroup memory.
-// Maths, shapes and source: kernels/recurrent.rs. H a multiple of 4, I at least 4.
-//   recurrent_gradients_blocks   grid blocks of grad_x, of grad w_ih, of grad w_hh and the bias   thread = 8 × 8 of a product
+// LSTM and GRU over whole sequences on software adapters, where an invocation is a lane of the processor's vector: a load is a loop over
+// the lanes that costs ten multiply-adds, and a shader with barriers keeps its variables in memory. So there are none: a thread owns
+// whole sequences, its states in memory. Maths, shapes and source: kernels/recurrent.rs; H a multiple of 4 up to 128, I at least 4.
+//   lstm_forward_blocks, gru_forward_blocks    grid ⌈M·⌈B/4⌉ / WG⌉   thread = four sequences: 4 units × 4 gates of them at a time
+//   lstm_backward_blocks, gru_backward_blocks  as forward            thread = four sequences: 8 units of them at a time
+//   recurrent_gradients_blocks                 grid tiles of grad_x, of grad w_ih, of grad w_hh and the bias; thread = 8 × 8 of a product
 
 struct RecurrentParams {
     models: u32,
@@ -30,13 +31,40 @@ override WG: u32 = 8u;
 
 const GRU: u32 = 1u;
 const GATES: u32 = 2u;
+const STATES: u32 = 4u;
 const LENGTHS: u32 = 8u;
+const RESETS: u32 = 16u;
+const REVERSE: u32 = 32u;
+const H0: u32 = 64u;
+const C0: u32 = 128u;
+const LEARNED: u32 = 256u;
 const X_SHARED: u32 = 512u;
+const BIAS: u32 = 1024u;
+const GRAD_Y: u32 = 2048u;
 const GRAD_X: u32 = 4096u;
+const GRAD_HN: u32 = 8192u;
+const GRAD_CN: u32 = 16384u;
 const GRAD_W: u32 = 32768u;
 
 fn has(bit: u32) -> bool {
     return (params.flags & bit) != 0u;
+}
+
+// y, or x where x is NaN: clamps and maxima drop it.
+fn keep_nan(y: vec4<f32>, x: vec4<f32>) -> vec4<f32> {
+    return select(y, x, (bitcast<vec4<u32>>(x) & vec4<u32>(0x7fffffffu)) > vec4<u32>(0x7f800000u));
+}
+
+fn sigmoid4(x: vec4<f32>) -> vec4<f32> {
+    return keep_nan(1.0 / (1.0 + exp_vec4(-clamp(x, vec4<f32>(-80.0), vec4<f32>(80.0)))), x);
+}
+
+// A series below 0.25, where 1 − 2 / (e^2x + 1) cancels.
+fn tanh4(x: vec4<f32>) -> vec4<f32> {
+    let e = exp_vec4(2.0 * clamp(x, vec4<f32>(-20.0), vec4<f32>(20.0)));
+    let s = x * x;
+    let near = x * (1.0 + s * (-0.33333333 + s * (0.13333333 + s * (-0.053968254 + s * 0.021869488))));
+    return keep_nan(select((e - 1.0) / (e + 1.0), near, abs(x) < vec4<f32>(0.25)), x);
 }
 
 // Reals kept per step, and where h(t−1) begins in them.
@@ -53,30 +81,504 @@ fn gate_rows() -> u32 {
     return select(4u, 3u, has(GRU)) * params.hidden;
 }
 
-// ---- products ---------------------------------------------------------------------------------------------------
+// ---- which sequences --------------------------------------------------------------------------------------------
+
+// A sequence of a thread: model, sequence of the launch and of the model, valid steps, whether it is there.
+struct Sequence {
+    model: u32,
+    q: u32,
+    b: u32,
+    length: u32,
+    there: bool,
+}
+
+// Sequence `which` (0 to 3) of a thread.
+fn sequence_of(thread: u32, which: u32) -> Sequence {
+    let own = params.rows / params.models;
+    let fours = (own + 3u) / 4u;
+    let live = thread < params.models * fours;
+    let model = select(0u, thread / fours, live);
+    let at = select(0u, 4u * (thread % fours) + which, live);
+    let inside = min(at, own - 1u);
+    var length = params.time;
+    if has(LENGTHS) {
+        length = min(length, lengths[params.row0 + inside]);
+    }
+    return Sequence(model, model * own + inside, params.row0 + inside, length, live && at < own);
+}
+
+@group(0) @binding(3) var<storage, read> lengths: array<u32>;
+@group(0) @binding(4) var<storage, read> resets: array<u32>;
+
+// The time index of processing step s.
+fn step_of(s: u32, length: u32) -> u32 {
+    return select(min(s, params.time - 1u), length - 1u - min(s, length - 1u), has(REVERSE) && s < length);
+}
+
+// Whether the state goes back to its start before processing step s.
+fn resets_at(s: u32, sq: Sequence) -> bool {
+    if has(RESETS) {
+        return s < sq.length && resets[sq.b * params.time + step_of(s, sq.length)] != 0u;
+    }
+    return false;
+}
+
+// ---- forward ----------------------------------------------------------------------------------------------------
 
 @group(0) @binding(1) var<storage, read> x: array<f32>;
-@group(0) @binding(2) var<storage, read> saved: array<f32>;
-@group(0) @binding(3) var<storage, read> lengths: array<u32>;
-@group(0) @binding(4) var<storage, read> w_ih: array<f32>;
-@group(0) @binding(5) var<storage, read> gates: array<f32>;
-@group(0) @binding(6) var<storage, read_write> grad_x: array<f32>;
-@group(0) @binding(7) var<storage, read_write> sums: array<f32>;
+@group(0) @binding(2) var<storage, read> packed: array<f32>;
+@group(0) @binding(5) var<storage, read_write> state: array<f32>;
+@group(0) @binding(6) var<storage, read_write> y: array<f32>;
+@group(0) @binding(7) var<storage, read_write> saved: array<f32>;
 
 fn x_quad(at: u32) -> vec4<f32> {
     return vec4<f32>(x[at], x[at + 1u], x[at + 2u], x[at + 3u]);
 }
 
+fn state_quad(at: u32) -> vec4<f32> {
+    return vec4<f32>(state[at], state[at + 1u], state[at + 2u], state[at + 3u]);
+}
+
+fn packed_quad(at: u32) -> vec4<f32> {
+    return vec4<f32>(packed[at], packed[at + 1u], packed[at + 2u], packed[at + 3u]);
+}
+
+fn put_state(at: u32, v: vec4<f32>) {
+    state[at] = v.x;
+    state[at + 1u] = v.y;
+    state[at + 2u] = v.z;
+    state[at + 3u] = v.w;
+}
+
+fn put_y(at: u32, v: vec4<f32>) {
+    y[at] = v.x;
+    y[at + 1u] = v.y;
+    y[at + 2u] = v.z;
+    y[at + 3u] = v.w;
+}
+
+fn y_quad(at: u32) -> vec4<f32> {
+    return vec4<f32>(y[at], y[at + 1u], y[at + 2u], y[at + 3u]);
+}
+
+fn put_saved(at: u32, v: vec4<f32>) {
+    saved[at] = v.x;
+    saved[at + 1u] = v.y;
+    saved[at + 2u] = v.z;
+    saved[at + 3u] = v.w;
+}
+
+// h (which = 0) or c (1) that a sequence starts from, four units from j on.
+fn start_of(which: u32, model: u32, b: u32, j: u32) -> vec4<f32> {
+    let h = params.hidden;
+    let row = select(model * params.batch + b, model, has(LEARNED));
+    var start = vec4<f32>(0.0);
+    if has(select(C0, H0, which == 0u)) {
+        start = state_quad((which * params.models * params.batch + row) * h + j);
+    }
+    return start;
+}
+
+// Pre-activations of four sequences: a column per gate, four units down.
+struct Sums {
+    a: mat4x4<f32>,
+    b: mat4x4<f32>,
+    c: mat4x4<f32>,
+    d: mat4x4<f32>,
+}
+
+// Adds an input of the four whose weights lie at `at`.
+fn add_input(sums: Sums, at: u32, v: vec4<f32>) -> Sums {
+    let w = transpose(mat4x4<f32>(packed_quad(at), packed_quad(at + 4u), packed_quad(at + 8u), packed_quad(at + 12u)));
+    return Sums(sums.a + w * v.x, sums.b + w * v.y, sums.c + w * v.z, sums.d + w * v.w);
+}
+
+// Adds four inputs, a column each.
+fn add_inputs(sums: Sums, at: u32, v: mat4x4<f32>) -> Sums {
+    let next = 4u * params.hidden;
+    return add_input(add_input(add_input(add_input(sums, at, v[0]), at + next, v[1]), at + 2u * next, v[2]), at + 3u * next, v[3]);
+}
+
+// The cell of four units of one sequence, whose h lies at `at` and c `all` behind; `slot` is its step. Writes y, c and what backward keeps.
+fn cell(gru: bool, a: mat4x4<f32>, at: u32, all: u32, slot: u32, j: u32, there: bool, valid: bool) {
+    let h = params.hidden;
+    let last = state_quad(at);
+    var g: mat4x4<f32>;
+    var next: vec4<f32>;
+    var c_last = vec4<f32>(0.0);
+    var c_next = c_last;
+    g[0] = sigmoid4(a[0]);
+    g[1] = sigmoid4(a[1]);
+    if gru {
+        g[2] = tanh4(a[2] + g[0] * a[3]);
+        g[3] = a[3];
+        next = (1.0 - g[1]) * g[2] + g[1] * last;
+    } else {
+        c_last = state_quad(at + all);
+        g[2] = tanh4(a[2]);
+        g[3] = sigmoid4(a[3]);
+        c_next = g[1] * c_last + g[0] * g[2];
+        next = g[3] * tanh4(c_next);
+    }
+    if there {
+        put_y(slot * params.y_stride + params.y_offset + j, select(vec4<f32>(0.0), next, valid));
+    }
+    if there && valid {
+        if !gru {
+            put_state(at + all, c_next);
+        }
+        if has(GATES) {
+            let kept = slot * width() + j;
+            put_saved(kept, g[0]);
+            put_saved(kept + h, g[1]);
+            put_saved(kept + 2u * h, g[2]);
+            put_saved(kept + 3u * h, g[3]);
+        }
+        if has(STATES) {
+            let kept = slot * width() + kept_h() + j;
+            put_saved(kept, last);
+            if !gru {
+                put_saved(kept + h, c_last);
+            }
+        }
+    }
+}
+
+// Offset of a sequence's moving state.
+fn moving(sq: Sequence) -> u32 {
+    return (2u * params.models * params.batch + sq.model * params.batch + sq.b) * params.hidden;
+}
+
+// Puts a sequence's state back to its start.
+fn restart(sq: Sequence, at: u32, all: u32) {
+    for (var j = 0u; j < params.hidden; j += 4u) {
+        put_state(at + j, start_of(0u, sq.model, sq.b, j));
+        put_state(at + all + j, start_of(1u, sq.model, sq.b, j));
+    }
+}
+
+fn forward(gru: bool, thread: u32) {
+    let h = params.hidden;
+    let n = params.inputs;
+    let all = params.models * params.batch * h;
+    let one = sequence_of(thread, 0u);
+    let two = sequence_of(thread, 1u);
+    let three = sequence_of(thread, 2u);
+    let four = sequence_of(thread, 3u);
+    let at = vec4<u32>(moving(one), moving(two), moving(three), moving(four));
+    for (var s = 0u; s < min(4u, params.rows); s++) {
+        let sq = sequence_of(thread, s);
+        if sq.there && params.from_step == 0u {
+            restart(sq, moving(sq), all);
+        }
+    }
+    for (var step = params.from_step; step < params.to_step; step++) {
+        let time = vec4<u32>(step_of(step, one.length), step_of(step, two.length), step_of(step, three.length), step_of(step, four.length));
+        let slot = vec4<u32>(one.q, two.q, three.q, four.q) * params.time + time;
+        let x_at = select(slot, vec4<u32>(one.b, two.b, three.b, four.b) * params.time + time, vec4<bool>(has(X_SHARED))) * n;
+        for (var s = 0u; s < min(4u, params.rows); s++) {
+            let sq = sequence_of(thread, s);
+            if sq.there && step > 0u && resets_at(step, sq) {
+                restart(sq, moving(sq), all);
+            }
+        }
+        // gates and c, four units at a time; h stays as it is, y takes the new one
+        for (var j = 0u; j < h; j += 4u) {
+            let w = (one.model * (n + h + 1u) * h + j) * 4u;
+            var sums = add_input(Sums(), w + (n + h) * h * 4u, vec4<f32>(1.0));
+            var k = 0u;
+            for (; k + 4u <= n; k += 4u) {
+                sums = add_inputs(sums, w + k * h * 4u, transpose(mat4x4<f32>(x_quad(x_at.x + k), x_quad(x_at.y + k), x_quad(x_at.z + k), x_quad(x_at.w + k))));
+            }
+            for (; k < n; k++) {
+                sums = add_input(sums, w + k * h * 4u, vec4<f32>(x[x_at.x + k], x[x_at.y + k], x[x_at.z + k], x[x_at.w + k]));
+            }
+            for (k = 0u; k < h; k += 4u) {
+                let v = transpose(mat4x4<f32>(state_quad(at.x + k), state_quad(at.y + k), state_quad(at.z + k), state_quad(at.w + k)));
+                sums = add_inputs(sums, w + (n + k) * h * 4u, v);
+            }
+            cell(gru, sums.a, at.x + j, all, slot.x, j, one.there, step < one.length);
+            cell(gru, sums.b, at.y + j, all, slot.y, j, two.there, step < two.length);
+            cell(gru, sums.c, at.z + j, all, slot.z, j, three.there, step < three.length);
+            cell(gru, sums.d, at.w + j, all, slot.w, j, four.there, step < four.length);
+        }
+        for (var j = 0u; j < h; j += 4u) {
+            if one.there && step < one.length {
+                put_state(at.x + j, y_quad(slot.x * params.y_stride + params.y_offset + j));
+            }
+            if two.there && step < two.length {
+                put_state(at.y + j, y_quad(slot.y * params.y_stride + params.y_offset + j));
+            }
+            if three.there && step < three.length {
+                put_state(at.z + j, y_quad(slot.z * params.y_stride + params.y_offset + j));
+            }
+            if four.there && step < four.length {
+                put_state(at.w + j, y_quad(slot.w * params.y_stride + params.y_offset + j));
+            }
+        }
+    }
+}
+
+@compute @workgroup_size(WG)
+fn lstm_forward_blocks(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) nwg: vec3<u32>, @builtin(local_invocation_index) tid: u32) {
+    forward(false, group_index(wid, nwg) * WG + tid);
+}
+
+@compute @workgroup_size(WG)
+fn gru_forward_blocks(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) nwg: vec3<u32>, @builtin(local_invocation_index) tid: u32) {
+    forward(true, group_index(wid, nwg) * WG + tid);
+}
+
+// ---- backward ---------------------------------------------------------------------------------------------------
+
+@group(0) @binding(1) var<storage, read> saved_first: array<f32>;
+@group(0) @binding(2) var<storage, read> w_hh: array<f32>;
+@group(0) @binding(5) var<storage, read> grad_y: array<f32>;
+@group(0) @binding(6) var<storage, read_write> gates_moving: array<f32>;
+@group(0) @binding(7) var<storage, read_write> sums: array<f32>;
+
 fn saved_quad(at: u32) -> vec4<f32> {
-    return vec4<f32>(saved[at], saved[at + 1u], saved[at + 2u], saved[at + 3u]);
+    return vec4<f32>(saved_first[at], saved_first[at + 1u], saved_first[at + 2u], saved_first[at + 3u]);
+}
+
+fn w_hh_quad(at: u32) -> vec4<f32> {
+    return vec4<f32>(w_hh[at], w_hh[at + 1u], w_hh[at + 2u], w_hh[at + 3u]);
+}
+
+// Four rows of w_hh from `at` on, a column each.
+fn w_hh_rows(at: u32) -> mat4x4<f32> {
+    let h = params.hidden;
+    return mat4x4<f32>(w_hh_quad(at), w_hh_quad(at + h), w_hh_quad(at + 2u * h), w_hh_quad(at + 3u * h));
+}
+
+fn grad_y_quad(at: u32) -> vec4<f32> {
+    return vec4<f32>(grad_y[at], grad_y[at + 1u], grad_y[at + 2u], grad_y[at + 3u]);
+}
+
+fn gates_quad(at: u32) -> vec4<f32> {
+    return vec4<f32>(gates_moving[at], gates_moving[at + 1u], gates_moving[at + 2u], gates_moving[at + 3u]);
+}
+
+fn sums_quad(at: u32) -> vec4<f32> {
+    return vec4<f32>(sums[at], sums[at + 1u], sums[at + 2u], sums[at + 3u]);
+}
+
+fn put_gates(at: u32, v: vec4<f32>) {
+    gates_moving[at] = v.x;
+    gates_moving[at + 1u] = v.y;
+    gates_moving[at + 2u] = v.z;
+    gates_moving[at + 3u] = v.w;
+}
+
+fn put_sums(at: u32, v: vec4<f32>) {
+    sums[at] = v.x;
+    sums[at + 1u] = v.y;
+    sums[at + 2u] = v.z;
+    sums[at + 3u] = v.w;
+}
+
+// Gates of four units as forward had them: kept, or from their pre-activations.
+fn gates_again(gru: bool, kept: u32, own: u32) -> mat4x4<f32> {
+    let h = params.hidden;
+    if has(GATES) {
+        return mat4x4<f32>(saved_quad(kept), saved_quad(kept + h), saved_quad(kept + 2u * h), saved_quad(kept + 3u * h));
+    }
+    var a = mat4x4<f32>(gates_quad(own), gates_quad(own + h), gates_quad(own + 2u * h), gates_quad(own + 3u * h));
+    a[0] = sigmoid4(a[0]);
+    a[1] = sigmoid4(a[1]);
+    if gru {
+        a[2] = tanh4(a[2] + a[0] * a[3]);
+    } else {
+        a[2] = tanh4(a[2]);
+        a[3] = sigmoid4(a[3]);
+    }
+    return a;
+}
+
+// Sums of a sequence: gradients of h and c on their way, then of the start, each `all` behind the one before.
+fn sums_at(sq: Sequence) -> u32 {
+    return (sq.model * params.batch + sq.b) * params.hidden;
+}
+
+fn back_begin(at: u32, all: u32, there: bool) {
+    let z = vec4<f32>(0.0);
+    for (var j = 0u; there && j < params.hidden; j += 4u) {
+        if !has(GRAD_HN) {
+            put_sums(at + j, z);
+        }
+        if !has(GRAD_CN) {
+            put_sums(all + at + j, z);
+        }
+        put_sums(2u * all + at + j, z);
+        put_sums(3u * all + at + j, z);
+    }
+}
+
+// δ of four units of one sequence at a step; what goes to h and c of the step before besides.
+fn delta_of(gru: bool, at: u32, all: u32, slot: u32, j: u32, there: bool, valid: bool) {
+    let h = params.hidden;
+    let kept = slot * width() + j;
+    let own = slot * 4u * h + j;
+    let g = gates_again(gru, kept, own);
+    var d = sums_quad(at + j);
+    if has(GRAD_Y) {
+        d += grad_y_quad(slot * params.y_stride + params.y_offset + j);
+    }
+    let z = vec4<f32>(0.0);
+    var delta: mat4x4<f32>;
+    var through = z;
+    var grad_c = z;
+    if gru {
+        let last = saved_quad(kept + kept_h());
+        let dn = d * (1.0 - g[1]) * (1.0 - g[2] * g[2]);
+        delta[0] = dn * g[3] * g[0] * (1.0 - g[0]);
+        delta[1] = d * (last - g[2]) * g[1] * (1.0 - g[1]);
+        delta[2] = dn;
+        delta[3] = dn * g[0];
+        through = d * g[1];
+    } else {
+        let last = saved_quad(kept + kept_h() + h);
+        let t = tanh4(g[1] * last + g[0] * g[2]);
+        let e = sums_quad(all + at + j) + d * g[3] * (1.0 - t * t);
+        delta[0] = e * g[2] * g[0] * (1.0 - g[0]);
+        delta[1] = e * last * g[1] * (1.0 - g[1]);
+        delta[2] = e * g[0] * (1.0 - g[2] * g[2]);
+        delta[3] = d * t * g[3] * (1.0 - g[3]);
+        grad_c = e * g[1];
+    }
+    if there {
+        put_gates(own, select(z, delta[0], valid));
+        put_gates(own + h, select(z, delta[1], valid));
+        put_gates(own + 2u * h, select(z, delta[2], valid));
+        put_gates(own + 3u * h, select(z, delta[3], valid));
+        if valid {
+            put_sums(at + j, through);
+            put_sums(all + at + j, grad_c);
+        }
+    }
+}
+
+// Adds to h's gradient what comes through w_hh, and moves it to the start's where the step began anew.
+fn back_step(at: u32, all: u32, sum: vec4<f32>, there: bool, reset: bool) {
+    let h = sums_quad(at) + sum;
+    if there {
+        put_sums(at, select(h, vec4<f32>(0.0), reset));
+        if reset {
+            put_sums(2u * all + at, sums_quad(2u * all + at) + h);
+            put_sums(3u * all + at, sums_quad(3u * all + at) + sums_quad(all + at));
+            put_sums(all + at, vec4<f32>(0.0));
+        }
+    }
+}
+
+fn back_end(at: u32, all: u32, there: bool) {
+    for (var j = 0u; there && j < params.hidden; j += 4u) {
+        put_sums(2u * all + at + j, sums_quad(2u * all + at + j) + sums_quad(at + j));
+        put_sums(3u * all + at + j, sums_quad(3u * all + at + j) + sums_quad(all + at + j));
+    }
+}
+
+// Two quads of units of four sequences.
+struct Columns {
+    a0: vec4<f32>,
+    b0: vec4<f32>,
+    c0: vec4<f32>,
+    d0: vec4<f32>,
+    a1: vec4<f32>,
+    b1: vec4<f32>,
+    c1: vec4<f32>,
+    d1: vec4<f32>,
+}
+
+fn backward(gru: bool, thread: u32) {
+    let h = params.hidden;
+    let all = params.models * params.batch * h;
+    let one = sequence_of(thread, 0u);
+    let two = sequence_of(thread, 1u);
+    let three = sequence_of(thread, 2u);
+    let four = sequence_of(thread, 3u);
+    let at = vec4<u32>(sums_at(one), sums_at(two), sums_at(three), sums_at(four));
+    for (var s = 0u; s < min(4u, params.rows); s++) {
+        let sq = sequence_of(thread, s);
+        back_begin(sums_at(sq), all, sq.there && params.to_step == params.time);
+    }
+    for (var step = params.to_step; step > params.from_step; step--) {
+        let time = vec4<u32>(step_of(step - 1u, one.length), step_of(step - 1u, two.length), step_of(step - 1u, three.length), step_of(step - 1u, four.length));
+        let slot = vec4<u32>(one.q, two.q, three.q, four.q) * params.time + time;
+        let valid = vec4<bool>(one.there && step - 1u < one.length, two.there && step - 1u < two.length, three.there && step - 1u < three.length, four.there && step - 1u < four.length);
+        for (var j = 0u; j < h; j += 4u) {
+            delta_of(gru, at.x, all, slot.x, j, one.there, valid.x);
+            delta_of(gru, at.y, all, slot.y, j, two.there, valid.y);
+            delta_of(gru, at.z, all, slot.z, j, three.there, valid.z);
+            delta_of(gru, at.w, all, slot.w, j, four.there, valid.w);
+        }
+        let reset = vec4<bool>(resets_at(step - 1u, one), resets_at(step - 1u, two), resets_at(step - 1u, three), resets_at(step - 1u, four));
+        let own = slot * 4u * h;
+        for (var k = 0u; k < h; k += 8u) {
+            let quad = quads_of(k, h);
+            var sum: Columns;
+            // rows of w_hh; a GRU's third has the fourth's δ
+            for (var c = 0u; c < gate_rows(); c += 4u) {
+                let from_gate = c + select(0u, h, gru && c >= 2u * h);
+                let w = (one.model * gate_rows() + c) * h;
+                let w0 = w_hh_rows(w + quad.x);
+                let w1 = w_hh_rows(w + quad.y);
+                let a = gates_quad(own.x + from_gate);
+                sum.a0 += w0 * a;
+                sum.a1 += w1 * a;
+                let b = gates_quad(own.y + from_gate);
+                sum.b0 += w0 * b;
+                sum.b1 += w1 * b;
+                let c = gates_quad(own.z + from_gate);
+                sum.c0 += w0 * c;
+                sum.c1 += w1 * c;
+                let d = gates_quad(own.w + from_gate);
+                sum.d0 += w0 * d;
+                sum.d1 += w1 * d;
+            }
+            back_step(at.x + k, all, sum.a0, valid.x, reset.x);
+            back_step(at.y + k, all, sum.b0, valid.y, reset.y);
+            back_step(at.z + k, all, sum.c0, valid.z, reset.z);
+            back_step(at.w + k, all, sum.d0, valid.w, reset.w);
+            back_step(at.x + k + 4u, all, sum.a1, valid.x && k + 4u < h, reset.x);
+            back_step(at.y + k + 4u, all, sum.b1, valid.y && k + 4u < h, reset.y);
+            back_step(at.z + k + 4u, all, sum.c1, valid.z && k + 4u < h, reset.z);
+            back_step(at.w + k + 4u, all, sum.d1, valid.w && k + 4u < h, reset.w);
+        }
+    }
+    for (var s = 0u; s < min(4u, params.rows); s++) {
+        let sq = sequence_of(thread, s);
+        back_end(sums_at(sq), all, sq.there && params.from_step == 0u);
+    }
+}
+
+@compute @workgroup_size(WG)
+fn lstm_backward_blocks(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) nwg: vec3<u32>, @builtin(local_invocation_index) tid: u32) {
+    backward(false, group_index(wid, nwg) * WG + tid);
+}
+
+@compute @workgroup_size(WG)
+fn gru_backward_blocks(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) nwg: vec3<u32>, @builtin(local_invocation_index) tid: u32) {
+    backward(true, group_index(wid, nwg) * WG + tid);
+}
+
+// ---- products ---------------------------------------------------------------------------------------------------
+
+@group(0) @binding(2) var<storage, read> saved_in: array<f32>;
+@group(0) @binding(4) var<storage, read> w_ih_fourth: array<f32>;
+@group(0) @binding(5) var<storage, read> gates_in: array<f32>;
+@group(0) @binding(6) var<storage, read_write> grad_x: array<f32>;
+
+fn saved_in_quad(at: u32) -> vec4<f32> {
+    return vec4<f32>(saved_in[at], saved_in[at + 1u], saved_in[at + 2u], saved_in[at + 3u]);
 }
 
 fn w_ih_quad(at: u32) -> vec4<f32> {
-    return vec4<f32>(w_ih[at], w_ih[at + 1u], w_ih[at + 2u], w_ih[at + 3u]);
+    return vec4<f32>(w_ih_fourth[at], w_ih_fourth[at + 1u], w_ih_fourth[at + 2u], w_ih_fourth[at + 3u]);
 }
 
 fn delta_quad(at: u32) -> vec4<f32> {
-    return vec4<f32>(gates[at], gates[at + 1u], gates[at + 2u], gates[at + 3u]);
+    return vec4<f32>(gates_in[at], gates_in[at + 1u], gates_in[at + 2u], gates_in[at + 3u]);
 }
 
 // Eight columns of a product as two quads: where each begins, so that it lies inside `columns` ≥ 4, and from which column on it counts.
@@ -250,8 +752,8 @@ fn weight_block(item: u32, of_x: bool) {
                 x0 = x_quad(input + quad.x);
                 x1 = x_quad(input + quad.y);
             } else {
-                x0 = saved_quad(input + quad.x);
-                x1 = saved_quad(input + quad.y);
+                x0 = saved_in_quad(input + quad.x);
+                x1 = saved_in_quad(input + quad.y);
                 bias_lo += lo;
                 bias_hi += hi;
             }
