@@ -396,6 +396,15 @@ __device__ __forceinline__ float activation_slope(uint32_t kind, float saved) {
     }
 }
 
+// Four neighbours at a multiple of four.
+__device__ __forceinline__ float4 quad_at(const float* __restrict__ x) {
+    return *reinterpret_cast<const float4*>(x);
+}
+
+__device__ __forceinline__ void put_quad(float* __restrict__ x, float4 y) {
+    *reinterpret_cast<float4*>(x) = y;
+}
+
 // ---- tiles of a product: left [rows, depth] × right [depth, columns], for units that name their tile ----------------------
 
 #ifdef ROW_QUADS
@@ -406,11 +415,6 @@ __device__ __forceinline__ float activation_slope(uint32_t kind, float saved) {
 // different banks.
 struct Tile {
     float at[4 * THREAD_QUADS][4];
-};
-
-struct TileMemory {
-    float4 left[2][STEP][ROW_QUADS + 1];
-    float4 right[2][STEP][COL_QUADS + 1];
 };
 
 __device__ __forceinline__ uint32_t thread_row() {
@@ -428,6 +432,14 @@ __device__ __forceinline__ float4 load_quad(const float* __restrict__ x, uint64_
     }
     return make_float4(count > 0 ? x[at] : 0.0f, count > 1 ? x[at + 1] : 0.0f, count > 2 ? x[at + 2] : 0.0f, count > 3 ? x[at + 3] : 0.0f);
 }
+
+#ifndef STORED_16  // half.cuh has its own
+struct TileMemory {
+    float4 left[2][STEP][ROW_QUADS + 1];
+    float4 right[2][STEP][COL_QUADS + 1];
+};
+
+typedef float4 LeftStep[STEP][ROW_QUADS + 1];
 
 // The quads of a step that a thread loads: neighbouring threads take neighbouring k where those are neighbours in memory (ALONG_DEPTH),
 // else neighbouring quads.
@@ -502,4 +514,15 @@ __device__ __forceinline__ void tile_product(Tile& tile, TileMemory& sh, uint32_
 struct NothingEach {
     __device__ __forceinline__ void operator()(const float4 (&)[STEP][ROW_QUADS + 1]) const {}
 };
+
+__device__ __forceinline__ float4 step_quad(const LeftStep& step, uint32_t k, uint32_t quad) {
+    return step[k][quad];
+}
+
+// tile_product, by the name that units have it under whatever their storage; whether left is exact matters where that is 16 bits.
+template <bool LEFT_ALONG, bool RIGHT_ALONG, class Left, class Right, class Each>
+__device__ __forceinline__ void stored_product(Tile& tile, TileMemory& sh, uint32_t first, uint32_t last, bool, Left left, Right right, Each each) {
+    tile_product<LEFT_ALONG, RIGHT_ALONG>(tile, sh, first, last, left, right, each);
+}
+#endif
 #endif

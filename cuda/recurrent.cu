@@ -75,8 +75,8 @@ __device__ __forceinline__ uint32_t gate_rows(const RecurrentParams& p) {
 // ---- packing ----------------------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(WG)
-    recurrent_pack(const float* __restrict__ w_ih, const float* __restrict__ w_hh, const float* __restrict__ b_ih,
-                   const float* __restrict__ b_hh, float* __restrict__ packed, RecurrentParams params) {
+    recurrent_pack(const Stored* __restrict__ w_ih, const Stored* __restrict__ w_hh, const Stored* __restrict__ b_ih,
+                   const Stored* __restrict__ b_hh, float* __restrict__ packed, RecurrentParams params) {
     const uint32_t at = group_index() * WG + threadIdx.x;
     const uint32_t h = params.hidden, n = params.inputs, inner = n + h + 1;
     const bool gru = has(params, GRU);
@@ -166,8 +166,8 @@ __device__ __forceinline__ void add_input(float (&a)[4][4], float4 w, float4 v) 
 
 // UNITS: units of a thread, WG apart; where they are many their states lie in local memory.
 template <bool IS_GRU, uint32_t UNITS>
-__device__ __forceinline__ void forward_steps(const float* __restrict__ x, const float* __restrict__ packed, const uint32_t* __restrict__ lengths,
-                                              const uint32_t* __restrict__ resets, float* state, float* __restrict__ y,
+__device__ __forceinline__ void forward_steps(const Stored* __restrict__ x, const float* __restrict__ packed, const uint32_t* __restrict__ lengths,
+                                              const uint32_t* __restrict__ resets, float* state, Stored* __restrict__ y,
                                               float* __restrict__ saved, float4* sh_rows, const RecurrentParams& params) {
     const uint32_t h = params.hidden, n = params.inputs;
     const Tile tile = tile_of(params, lengths);
@@ -192,7 +192,7 @@ __device__ __forceinline__ void forward_steps(const float* __restrict__ x, const
         }
     }
     for (uint32_t s = params.from_step; s < params.to_step; s++) {
-        const float* x_at[4];
+        const Stored* x_at[4];
         uint32_t slot[4];
 #pragma unroll
         for (uint32_t r = 0; r < 4; r++) {
@@ -282,8 +282,8 @@ __device__ __forceinline__ void forward_steps(const float* __restrict__ x, const
 }
 
 template <bool IS_GRU>
-__device__ __forceinline__ void forward(const float* __restrict__ x, const float* __restrict__ packed, const uint32_t* __restrict__ lengths,
-                                        const uint32_t* __restrict__ resets, float* state, float* __restrict__ y,
+__device__ __forceinline__ void forward(const Stored* __restrict__ x, const float* __restrict__ packed, const uint32_t* __restrict__ lengths,
+                                        const uint32_t* __restrict__ resets, float* state, Stored* __restrict__ y,
                                         float* __restrict__ saved, const RecurrentParams& params) {
     __shared__ float4 sh_rows[SHARED];
     if (params.hidden <= WG) {
@@ -294,15 +294,15 @@ __device__ __forceinline__ void forward(const float* __restrict__ x, const float
 }
 
 extern "C" __global__ void __launch_bounds__(WG)
-    lstm_forward(const float* __restrict__ x, const float* __restrict__ packed, const uint32_t* __restrict__ lengths,
-                 const uint32_t* __restrict__ resets, float* __restrict__ state, float* __restrict__ y, float* __restrict__ saved,
+    lstm_forward(const Stored* __restrict__ x, const float* __restrict__ packed, const uint32_t* __restrict__ lengths,
+                 const uint32_t* __restrict__ resets, float* __restrict__ state, Stored* __restrict__ y, float* __restrict__ saved,
                  RecurrentParams params) {
     forward<false>(x, packed, lengths, resets, state, y, saved, params);
 }
 
 extern "C" __global__ void __launch_bounds__(WG)
-    gru_forward(const float* __restrict__ x, const float* __restrict__ packed, const uint32_t* __restrict__ lengths,
-                const uint32_t* __restrict__ resets, float* __restrict__ state, float* __restrict__ y, float* __restrict__ saved,
+    gru_forward(const Stored* __restrict__ x, const float* __restrict__ packed, const uint32_t* __restrict__ lengths,
+                const uint32_t* __restrict__ resets, float* __restrict__ state, Stored* __restrict__ y, float* __restrict__ saved,
                 RecurrentParams params) {
     forward<true>(x, packed, lengths, resets, state, y, saved, params);
 }
@@ -310,14 +310,14 @@ extern "C" __global__ void __launch_bounds__(WG)
 // ---- backward ---------------------------------------------------------------------------------------------------
 
 template <bool IS_GRU, uint32_t UNITS>
-__device__ __forceinline__ void backward_steps(const float* __restrict__ saved, const float* __restrict__ w_hh, const uint32_t* __restrict__ lengths,
-                                               const uint32_t* __restrict__ resets, const float* __restrict__ grad_y, float* gates,
+__device__ __forceinline__ void backward_steps(const float* __restrict__ saved, const Stored* __restrict__ w_hh, const uint32_t* __restrict__ lengths,
+                                               const uint32_t* __restrict__ resets, const Stored* __restrict__ grad_y, float* gates,
                                                float* sums, float4* sh_rows, const RecurrentParams& params) {
     const uint32_t h = params.hidden;
     const Tile tile = tile_of(params, lengths);
     const uint32_t all = params.models * params.batch * h;
     const uint32_t count = IS_GRU ? 3 : 4;
-    const float* weights = w_hh + (size_t)tile.model * gate_rows(params) * h;
+    const Stored* weights = w_hh + (size_t)tile.model * gate_rows(params) * h;
     const bool fits = max(WG / h, 1u) * count * h <= SHARED;
     float4* deltas = sh_rows + tile.slot * count * h;
     float grad_h[UNITS][4], grad_c[UNITS][4], start_h[UNITS][4], start_c[UNITS][4];
@@ -464,8 +464,8 @@ __device__ __forceinline__ void backward_steps(const float* __restrict__ saved, 
 }
 
 template <bool IS_GRU>
-__device__ __forceinline__ void backward(const float* __restrict__ saved, const float* __restrict__ w_hh, const uint32_t* __restrict__ lengths,
-                                         const uint32_t* __restrict__ resets, const float* __restrict__ grad_y, float* gates, float* sums,
+__device__ __forceinline__ void backward(const float* __restrict__ saved, const Stored* __restrict__ w_hh, const uint32_t* __restrict__ lengths,
+                                         const uint32_t* __restrict__ resets, const Stored* __restrict__ grad_y, float* gates, float* sums,
                                          const RecurrentParams& params) {
     __shared__ float4 sh_rows[SHARED];
     if (params.hidden <= WG) {
@@ -476,15 +476,15 @@ __device__ __forceinline__ void backward(const float* __restrict__ saved, const 
 }
 
 extern "C" __global__ void __launch_bounds__(WG)
-    lstm_backward(const float* __restrict__ saved, const float* __restrict__ w_hh, const uint32_t* __restrict__ lengths,
-                  const uint32_t* __restrict__ resets, const float* __restrict__ grad_y, float* __restrict__ gates, float* __restrict__ sums,
+    lstm_backward(const float* __restrict__ saved, const Stored* __restrict__ w_hh, const uint32_t* __restrict__ lengths,
+                  const uint32_t* __restrict__ resets, const Stored* __restrict__ grad_y, float* __restrict__ gates, float* __restrict__ sums,
                   RecurrentParams params) {
     backward<false>(saved, w_hh, lengths, resets, grad_y, gates, sums, params);
 }
 
 extern "C" __global__ void __launch_bounds__(WG)
-    gru_backward(const float* __restrict__ saved, const float* __restrict__ w_hh, const uint32_t* __restrict__ lengths,
-                 const uint32_t* __restrict__ resets, const float* __restrict__ grad_y, float* __restrict__ gates, float* __restrict__ sums,
+    gru_backward(const float* __restrict__ saved, const Stored* __restrict__ w_hh, const uint32_t* __restrict__ lengths,
+                 const uint32_t* __restrict__ resets, const Stored* __restrict__ grad_y, float* __restrict__ gates, float* __restrict__ sums,
                  RecurrentParams params) {
     backward<true>(saved, w_hh, lengths, resets, grad_y, gates, sums, params);
 }
@@ -511,7 +511,7 @@ __device__ __forceinline__ void add_tiles(const Factors& tile, float (&out)[2][4
 }
 
 // Input k (x, h(t−1), 1) of sequence q (b of the model) at a step.
-__device__ __forceinline__ float input_at(const RecurrentParams& p, const float* __restrict__ x, const float* __restrict__ saved, uint32_t q, uint32_t b,
+__device__ __forceinline__ float input_at(const RecurrentParams& p, const Stored* __restrict__ x, const float* __restrict__ saved, uint32_t q, uint32_t b,
                                           uint32_t step, uint32_t k) {
     if (k < p.inputs) {
         return x[((size_t)(has(p, X_SHARED) ? b : q) * p.time + step) * p.inputs + k];
@@ -523,8 +523,8 @@ __device__ __forceinline__ float input_at(const RecurrentParams& p, const float*
 }
 
 extern "C" __global__ void __launch_bounds__(WG)
-    recurrent_gates(const float* __restrict__ x, const float* __restrict__ saved, const float* __restrict__ w_ih, const float* __restrict__ w_hh,
-                    const float* __restrict__ b_ih, const float* __restrict__ b_hh, float* __restrict__ gates, RecurrentParams params) {
+    recurrent_gates(const Stored* __restrict__ x, const float* __restrict__ saved, const Stored* __restrict__ w_ih, const Stored* __restrict__ w_hh,
+                    const Stored* __restrict__ b_ih, const Stored* __restrict__ b_hh, float* __restrict__ gates, RecurrentParams params) {
     __shared__ Factors sh_tile;
     const uint32_t own = params.rows / params.models, steps = own * params.time, h = params.hidden, columns = 4 * h;
     const uint32_t inner = params.inputs + h + 1, step_tiles = (steps + 31) / 32, column_tiles = (columns + 31) / 32;
@@ -568,8 +568,8 @@ extern "C" __global__ void __launch_bounds__(WG)
     }
 }
 
-__device__ __forceinline__ void grad_x_tile(const RecurrentParams& params, const float* __restrict__ w_ih, const float* __restrict__ gates,
-                                            float* __restrict__ grad_x, Factors& sh_tile, uint32_t group) {
+__device__ __forceinline__ void grad_x_tile(const RecurrentParams& params, const Stored* __restrict__ w_ih, const float* __restrict__ gates,
+                                            Stored* __restrict__ grad_x, Factors& sh_tile, uint32_t group) {
     const uint32_t own = params.rows / params.models, steps = own * params.time, columns = params.inputs, inner = gate_rows(params);
     const uint32_t step_tiles = (steps + 31) / 32, column_tiles = (columns + 31) / 32;
     const uint32_t model = group / (step_tiles * column_tiles), n0 = 32 * (group / column_tiles % step_tiles), c0 = 32 * (group % column_tiles);
@@ -620,7 +620,7 @@ __device__ __forceinline__ void put_weight(const RecurrentParams& params, float*
     }
 }
 
-__device__ __forceinline__ void weight_tile(const RecurrentParams& params, const float* __restrict__ x, const float* __restrict__ saved,
+__device__ __forceinline__ void weight_tile(const RecurrentParams& params, const Stored* __restrict__ x, const float* __restrict__ saved,
                                             const uint32_t* __restrict__ lengths, const float* __restrict__ gates, float* __restrict__ sums,
                                             Factors& sh_tile, uint32_t group) {
     const uint32_t own = params.rows / params.models, t = params.time, rows = 4 * params.hidden, columns = params.inputs + params.hidden + 1;
@@ -664,8 +664,8 @@ __device__ __forceinline__ void weight_tile(const RecurrentParams& params, const
 }
 
 extern "C" __global__ void __launch_bounds__(WG)
-    recurrent_gradients(const float* __restrict__ x, const float* __restrict__ saved, const uint32_t* __restrict__ lengths,
-                        const float* __restrict__ w_ih, const float* __restrict__ gates, float* __restrict__ grad_x, float* __restrict__ sums,
+    recurrent_gradients(const Stored* __restrict__ x, const float* __restrict__ saved, const uint32_t* __restrict__ lengths,
+                        const Stored* __restrict__ w_ih, const float* __restrict__ gates, Stored* __restrict__ grad_x, float* __restrict__ sums,
                         RecurrentParams params) {
     __shared__ Factors sh_tile;
     const uint32_t steps = params.rows / params.models * params.time, inner = params.inputs + params.hidden + 1, group = group_index();

@@ -9,7 +9,7 @@ struct SplitSumParams {
     uint32_t count;
 };
 
-extern "C" __global__ void __launch_bounds__(WG) split_sum(const float* __restrict__ partials, float* __restrict__ total, SplitSumParams params) {
+extern "C" __global__ void __launch_bounds__(WG) split_sum(const float* __restrict__ partials, Stored* __restrict__ total, SplitSumParams params) {
     const uint32_t at = group_index() * WG + threadIdx.x;
     if (at >= params.models * params.count) {
         return;

@@ -19,6 +19,7 @@
 //! Scratch    rows [B, header and (lse, delta) of each row], backward only.
 //! Floor      4·(Tq + Tk)·2·D bytes forward and twice that backward per head; 4·Tq·Tk·D flops forward, 14·Tq·Tk·D backward (scores are
 //!            computed twice), one exponential a score forward, two backward.
+//! Stored     q, k, v, bias, out and their gradients in f32, f16 or bf16, all in one; scores, sums, lse and scratch are f32, results are rounded once.
 //! Numerics   running maximum; f32 sums of at most Tk terms, rescaled when the maximum moves. A NaN in a row of q, or in a key that it may see,
 //!            makes that row NaN. Padding beyond kv_len is never read.
 //! Source     Rabe, Staats 2021, arXiv:2112.05682; Dao 2023, arXiv:2307.08691, for delta and the two passes.
@@ -27,7 +28,7 @@
 use crate::attention_lanes as lanes;
 use crate::conformance::{Case, Outputs};
 use crate::device::{Device, DeviceKind, Pass, View};
-use crate::kernel::{Arg, Cost, Cpu, CpuLaunch, Kernel, layout, params_of, reads, reads_u32, writes};
+use crate::kernel::{Arg, Cost, Cpu, CpuLaunch, Elem, Kernel, in_storage, layout, params_of, reads, reads_u32, writes};
 use crate::philox::philox4x32;
 use crate::real::Real;
 use crate::{Error, Result};
@@ -737,6 +738,77 @@ pub static ATTENTION_WEIGHTS: Kernel = Kernel {
     ..ATTENTION_FORWARD
 };
 
+stored_kernels! {
+    &["lse", "rows"];
+    ATTENTION_FORWARD_8_F16 "attention_forward_8_f16", ATTENTION_FORWARD_8_BF16 "attention_forward_8_bf16" = ATTENTION_FORWARD_8[8];
+    ATTENTION_FORWARD_16_F16 "attention_forward_16_f16", ATTENTION_FORWARD_16_BF16 "attention_forward_16_bf16" = ATTENTION_FORWARD_16[8];
+    ATTENTION_FORWARD_32_F16 "attention_forward_32_f16", ATTENTION_FORWARD_32_BF16 "attention_forward_32_bf16" = ATTENTION_FORWARD_32[8];
+    ATTENTION_FORWARD_F16 "attention_forward_f16", ATTENTION_FORWARD_BF16 "attention_forward_bf16" = ATTENTION_FORWARD[8];
+    ATTENTION_ROWS_F16 "attention_rows_f16", ATTENTION_ROWS_BF16 "attention_rows_bf16" = ATTENTION_ROWS[6];
+    ATTENTION_BACKWARD_Q_8_F16 "attention_backward_q_8_f16", ATTENTION_BACKWARD_Q_8_BF16 "attention_backward_q_8_bf16" = ATTENTION_BACKWARD_Q_8[7];
+    ATTENTION_BACKWARD_Q_16_F16 "attention_backward_q_16_f16", ATTENTION_BACKWARD_Q_16_BF16 "attention_backward_q_16_bf16" = ATTENTION_BACKWARD_Q_16[7];
+    ATTENTION_BACKWARD_Q_32_F16 "attention_backward_q_32_f16", ATTENTION_BACKWARD_Q_32_BF16 "attention_backward_q_32_bf16" = ATTENTION_BACKWARD_Q_32[7];
+    ATTENTION_BACKWARD_Q_F16 "attention_backward_q_f16", ATTENTION_BACKWARD_Q_BF16 "attention_backward_q_bf16" = ATTENTION_BACKWARD_Q[7];
+    ATTENTION_BACKWARD_KV_8_F16 "attention_backward_kv_8_f16", ATTENTION_BACKWARD_KV_8_BF16 "attention_backward_kv_8_bf16" = ATTENTION_BACKWARD_KV_8[8];
+    ATTENTION_BACKWARD_KV_16_F16 "attention_backward_kv_16_f16", ATTENTION_BACKWARD_KV_16_BF16 "attention_backward_kv_16_bf16" = ATTENTION_BACKWARD_KV_16[8];
+    ATTENTION_BACKWARD_KV_32_F16 "attention_backward_kv_32_f16", ATTENTION_BACKWARD_KV_32_BF16 "attention_backward_kv_32_bf16" = ATTENTION_BACKWARD_KV_32[8];
+    ATTENTION_BACKWARD_KV_F16 "attention_backward_kv_f16", ATTENTION_BACKWARD_KV_BF16 "attention_backward_kv_bf16" = ATTENTION_BACKWARD_KV[8];
+    ATTENTION_BACKWARD_KV_PACKED_8_F16 "attention_backward_kv_packed_8_f16", ATTENTION_BACKWARD_KV_PACKED_8_BF16 "attention_backward_kv_packed_8_bf16" = ATTENTION_BACKWARD_KV_PACKED_8[7];
+    ATTENTION_BACKWARD_KV_PACKED_16_F16 "attention_backward_kv_packed_16_f16", ATTENTION_BACKWARD_KV_PACKED_16_BF16 "attention_backward_kv_packed_16_bf16" = ATTENTION_BACKWARD_KV_PACKED_16[7];
+    ATTENTION_BACKWARD_KV_PACKED_32_F16 "attention_backward_kv_packed_32_f16", ATTENTION_BACKWARD_KV_PACKED_32_BF16 "attention_backward_kv_packed_32_bf16" = ATTENTION_BACKWARD_KV_PACKED_32[7];
+    ATTENTION_BACKWARD_KV_PACKED_F16 "attention_backward_kv_packed_f16", ATTENTION_BACKWARD_KV_PACKED_BF16 "attention_backward_kv_packed_bf16" = ATTENTION_BACKWARD_KV_PACKED[7];
+    ATTENTION_BACKWARD_F16 "attention_backward_f16", ATTENTION_BACKWARD_BF16 "attention_backward_bf16" = ATTENTION_BACKWARD[9];
+    ATTENTION_BACKWARD_PACKED_F16 "attention_backward_packed_f16", ATTENTION_BACKWARD_PACKED_BF16 "attention_backward_packed_bf16" = ATTENTION_BACKWARD_PACKED[7];
+    ATTENTION_GRAD_BIAS_F16 "attention_grad_bias_f16", ATTENTION_GRAD_BIAS_BF16 "attention_grad_bias_bf16" = ATTENTION_GRAD_BIAS[7];
+    ATTENTION_WEIGHTS_F16 "attention_weights_f16", ATTENTION_WEIGHTS_BF16 "attention_weights_bf16" = ATTENTION_WEIGHTS[6];
+}
+
+/// The kernels with arguments in 16 bits.
+const STORED: [&Kernel; 42] = [
+    &ATTENTION_FORWARD_8_F16,
+    &ATTENTION_FORWARD_8_BF16,
+    &ATTENTION_FORWARD_16_F16,
+    &ATTENTION_FORWARD_16_BF16,
+    &ATTENTION_FORWARD_32_F16,
+    &ATTENTION_FORWARD_32_BF16,
+    &ATTENTION_FORWARD_F16,
+    &ATTENTION_FORWARD_BF16,
+    &ATTENTION_ROWS_F16,
+    &ATTENTION_ROWS_BF16,
+    &ATTENTION_BACKWARD_Q_8_F16,
+    &ATTENTION_BACKWARD_Q_8_BF16,
+    &ATTENTION_BACKWARD_Q_16_F16,
+    &ATTENTION_BACKWARD_Q_16_BF16,
+    &ATTENTION_BACKWARD_Q_32_F16,
+    &ATTENTION_BACKWARD_Q_32_BF16,
+    &ATTENTION_BACKWARD_Q_F16,
+    &ATTENTION_BACKWARD_Q_BF16,
+    &ATTENTION_BACKWARD_KV_8_F16,
+    &ATTENTION_BACKWARD_KV_8_BF16,
+    &ATTENTION_BACKWARD_KV_16_F16,
+    &ATTENTION_BACKWARD_KV_16_BF16,
+    &ATTENTION_BACKWARD_KV_32_F16,
+    &ATTENTION_BACKWARD_KV_32_BF16,
+    &ATTENTION_BACKWARD_KV_F16,
+    &ATTENTION_BACKWARD_KV_BF16,
+    &ATTENTION_BACKWARD_KV_PACKED_8_F16,
+    &ATTENTION_BACKWARD_KV_PACKED_8_BF16,
+    &ATTENTION_BACKWARD_KV_PACKED_16_F16,
+    &ATTENTION_BACKWARD_KV_PACKED_16_BF16,
+    &ATTENTION_BACKWARD_KV_PACKED_32_F16,
+    &ATTENTION_BACKWARD_KV_PACKED_32_BF16,
+    &ATTENTION_BACKWARD_KV_PACKED_F16,
+    &ATTENTION_BACKWARD_KV_PACKED_BF16,
+    &ATTENTION_BACKWARD_F16,
+    &ATTENTION_BACKWARD_BF16,
+    &ATTENTION_BACKWARD_PACKED_F16,
+    &ATTENTION_BACKWARD_PACKED_BF16,
+    &ATTENTION_GRAD_BIAS_F16,
+    &ATTENTION_GRAD_BIAS_BF16,
+    &ATTENTION_WEIGHTS_F16,
+    &ATTENTION_WEIGHTS_BF16,
+];
+
 /// Elements of a launch's grad_bias.
 fn bias_elements(words: &[u32]) -> u64 {
     let p = params(words);
@@ -1064,10 +1136,10 @@ struct Kernels {
     packed: &'static Kernel,
 }
 
-fn kernels(op: &Attention, device: &Device) -> Kernels {
+fn kernels(op: &Attention, device: &Device, stored: Elem) -> Kernels {
     let cpu = matches!(device.info().kind, DeviceKind::Cpu | DeviceKind::Reference);
     let plain = op.bias.is_none() && op.dropout.is_none_or(|d| d.probability <= 0.0) && op.keys.max(op.queries) <= BLOCK_ROUNDS;
-    let blocks = device.info().kind == DeviceKind::Wgpu && device.info().software && plain && matches!(op.width, 8 | 16 | 32);
+    let blocks = device.info().kind == DeviceKind::Wgpu && device.info().software && plain && !stored.is_half() && matches!(op.width, 8 | 16 | 32);
     let of = |forward, q, kv, packed| Kernels { blocks, forward, q, kv, packed };
     match op.width {
         8 if blocks => of(&ATTENTION_FORWARD_BLOCKS_8, &ATTENTION_BACKWARD_Q_BLOCKS_8, &ATTENTION_BACKWARD_KV_BLOCKS_8, &ATTENTION_BACKWARD_KV_PACKED_BLOCKS_8),
@@ -1092,6 +1164,17 @@ fn expect(arg: &str, view: Option<&View>, expected: u64) -> Result<()> {
     Err(Error::Shape { op: OP, arg: arg.into(), expected: format!("{expected} values"), got: format!("{} values", view.len()) })
 }
 
+fn expect_stored(arg: &str, view: Option<&View>, stored: Elem) -> Result<()> {
+    match view.map(View::elem) {
+        Some(elem) if elem != stored => {
+            let (expected, got) = (format!("stored in {}, as q", stored.wgsl()), elem.wgsl().into());
+            let expected = if arg == "lse" { "f32, whatever q is stored in".into() } else { expected };
+            Err(Error::Shape { op: OP, arg: arg.into(), expected, got })
+        }
+        _ => Ok(()),
+    }
+}
+
 /// An op on its device: what forward, backward and weights share.
 struct Recorder<'a> {
     op: &'a Attention,
@@ -1099,6 +1182,8 @@ struct Recorder<'a> {
     lengths: View,
     step: View,
     params: AttentionParams,
+    /// What q, k, v, bias, out and their gradients are stored in: what q is.
+    stored: Elem,
 }
 
 /// A tensor that runs of the batch take apart.
@@ -1123,6 +1208,11 @@ impl<'a> Recorder<'a> {
         }
         expect("bias", args.bias.as_ref(), op.bias_elements())?;
         expect("step", args.step.as_ref(), 1)?;
+        let stored = args.q.elem();
+        for (name, view) in [("k", Some(&args.k)), ("v", Some(&args.v)), ("bias", args.bias.as_ref()), ("out", Some(&args.out))] {
+            expect_stored(name, view, stored)?;
+        }
+        expect_stored("lse", Some(&args.lse), Elem::F32)?;
         let params = op.params(args.kv_len.is_some());
         if params.flags & flag::DROPOUT != 0 && args.step.is_none() {
             return Err(Error::Shape { op: OP, arg: "step".into(), expected: "one word, as the op has dropout".into(), got: "none".into() });
@@ -1133,7 +1223,7 @@ impl<'a> Recorder<'a> {
             None => View::from(&pass.device().zeros_u32("word", 1)?),
         };
         let (lengths, step) = (args.kv_len.clone().unwrap_or(word.clone()), args.step.clone().unwrap_or(word));
-        Ok(Recorder { op, args, lengths, step, params })
+        Ok(Recorder { op, args, lengths, step, params, stored })
     }
 
     /// Whether there is nothing to compute.
@@ -1193,12 +1283,18 @@ impl<'a> Recorder<'a> {
     /// Records a kernel over the whole batch.
     fn launch(&self, pass: &mut Pass, kernel: &'static Kernel, flags: u32, reads: &[Tensor<'_>], writes: &[Tensor<'_>]) -> Result<()> {
         let device = pass.device().clone();
+        let kernel = in_storage(&STORED, kernel, self.stored)?;
         let one = AttentionParams { batch: 1, flags: self.params.flags | flags, ..self.params };
         let groups = (kernel.groups)(bytemuck::cast_slice(bytemuck::bytes_of(&one)));
         let all: Vec<Tensor<'_>> = reads.iter().chain(writes).copied().collect();
         for (n, run) in self.runs(&device, &all, groups, kernel.cost.flops as u64)?.into_iter().enumerate() {
             let part = |t: &Tensor<'_>| if t.item == 0 { 0..t.view.len() } else { run.start * t.item..run.end * t.item };
             let shared = writes.iter().any(|t| t.item == 0);
+            if shared && n > 0 && self.stored.is_half() {
+                let what = format!("{OP}: grad_bias that items share, summed in {}", self.stored.wgsl());
+                let help = "cast the bias and q, k, v to f32, or take fewer items at once".into();
+                return Err(Error::TooLarge { what, needed: self.op.batch, limit: run.start, unit: "items in a launch", help });
+            }
             let add = if shared && n > 0 { flag::ADD } else { 0 };
             let params = AttentionParams { batch: (run.end - run.start) as u32, first: run.start as u32, flags: one.flags | add, ..one };
             let mut views = reads.iter().map(|t| pass.input(t.view, part(t))).collect::<Result<Vec<_>>>()?;
@@ -1242,7 +1338,7 @@ pub fn attention(pass: &mut Pass, op: &Attention, args: &AttentionArgs) -> Resul
         return Ok(());
     }
     pass.device().check_rounds(OP, rounds(op, op.keys), "rounds")?;
-    let Kernels { blocks, forward, .. } = kernels(op, pass.device());
+    let Kernels { blocks, forward, .. } = kernels(op, pass.device(), r.stored);
     let results = [r.out(&args.out), r.lse()];
     match blocks {
         true => r.launch(pass, forward, 0, &[r.q(), r.k(), r.v(), r.lengths()], &results),
@@ -1263,6 +1359,10 @@ pub fn attention_backward(pass: &mut Pass, op: &Attention, args: &AttentionArgs,
     expect("grad_v", grads.grad_v.as_ref(), v)?;
     expect("grad_bias", grads.grad_bias.as_ref(), op.bias_elements())?;
     expect("scratch", Some(&grads.scratch), op.scratch_backward(pass.device()))?;
+    let outs = [("grad_out", Some(&grads.grad_out)), ("grad_q", grads.grad_q.as_ref()), ("grad_k", grads.grad_k.as_ref()), ("grad_v", grads.grad_v.as_ref())];
+    for (name, view) in outs.into_iter().chain([("grad_bias", grads.grad_bias.as_ref())]) {
+        expect_stored(name, view, r.stored)?;
+    }
     if grads.grad_bias.is_some() && op.bias.is_none() {
         return Err(Error::Shape { op: OP, arg: "grad_bias".into(), expected: "none, as the op has no bias".into(), got: "one".into() });
     }
@@ -1271,7 +1371,7 @@ pub fn attention_backward(pass: &mut Pass, op: &Attention, args: &AttentionArgs,
     }
     let device = pass.device().clone();
     device.check_rounds(OP, rounds(op, op.keys.max(op.queries)), "rounds")?;
-    let kernels = kernels(op, &device);
+    let kernels = kernels(op, &device, r.stored);
     let grad_out = r.out(&grads.grad_out);
     let rows = Tensor { view: &grads.scratch, item: op.record() };
     r.launch(pass, &ATTENTION_ROWS, 0, &[r.lengths(), r.step(), r.out(&args.out), grad_out, r.lse()], &[rows])?;

@@ -24,7 +24,7 @@ mod unit_cache;
 mod wgpu;
 
 use crate::kernel::{Access, Elem, Kernel, Params};
-use crate::{Error, Result};
+use crate::{Error, Result, cast, half};
 use std::any::Any;
 use std::borrow::Cow;
 use std::ops::Range;
@@ -151,6 +151,8 @@ pub(crate) enum HostData {
     F32(Vec<f32>),
     F64(Vec<f64>),
     U32(Vec<u32>),
+    F16(Vec<u16>),
+    Bf16(Vec<u16>),
 }
 
 impl HostData {
@@ -159,27 +161,62 @@ impl HostData {
             HostData::F32(x) => x.len(),
             HostData::F64(x) => x.len(),
             HostData::U32(x) => x.len(),
+            HostData::F16(x) | HostData::Bf16(x) => x.len(),
         }
     }
 
     fn elem(&self) -> Elem {
-        if matches!(self, HostData::U32(_)) { Elem::U32 } else { Elem::F32 }
+        match self {
+            HostData::F32(_) | HostData::F64(_) => Elem::F32,
+            HostData::U32(_) => Elem::U32,
+            HostData::F16(_) => Elem::F16,
+            HostData::Bf16(_) => Elem::Bf16,
+        }
     }
 
-    /// As words of a device whose reals are f32.
+    /// Reals rounded to a storage of 16 bits; anything else as it is.
+    fn stored(self, elem: Elem) -> HostData {
+        let halves = |bits: Vec<u16>| if elem == Elem::Bf16 { HostData::Bf16(bits) } else { HostData::F16(bits) };
+        match self {
+            HostData::F32(x) if elem.is_half() => halves(x.into_iter().map(|v| half::narrow(elem, v)).collect()),
+            HostData::F64(x) if elem.is_half() => halves(x.into_iter().map(|v| half::narrow(elem, v)).collect()),
+            same => same,
+        }
+    }
+
+    /// As words of a device whose reals are f32. Two halves share a word, the first in its low bits; an odd last one leaves zeros above it.
     #[cfg_attr(not(any(feature = "wgpu", feature = "cuda", feature = "cuda-host")), allow(dead_code, reason = "the CPU column holds values as they are"))]
     pub(crate) fn words(self) -> Vec<u32> {
         match self {
             HostData::F32(x) => bytemuck::cast_vec(x),
             HostData::F64(x) => x.into_iter().map(|v| (v as f32).to_bits()).collect(),
             HostData::U32(x) => x,
+            HostData::F16(x) | HostData::Bf16(x) => pack(&x),
+        }
+    }
+
+    /// `len` values out of words as [`HostData::words`] has them.
+    pub(crate) fn of_words(elem: Elem, words: Vec<u32>, len: usize) -> HostData {
+        match elem {
+            Elem::F32 => HostData::F32(bytemuck::cast_vec(words)),
+            Elem::U32 => HostData::U32(words),
+            Elem::F16 => HostData::F16(unpack(&words, len)),
+            Elem::Bf16 => HostData::Bf16(unpack(&words, len)),
         }
     }
 }
 
+fn pack(halves: &[u16]) -> Vec<u32> {
+    halves.chunks(2).map(|two| u32::from(two[0]) | u32::from(two.get(1).copied().unwrap_or(0)) << 16).collect()
+}
+
+fn unpack(words: &[u32], len: usize) -> Vec<u16> {
+    words.iter().flat_map(|&word| [word as u16, (word >> 16) as u16]).take(len).collect()
+}
+
 /// What a backend has to do; everything else is shared.
 pub(crate) trait Backend: Send + Sync {
-    /// Makes a buffer holding `data`, or zeros.
+    /// Makes a buffer holding `data` ([`HostData::words`]), or zeros.
     fn alloc(&self, label: &str, elem: Elem, len: u64, data: Option<Cow<'_, [u32]>>) -> Result<Box<dyn Any + Send + Sync>>;
     /// Overwrites a range that is as long as `data`.
     fn write(&self, to: &View, data: HostData) -> Result<()>;
@@ -191,6 +228,10 @@ pub(crate) trait Backend: Send + Sync {
     fn run(&self, recorded: Recorded<'_>) -> Result<(Vec<HostData>, Vec<LaunchTime>)>;
     /// Makes the device unusable, as a driver reset would.
     fn lose(&self);
+    /// Why the device has no buffers of an element type, and what to use instead; `None` where it has.
+    fn lacks(&self, _: Elem) -> Option<&'static str> {
+        None
+    }
 }
 
 /// What a backend keeps for running the same commands again.
@@ -315,7 +356,38 @@ impl Device {
         self.alloc(label, Elem::U32, len, None)
     }
 
-    /// Overwrites a range with reals, after all passes submitted before.
+    /// Whether buffers of an element type can be made here: f32 and words everywhere, f16 and bf16 where the device has them.
+    /// # Errors
+    /// `Parameter` that says what to use instead.
+    pub fn supports(&self, elem: Elem) -> Result<()> {
+        match self.0.backend.lacks(elem) {
+            None => Ok(()),
+            Some(help) => Err(Error::Parameter { op: "buffer", name: "storage".into(), value: elem.wgsl().into(), help: help.into() }),
+        }
+    }
+
+    /// A buffer of this element type holding `data`, rounded to it (to nearest, ties to even).
+    /// # Errors
+    /// `Parameter` if the device lacks it (see [`Device::supports`]), `Shape` for words.
+    pub fn upload_as(&self, label: &str, elem: Elem, data: &[f32]) -> Result<Buffer> {
+        match elem {
+            Elem::F32 => self.upload(label, data),
+            Elem::U32 => Err(Error::Shape { op: "upload", arg: "data".into(), expected: "words: use upload_u32".into(), got: "reals".into() }),
+            Elem::F16 | Elem::Bf16 => {
+                let words = HostData::F32(data.to_vec()).stored(elem).words();
+                self.alloc(label, elem, data.len() as u64, Some(Cow::Owned(words)))
+            }
+        }
+    }
+
+    /// A buffer of `len` elements of this type, zero.
+    /// # Errors
+    /// `Parameter` if the device lacks it (see [`Device::supports`]).
+    pub fn zeros_as(&self, label: &str, elem: Elem, len: u64) -> Result<Buffer> {
+        self.alloc(label, elem, len, None)
+    }
+
+    /// Overwrites a range with reals, rounded to what the buffer stores, after all passes submitted before.
     /// # Errors
     /// `Shape` for another length or element type.
     pub fn write(&self, to: impl Into<View>, data: &[f32]) -> Result<()> {
@@ -338,11 +410,32 @@ impl Device {
 
     fn write_host(&self, to: View, data: HostData) -> Result<()> {
         self.check_view("write", &to)?;
+        let data = data.stored(to.elem());
         if data.len() as u64 != to.len() || data.elem() != to.elem() {
             let got = format!("{} × {}", data.len(), data.elem().wgsl());
             return Err(Error::Shape { op: "write", arg: "data".into(), expected: format!("{} × {}", to.len(), to.elem().wgsl()), got });
         }
-        if data.len() == 0 { Ok(()) } else { self.0.backend.write(&to, data) }
+        if data.len() == 0 {
+            return Ok(());
+        }
+        if to.is_whole_words(&to) || !self.moves_words() {
+            return self.0.backend.write(&to, data);
+        }
+        let own = self.alloc("written", to.elem(), to.len(), Some(Cow::Owned(data.words())))?;
+        let mut pass = self.pass("write");
+        pass.copy(&own, &to)?;
+        pass.submit().map(|_| ())
+    }
+
+    /// Whether copies start and end at words, as on wgpu.
+    fn moves_words(&self) -> bool {
+        self.0.info.kind == DeviceKind::Wgpu
+    }
+
+    /// Alignment of a bound range's start, in elements of a type.
+    pub fn align(&self, elem: Elem) -> u64 {
+        // One is the host's: anything goes.
+        if self.0.limits.align == 1 { 1 } else { self.0.limits.align * 4 / elem.bytes() }
     }
 
     fn check_view(&self, op: &'static str, view: &View) -> Result<()> {
@@ -358,7 +451,8 @@ impl Device {
     }
 
     fn alloc(&self, label: &str, elem: Elem, len: u64, data: Option<Cow<'_, [u32]>>) -> Result<Buffer> {
-        let bytes = len.max(1).saturating_mul(4);
+        self.supports(elem)?;
+        let bytes = len.max(1).saturating_mul(elem.bytes()).next_multiple_of(4);
         let help = "use fewer sets, assets or bars at once";
         if bytes > self.0.limits.buffer_bytes {
             return Err(too_large(&format!("buffer '{label}'"), bytes, self.0.limits.buffer_bytes, help));
@@ -576,6 +670,19 @@ impl View {
         View { buffer: self.buffer.clone(), range: at(range.start)..at(range.end) }
     }
 
+    /// Bytes of the view on a GPU.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.buffer.elem().bytes() * self.len()
+    }
+
+    /// Whether a copy into it from a range like `from` can go by words: halves start at even ones and end there, or where the buffer ends.
+    fn is_whole_words(&self, from: &View) -> bool {
+        !self.elem().is_half()
+            || (self.range.start.is_multiple_of(2)
+                && from.range.start.is_multiple_of(2)
+                && (self.len().is_multiple_of(2) || self.range.end == self.buffer.len()))
+    }
+
     fn overlaps(&self, other: &View) -> bool {
         self.range.start.max(other.range.start) < self.range.end.min(other.range.end)
     }
@@ -749,12 +856,13 @@ impl Pass {
         if view.buffer.elem() != elem {
             return Err(shape(kernel, name, elem.wgsl(), view.buffer.elem().wgsl()));
         }
-        if 4 * view.len() > limits.binding_bytes {
+        if view.bytes() > limits.binding_bytes {
             let what = format!("{}: argument '{name}'", kernel.name);
-            return Err(too_large(&what, 4 * view.len(), limits.binding_bytes, "split the batch with Device::plan"));
+            return Err(too_large(&what, view.bytes(), limits.binding_bytes, "split the batch with Device::plan"));
         }
-        if !view.range.start.is_multiple_of(limits.align) {
-            return Err(shape(kernel, name, &format!("a range that starts at a multiple of {}", limits.align), &format!("{}", view.range.start)));
+        let align = self.device.align(elem);
+        if !view.range.start.is_multiple_of(align) {
+            return Err(shape(kernel, name, &format!("a range that starts at a multiple of {align}"), &format!("{}", view.range.start)));
         }
         Ok(())
     }
@@ -767,6 +875,9 @@ impl Pass {
         if from.len() != to.len() || from.buffer.elem() != to.buffer.elem() || from.buffer.is(&to.buffer) {
             return Err(Error::Shape { op: "copy", arg: "to".into(), expected: format!("{from:?}, another buffer"), got: format!("{to:?}") });
         }
+        if !to.is_whole_words(&from) && self.device.moves_words() {
+            return cast::copy(self, &from, &to);
+        }
         if from.len() > 0 {
             self.commands.push(Command::Copy { from, to });
         }
@@ -776,7 +887,7 @@ impl Pass {
     /// A range to bind for reading: the range itself where its start is aligned, else an aligned copy.
     pub fn input(&mut self, of: impl Into<View>, range: Range<u64>) -> Result<View> {
         let view = of.into().at(range);
-        if view.range.start.is_multiple_of(self.device.limits().align) {
+        if view.range.start.is_multiple_of(self.device.align(view.elem())) {
             return Ok(view);
         }
         let own = self.device.alloc("aligned input", view.buffer.elem(), view.len(), None)?;
@@ -787,7 +898,7 @@ impl Pass {
     /// A range to bind for writing; hand the result to [`Pass::finish`] after the launch.
     pub fn output(&mut self, of: impl Into<View>, range: Range<u64>) -> Result<Output> {
         let view = of.into().at(range);
-        if view.range.start.is_multiple_of(self.device.limits().align) {
+        if view.range.start.is_multiple_of(self.device.align(view.elem())) {
             return Ok(Output { view, target: None });
         }
         let own = self.device.alloc("aligned output", view.buffer.elem(), view.len(), None)?;
@@ -896,6 +1007,8 @@ impl Done {
         match self.take(read)? {
             HostData::F32(x) => Ok(x),
             HostData::F64(x) => Ok(x.into_iter().map(|v| v as f32).collect()),
+            HostData::F16(x) => Ok(half::widened(Elem::F16, &x)),
+            HostData::Bf16(x) => Ok(half::widened(Elem::Bf16, &x)),
             HostData::U32(_) => Err(Error::Internal("words were read as reals".into())),
         }
     }
@@ -905,6 +1018,8 @@ impl Done {
         match self.take(read)? {
             HostData::F32(x) => Ok(x.into_iter().map(f64::from).collect()),
             HostData::F64(x) => Ok(x),
+            HostData::F16(x) => Ok(half::widened(Elem::F16, &x)),
+            HostData::Bf16(x) => Ok(half::widened(Elem::Bf16, &x)),
             HostData::U32(_) => Err(Error::Internal("words were read as reals".into())),
         }
     }

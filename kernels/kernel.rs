@@ -7,20 +7,26 @@ use crate::{Error, Result};
 use bytemuck::Pod;
 
 /// Element type of a buffer. Reals are f32 on every device but `reference`, which holds f64.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Elem {
     /// A real number.
     F32,
     /// A 32-bit word: counts, indices, bit patterns, limbs of wide integers.
     U32,
+    /// A real number stored as IEEE 754 binary16, on every device; kernels compute in f32, `reference` in f64.
+    F16,
+    /// A real number stored as bfloat16; likewise.
+    Bf16,
 }
 
 impl Elem {
-    /// The type's name in WGSL.
+    /// The type's name in WGSL (which lacks bf16), and in messages.
     pub fn wgsl(self) -> &'static str {
         match self {
             Elem::F32 => "f32",
             Elem::U32 => "u32",
+            Elem::F16 => "f16",
+            Elem::Bf16 => "bf16",
         }
     }
 
@@ -29,6 +35,28 @@ impl Elem {
         match self {
             Elem::F32 => "float",
             Elem::U32 => "uint32_t",
+            Elem::F16 => "Half",
+            Elem::Bf16 => "Bfloat",
+        }
+    }
+
+    /// Bytes of an element on a GPU.
+    pub const fn bytes(self) -> u64 {
+        if self.is_half() { 2 } else { 4 }
+    }
+
+    /// Whether it is a real of 16 bits.
+    pub const fn is_half(self) -> bool {
+        matches!(self, Elem::F16 | Elem::Bf16)
+    }
+
+    /// Half a unit in the last place, relative: the largest error of rounding a normal number to it. 0 for words.
+    pub const fn roundoff(self) -> f64 {
+        match self {
+            Elem::F32 => 1.0 / 16_777_216.0,
+            Elem::U32 => 0.0,
+            Elem::F16 => 1.0 / 2048.0,
+            Elem::Bf16 => 1.0 / 256.0,
         }
     }
 }
@@ -71,6 +99,79 @@ pub const fn writes(name: &'static str) -> Arg {
 /// A written argument of words.
 pub const fn writes_u32(name: &'static str) -> Arg {
     Arg { name, elem: Elem::U32, access: Access::Write }
+}
+
+/// A read-only argument of this element type.
+pub const fn reads_as(name: &'static str, elem: Elem) -> Arg {
+    Arg { name, elem, access: Access::Read }
+}
+
+/// A written argument of this element type.
+pub const fn writes_as(name: &'static str, elem: Elem) -> Arg {
+    Arg { name, elem, access: Access::Write }
+}
+
+/// The arguments of a kernel with its reals in another storage, all but those named. `N` is their number.
+pub const fn stored_args<const N: usize>(args: &[Arg], elem: Elem, but: &[&str]) -> [Arg; N] {
+    assert!(args.len() == N, "as many arguments as the kernel has");
+    let mut out = [Arg { name: "", elem, access: Access::Read }; N];
+    let mut i = 0;
+    while i < N {
+        out[i] = args[i];
+        if matches!(args[i].elem, Elem::F32) && !is_one_of(args[i].name, but) {
+            out[i].elem = elem;
+        }
+        i += 1;
+    }
+    out
+}
+
+const fn is_one_of(name: &str, names: &[&str]) -> bool {
+    let mut i = 0;
+    while i < names.len() {
+        if is_same(name.as_bytes(), names[i].as_bytes()) {
+            return true;
+        }
+        i += 1;
+    }
+    false
+}
+
+const fn is_same(a: &[u8], b: &[u8]) -> bool {
+    let mut i = 0;
+    while i < a.len() && i < b.len() && a[i] == b[i] {
+        i += 1;
+    }
+    i == a.len() && i == b.len()
+}
+
+/// Kernels with arguments in f16 and in bf16, of one in f32: `(names of arguments that stay f32); F16 "name_f16", BF16 "name_bf16" = F32[arguments];`.
+#[macro_export]
+macro_rules! stored_kernels {
+    ($but:expr; $($f16:ident $f16_name:literal, $bf16:ident $bf16_name:literal = $base:ident[$count:literal];)*) => {$(
+        #[doc = concat!("`", $f16_name, "`: arguments in f16.")]
+        pub static $f16: $crate::Kernel = $crate::Kernel {
+            name: $f16_name,
+            args: &$crate::kernel::stored_args::<$count>($base.args, $crate::kernel::Elem::F16, $but),
+            ..$base
+        };
+        #[doc = concat!("`", $bf16_name, "`: arguments in bf16.")]
+        pub static $bf16: $crate::Kernel = $crate::Kernel {
+            name: $bf16_name,
+            args: &$crate::kernel::stored_args::<$count>($base.args, $crate::kernel::Elem::Bf16, $but),
+            wgsl: None,
+            ..$base
+        };
+    )*};
+}
+
+/// The kernel of a list that is `kernel` with its arguments in this storage; itself for f32.
+pub(crate) fn in_storage(list: &[&'static Kernel], kernel: &'static Kernel, stored: Elem) -> crate::Result<&'static Kernel> {
+    if !stored.is_half() {
+        return Ok(kernel);
+    }
+    let found = list.iter().copied().find(|half| half.stored() == stored && half.entry() == kernel.name);
+    found.ok_or_else(|| Error::Internal(format!("{} has no version in {}", kernel.name, stored.wgsl())))
 }
 
 /// Type of a params field; all are four bytes wide, so that the three languages agree on every offset.
@@ -183,6 +284,11 @@ macro_rules! cuda {
 pub const COMMON_WGSL: Source = Source { file: "shaders/common.wgsl", text: include_str!("../shaders/common.wgsl") };
 /// Helpers that every CUDA unit may use; placed before the kernel's own text.
 pub const COMMON_CUDA: Source = Source { file: "cuda/common.cuh", text: include_str!("../cuda/common.cuh") };
+
+/// What WGSL units with f16 storage use besides; appended after the common helpers.
+pub const HALF_WGSL: Source = Source { file: "shaders/half.wgsl", text: include_str!("../shaders/half.wgsl") };
+/// What CUDA units with 16-bit storage use besides; placed after the common helpers.
+pub const HALF_CUDA: Source = Source { file: "cuda/half.cuh", text: include_str!("../cuda/half.cuh") };
 
 /// What one launch moves and computes, as a constant per unit of work.
 #[derive(Debug, Clone, Copy)]
@@ -302,20 +408,50 @@ impl std::fmt::Debug for Kernel {
 }
 
 impl Kernel {
+    /// Element type of the reals that the source calls `Stored`: that of the arguments in 16 bits where there are any, else f32.
+    pub fn stored(&self) -> Elem {
+        self.args.iter().map(|arg| arg.elem).find(|elem| elem.is_half()).unwrap_or(Elem::F32)
+    }
+
+    /// Name of the entry in WGSL and CUDA: the kernel's without its storage, so that one text serves every storage.
+    pub fn entry(&self) -> &'static str {
+        match self.stored() {
+            Elem::F16 => self.name.strip_suffix("_f16").unwrap_or(self.name),
+            Elem::Bf16 => self.name.strip_suffix("_bf16").unwrap_or(self.name),
+            _ => self.name,
+        }
+    }
+
     /// The whole WGSL unit: the kernel's file, then the common helpers (declarations may come in any order, so line numbers of the
-    /// kernel's file stay true).
+    /// kernel's file stay true). What arguments are stored in, `Stored`, and `stored(x)`, which rounds to it, are defined beside it.
     pub fn wgsl_unit(&self) -> Option<String> {
-        self.wgsl.map(|source| format!("{}\n{}", source.text, COMMON_WGSL.text))
+        self.wgsl.map(|Source { text, .. }| {
+            let common = COMMON_WGSL.text;
+            match self.stored() {
+                Elem::F32 if !text.contains("Stored") => format!("{text}\n{common}"),
+                Elem::F32 => format!("alias Stored = f32; fn stored(x: f32) -> f32 {{ return x; }} {text}\n{common}"),
+                _ => format!("enable f16; alias Stored = f16; {text}\n{common}\n{}", HALF_WGSL.text),
+            }
+        })
     }
 
     /// The whole CUDA unit: constants, common helpers, the kernel's file, and `static_assert`s that pin the params struct.
     pub fn cuda_unit(&self) -> Option<String> {
-        let source = self.cuda?;
+        let (source, stored) = (self.cuda?, self.stored());
         let mut unit = format!("#define WG {}\n", self.workgroup);
         for (name, value) in self.constants {
             unit += &format!("#define {name} {value}\n");
         }
-        unit += &format!("#line 1 \"{}\"\n{}\n#line 1 \"{}\"\n{}\n", COMMON_CUDA.file, COMMON_CUDA.text, source.file, source.text);
+        if stored.is_half() {
+            unit += "#define STORED_16\n";
+        }
+        unit += &format!("#line 1 \"{}\"\n{}\n", COMMON_CUDA.file, COMMON_CUDA.text);
+        if stored.is_half() {
+            unit += &format!("typedef struct {0} Stored;\n#line 1 \"{1}\"\n{2}\n", stored.cuda(), HALF_CUDA.file, HALF_CUDA.text);
+        } else if source.text.contains("Stored") {
+            unit += "typedef float Stored;\n";
+        }
+        unit += &format!("#line 1 \"{}\"\n{}\n", source.file, source.text);
         unit += &format!("#line 1 \"layout of {}\"\n", self.params.name);
         // NVRTC 12 has no offsetof: field i of the struct is the one that the i-th value initialises.
         let params = self.params.name;
@@ -331,12 +467,14 @@ impl Kernel {
 
     /// File and line of a line of the WGSL unit.
     pub fn wgsl_line(&self, line: u32) -> (&'static str, u32) {
-        match self.wgsl {
-            Some(source) => {
-                let own = source.text.lines().count() as u32 + u32::from(source.text.ends_with('\n'));
-                if line <= own { (source.file, line) } else { (COMMON_WGSL.file, line - own) }
+        let mut rest = line;
+        for source in self.wgsl.into_iter().chain([COMMON_WGSL]) {
+            let own = source.text.lines().count() as u32 + u32::from(source.text.ends_with('\n'));
+            if rest <= own || source == COMMON_WGSL && !self.stored().is_half() {
+                return (source.file, rest);
             }
-            None => (COMMON_WGSL.file, line),
+            rest -= own;
         }
+        (HALF_WGSL.file, rest)
     }
 }

@@ -10,6 +10,8 @@
 //!          [M,S,O·I + O] go to scratch and are added in order (split_sum). One split writes the gradients directly.
 //! Kept     gelu and silu keep the pre-activation [M,N,O]; the others need y; none needs neither.
 //! Floor    4·(N·I + O·I + N·O) bytes and 2·N·I·O flops per model. On an H100 64 × 64 tiles of f32 do 32 flops per byte of shared memory.
+//! Stored   f32, f16 or bf16: sums are f32 whatever the storage, and are rounded once, to what is stored. On CUDA the products of 16-bit values go
+//!          through tensor cores (cuda/half.cuh); g·f′ counts as a rounded value and its rest. grad_weight then passes through scratch.
 //! Numerics sums in f32: in order along the depth (GPU), by blocks of 256 (CPU); a NaN stays in its row, or its model's weights.
 //! Files    shaders/linear.wgsl · cuda/linear.cu · gemm_lanes.rs, the fast f32 column · reference: the `_cpu` functions
 
@@ -17,7 +19,7 @@ use crate::activation::{self, Activation};
 use crate::conformance::{Case, Outputs};
 use crate::device::{Device, DeviceKind, Pass, View};
 use crate::gemm_lanes::{self, DEPTH, Left, Packed, Right, Start};
-use crate::kernel::{Cost, Cpu, CpuLaunch, Kernel, layout, params_of, reads, writes};
+use crate::kernel::{Cost, Cpu, CpuLaunch, Elem, Kernel, layout, params_of, reads, reads_as, writes, writes_as};
 use crate::lanes::take_memory;
 use crate::real::Real;
 use crate::split_sum::{SplitSumParams, split_sum};
@@ -189,6 +191,94 @@ pub static LINEAR_GRAD_WEIGHT_SMALL: Kernel = Kernel {
     groups: |words| grad_weight_groups(words, SMALL),
     ..LINEAR_GRAD_WEIGHT
 };
+
+/// The kernels with arguments in 16 bits: sums, and what grad_weight writes, stay f32.
+macro_rules! stored {
+    ($elem:expr, $wgsl:expr, $($forward:ident $forward_name:literal, $kept:ident $kept_name:literal, $grad_x:ident $grad_x_name:literal,
+     $grad_weight:ident $grad_weight_name:literal, from $of_forward:ident $of_kept:ident $of_grad_x:ident $of_grad_weight:ident;)*) => {$(
+        #[doc = concat!("Forward: `", $forward_name, "`.")]
+        pub static $forward: Kernel = Kernel {
+            name: $forward_name,
+            args: &[reads_as("x", $elem), reads_as("weight", $elem), reads_as("bias", $elem), writes_as("y", $elem)],
+            wgsl: $wgsl,
+            ..$of_forward
+        };
+        #[doc = concat!("Forward that keeps the pre-activation: `", $kept_name, "`.")]
+        pub static $kept: Kernel = Kernel {
+            name: $kept_name,
+            args: &[reads_as("x", $elem), reads_as("weight", $elem), reads_as("bias", $elem), writes_as("y", $elem), writes_as("kept", $elem)],
+            wgsl: $wgsl,
+            ..$of_kept
+        };
+        #[doc = concat!("Gradient with respect to x: `", $grad_x_name, "`.")]
+        pub static $grad_x: Kernel = Kernel {
+            name: $grad_x_name,
+            args: &[reads_as("grad_y", $elem), reads_as("kept", $elem), reads_as("weight", $elem), writes_as("grad_x", $elem)],
+            wgsl: $wgsl,
+            ..$of_grad_x
+        };
+        #[doc = concat!("Gradient with respect to weight and bias, to be rounded by split_sum: `", $grad_weight_name, "`.")]
+        pub static $grad_weight: Kernel = Kernel {
+            name: $grad_weight_name,
+            args: &[reads_as("x", $elem), reads_as("grad_y", $elem), reads_as("kept", $elem), writes("grad_weight"), writes("grad_bias")],
+            wgsl: $wgsl,
+            ..$of_grad_weight
+        };
+    )*};
+}
+stored! {
+    Elem::F16, wgsl!("linear"),
+    LINEAR_FORWARD_F16 "linear_forward_f16",
+    LINEAR_FORWARD_KEPT_F16 "linear_forward_kept_f16",
+    LINEAR_GRAD_X_F16 "linear_grad_x_f16",
+    LINEAR_GRAD_WEIGHT_F16 "linear_grad_weight_f16",
+    from LINEAR_FORWARD LINEAR_FORWARD_KEPT LINEAR_GRAD_X LINEAR_GRAD_WEIGHT;
+    LINEAR_FORWARD_SMALL_F16 "linear_forward_small_f16",
+    LINEAR_FORWARD_KEPT_SMALL_F16 "linear_forward_kept_small_f16",
+    LINEAR_GRAD_X_SMALL_F16 "linear_grad_x_small_f16",
+    LINEAR_GRAD_WEIGHT_SMALL_F16 "linear_grad_weight_small_f16",
+    from LINEAR_FORWARD_SMALL LINEAR_FORWARD_KEPT_SMALL LINEAR_GRAD_X_SMALL LINEAR_GRAD_WEIGHT_SMALL;
+}
+
+stored! {
+    Elem::Bf16, None,
+    LINEAR_FORWARD_BF16 "linear_forward_bf16",
+    LINEAR_FORWARD_KEPT_BF16 "linear_forward_kept_bf16",
+    LINEAR_GRAD_X_BF16 "linear_grad_x_bf16",
+    LINEAR_GRAD_WEIGHT_BF16 "linear_grad_weight_bf16",
+    from LINEAR_FORWARD LINEAR_FORWARD_KEPT LINEAR_GRAD_X LINEAR_GRAD_WEIGHT;
+    LINEAR_FORWARD_SMALL_BF16 "linear_forward_small_bf16",
+    LINEAR_FORWARD_KEPT_SMALL_BF16 "linear_forward_kept_small_bf16",
+    LINEAR_GRAD_X_SMALL_BF16 "linear_grad_x_small_bf16",
+    LINEAR_GRAD_WEIGHT_SMALL_BF16 "linear_grad_weight_small_bf16",
+    from LINEAR_FORWARD_SMALL LINEAR_FORWARD_KEPT_SMALL LINEAR_GRAD_X_SMALL LINEAR_GRAD_WEIGHT_SMALL;
+}
+
+/// A kernel by what its arguments are stored in: f32, f16, bf16.
+type ByStorage = [&'static Kernel; 3];
+const FORWARD: [ByStorage; 2] =
+    [[&LINEAR_FORWARD, &LINEAR_FORWARD_F16, &LINEAR_FORWARD_BF16], [&LINEAR_FORWARD_SMALL, &LINEAR_FORWARD_SMALL_F16, &LINEAR_FORWARD_SMALL_BF16]];
+const FORWARD_KEPT: [ByStorage; 2] = [
+    [&LINEAR_FORWARD_KEPT, &LINEAR_FORWARD_KEPT_F16, &LINEAR_FORWARD_KEPT_BF16],
+    [&LINEAR_FORWARD_KEPT_SMALL, &LINEAR_FORWARD_KEPT_SMALL_F16, &LINEAR_FORWARD_KEPT_SMALL_BF16],
+];
+const GRAD_X: [ByStorage; 2] =
+    [[&LINEAR_GRAD_X, &LINEAR_GRAD_X_F16, &LINEAR_GRAD_X_BF16], [&LINEAR_GRAD_X_SMALL, &LINEAR_GRAD_X_SMALL_F16, &LINEAR_GRAD_X_SMALL_BF16]];
+const GRAD_WEIGHT: [ByStorage; 2] = [
+    [&LINEAR_GRAD_WEIGHT, &LINEAR_GRAD_WEIGHT_F16, &LINEAR_GRAD_WEIGHT_BF16],
+    [&LINEAR_GRAD_WEIGHT_SMALL, &LINEAR_GRAD_WEIGHT_SMALL_F16, &LINEAR_GRAD_WEIGHT_SMALL_BF16],
+];
+
+/// The kernel and its tile for a result of this size.
+fn chosen(of: &[ByStorage; 2], stored: Elem, large: bool) -> (&'static Kernel, [u64; 2]) {
+    let [in_f32, in_f16, in_bf16] = of[usize::from(!large)];
+    let kernel = match stored {
+        Elem::F16 => in_f16,
+        Elem::Bf16 => in_bf16,
+        _ => in_f32,
+    };
+    (kernel, if large { LARGE } else { SMALL })
+}
 
 // ---- the reference ------------------------------------------------------------------------------------------------------
 
@@ -598,9 +688,16 @@ pub struct Linear {
     pub bias: bool,
     /// What is applied to the result.
     pub activation: Activation,
+    /// What x, weight, bias, y, what is kept, and their gradients are stored in: f32, f16 or bf16.
+    pub stored: Elem,
 }
 
 const OP: &str = "linear";
+
+/// Where scratch has a value that stands for an output that nobody wants: behind the partial results, at a start that any device binds.
+fn unused_at(partials: u64) -> u64 {
+    partials.next_multiple_of(64)
+}
 
 impl Linear {
     /// Refuses sizes that no device can take: zero models, inputs or outputs, an x of some but not all models, indices beyond 32 bits.
@@ -612,6 +709,10 @@ impl Linear {
             if size == 0 || size > u64::from(u32::MAX) / 64 {
                 return wrong(name, size, "must be between 1 and 67,108,863");
             }
+        }
+        if self.stored == Elem::U32 {
+            let help = "must be f32, f16 or bf16".into();
+            return Err(Error::Parameter { op: OP, name: "stored".into(), value: "u32".into(), help });
         }
         if self.x_models != 1 && self.x_models != self.models {
             return wrong("x_models", self.x_models, "must be 1 (shared by all models) or the number of models");
@@ -639,7 +740,14 @@ impl Linear {
     /// Reals of scratch that backward needs: at least one, to stand where a gradient is not wanted.
     pub fn scratch_backward(&self, device: &Device) -> u64 {
         let (splits, _) = self.splits(device);
-        if splits > 1 { self.models * splits * self.outputs * (self.inputs + 1) } else { 1 }
+        let partials = self.models * splits * self.outputs * (self.inputs + 1);
+        if self.stored.is_half() {
+            unused_at(partials) + 1
+        } else if splits > 1 {
+            partials
+        } else {
+            1
+        }
     }
 
     /// Splits of the rows in grad_weight, and rows of a split: by the shape and the kind of device alone.
@@ -699,11 +807,12 @@ impl Linear {
     }
 }
 
-fn expect(arg: &str, view: &View, len: u64, shape: String) -> Result<()> {
-    if view.len() == len {
+fn expect(stored: Elem, arg: &str, view: &View, len: u64, shape: String) -> Result<()> {
+    if view.len() == len && view.elem() == stored {
         return Ok(());
     }
-    Err(Error::Shape { op: OP, arg: arg.into(), expected: format!("{shape} = {len} values"), got: format!("{} values", view.len()) })
+    let (want, have) = (stored.wgsl(), view.elem().wgsl());
+    Err(Error::Shape { op: OP, arg: arg.into(), expected: format!("{shape} = {len} values of {want}"), got: format!("{} values of {have}", view.len()) })
 }
 
 /// Inputs and outputs of [`linear`].
@@ -727,11 +836,11 @@ pub struct LinearArgs {
 pub fn linear(pass: &mut Pass, op: &Linear, args: &LinearArgs) -> Result<()> {
     op.check()?;
     let Linear { models, x_models, rows, inputs, outputs, .. } = *op;
-    expect("x", &args.x, x_models * rows * inputs, format!("[{x_models},{rows},{inputs}]"))?;
-    expect("weight", &args.weight, models * outputs * inputs, format!("[{models},{outputs},{inputs}]"))?;
-    expect("y", &args.y, models * rows * outputs, format!("[{models},{rows},{outputs}]"))?;
+    expect(op.stored, "x", &args.x, x_models * rows * inputs, format!("[{x_models},{rows},{inputs}]"))?;
+    expect(op.stored, "weight", &args.weight, models * outputs * inputs, format!("[{models},{outputs},{inputs}]"))?;
+    expect(op.stored, "y", &args.y, models * rows * outputs, format!("[{models},{rows},{outputs}]"))?;
     match (&args.bias, op.bias) {
-        (Some(bias), true) => expect("bias", bias, models * outputs, format!("[{models},{outputs}]"))?,
+        (Some(bias), true) => expect(op.stored, "bias", bias, models * outputs, format!("[{models},{outputs}]"))?,
         (None, false) => {}
         (given, _) => {
             let said = |there: bool| if there { "a bias" } else { "none" };
@@ -740,21 +849,14 @@ pub fn linear(pass: &mut Pass, op: &Linear, args: &LinearArgs) -> Result<()> {
     }
     let kept = args.saved.as_ref().filter(|_| op.saved() > 0);
     if let Some(kept) = &args.saved {
-        expect("saved", kept, op.saved(), "the pre-activation where it is kept".into())?;
+        expect(op.stored, "saved", kept, op.saved(), "the pre-activation where it is kept".into())?;
     }
     if rows == 0 {
         return Ok(());
     }
     let device = pass.device().clone();
     device.check_rounds(OP, inputs.div_ceil(STEP) * (STEP + 9), "rounds")?;
-    let large = is_large(rows, outputs);
-    let kernel = match (large, kept.is_some()) {
-        (true, false) => &LINEAR_FORWARD,
-        (false, false) => &LINEAR_FORWARD_SMALL,
-        (true, true) => &LINEAR_FORWARD_KEPT,
-        (false, true) => &LINEAR_FORWARD_KEPT_SMALL,
-    };
-    let tile = if large { LARGE } else { SMALL };
+    let (kernel, tile) = chosen(if kept.is_some() { &FORWARD_KEPT } else { &FORWARD }, op.stored, is_large(rows, outputs));
     for (m, n) in op.parts(&device, tiles(rows, outputs, tile), 64)? {
         let x = pass.input(&args.x, op.x_range(&m, &n))?;
         let weight = pass.input(&args.weight, m.start * outputs * inputs..m.end * outputs * inputs)?;
@@ -808,21 +910,21 @@ pub fn linear_backward(pass: &mut Pass, op: &Linear, args: &LinearBackwardArgs) 
     op.check()?;
     let Linear { models, x_models, rows, inputs, outputs, .. } = *op;
     let device = pass.device().clone();
-    expect("x", &args.x, x_models * rows * inputs, format!("[{x_models},{rows},{inputs}]"))?;
-    expect("weight", &args.weight, models * outputs * inputs, format!("[{models},{outputs},{inputs}]"))?;
-    expect("grad_y", &args.grad_y, models * rows * outputs, format!("[{models},{rows},{outputs}]"))?;
+    expect(op.stored, "x", &args.x, x_models * rows * inputs, format!("[{x_models},{rows},{inputs}]"))?;
+    expect(op.stored, "weight", &args.weight, models * outputs * inputs, format!("[{models},{outputs},{inputs}]"))?;
+    expect(op.stored, "grad_y", &args.grad_y, models * rows * outputs, format!("[{models},{rows},{outputs}]"))?;
     for (name, view, like) in [("grad_x", &args.grad_x, &args.x), ("grad_weight", &args.grad_weight, &args.weight)] {
         if let Some(view) = view {
-            expect(name, view, like.len(), format!("as {}", name.trim_start_matches("grad_")))?;
+            expect(op.stored, name, view, like.len(), format!("as {}", name.trim_start_matches("grad_")))?;
         }
     }
     if let Some(bias) = &args.grad_bias {
-        expect("grad_bias", bias, models * outputs, format!("[{models},{outputs}]"))?;
+        expect(op.stored, "grad_bias", bias, models * outputs, format!("[{models},{outputs}]"))?;
     }
     let needed = op.scratch_backward(&device);
-    if args.scratch.len() < needed {
-        let got = format!("{} values", args.scratch.len());
-        return Err(Error::Shape { op: OP, arg: "scratch".into(), expected: format!("at least {needed} values (scratch_backward)"), got });
+    if args.scratch.len() < needed || args.scratch.elem() != Elem::F32 {
+        let got = format!("{} values of {}", args.scratch.len(), args.scratch.elem().wgsl());
+        return Err(Error::Shape { op: OP, arg: "scratch".into(), expected: format!("at least {needed} values of f32 (scratch_backward)"), got });
     }
     let kept = match (&args.kept, op.activation) {
         (_, Activation::None) => args.grad_y.clone(),
@@ -832,7 +934,7 @@ pub fn linear_backward(pass: &mut Pass, op: &Linear, args: &LinearBackwardArgs) 
             return Err(Error::Shape { op: OP, arg: "kept".into(), expected, got: "none".into() });
         }
     };
-    expect("kept", &kept, models * rows * outputs, format!("[{models},{rows},{outputs}]"))?;
+    expect(op.stored, "kept", &kept, models * rows * outputs, format!("[{models},{rows},{outputs}]"))?;
     if rows == 0 {
         return Ok(());
     }
@@ -846,10 +948,10 @@ pub fn linear_backward(pass: &mut Pass, op: &Linear, args: &LinearBackwardArgs) 
 }
 
 fn record_grad_x(pass: &mut Pass, op: &Linear, args: &LinearBackwardArgs, kept: &View, grad_x: &View) -> Result<()> {
-    let Linear { x_models, rows, inputs, outputs, .. } = *op;
+    let Linear { models, x_models, rows, inputs, outputs, .. } = *op;
     let device = pass.device().clone();
     let large = is_large(rows, inputs);
-    let (kernel, tile) = if large { (&LINEAR_GRAD_X, LARGE) } else { (&LINEAR_GRAD_X_SMALL, SMALL) };
+    let (kernel, tile) = chosen(&GRAD_X, op.stored, large);
     let rounds = outputs.div_ceil(STEP) * (STEP + 9);
     device.check_rounds(OP, rounds, "rounds")?;
     let shared = x_models == 1;
@@ -863,6 +965,16 @@ fn record_grad_x(pass: &mut Pass, op: &Linear, args: &LinearBackwardArgs, kept: 
     if shared {
         // All models of some rows, then the next rows.
         parts.sort_by_key(|(m, n)| (n.start, m.start));
+        let together = parts.iter().filter(|(_, n)| n.start == 0).count();
+        if together > 1 && op.stored.is_half() {
+            return Err(Error::TooLarge {
+                what: format!("{OP}: grad_x of an x that {models} models share, summed in {}", op.stored.wgsl()),
+                needed: models,
+                limit: models.div_ceil(together as u64),
+                unit: "models in a launch",
+                help: "cast x to f32, or give each model its own x".into(),
+            });
+        }
     }
     let mut open: Option<crate::device::Output> = None;
     for (at, (m, n)) in parts.iter().enumerate() {
@@ -897,7 +1009,8 @@ fn record_grad_weight(pass: &mut Pass, op: &Linear, args: &LinearBackwardArgs, k
     let device = pass.device().clone();
     let (splits, split_rows) = op.splits(&device);
     let large = is_large(outputs, inputs);
-    let (kernel, tile) = if large { (&LINEAR_GRAD_WEIGHT, LARGE) } else { (&LINEAR_GRAD_WEIGHT_SMALL, SMALL) };
+    let (kernel, tile) = chosen(&GRAD_WEIGHT, op.stored, large);
+    let partial = splits > 1 || op.stored.is_half();
     device.check_rounds(OP, split_rows.div_ceil(STEP) * (2 * STEP + 9), "rounds")?;
     let wanted = |view: &Option<View>, bit: u32| if view.is_some() { bit } else { 0 };
     let flags = wanted(&args.grad_weight, flag::GRAD_WEIGHT) | wanted(&args.grad_bias, flag::GRAD_BIAS);
@@ -912,16 +1025,21 @@ fn record_grad_weight(pass: &mut Pass, op: &Linear, args: &LinearBackwardArgs, k
             rows: (n.end - n.start) as u32,
             splits: here as u32,
             split_rows: split_rows as u32,
-            flags: flags | if splits > 1 { flag::PARTIAL } else { 0 },
+            flags: flags | if partial { flag::PARTIAL } else { 0 },
             ..op.params()
         };
         let x = pass.input(&args.x, op.x_range(&m, &n))?;
         let grad_y = pass.input(&args.grad_y, op.range(&m, &n, outputs))?;
         let kept = pass.input(kept, op.range(&m, &n, outputs))?;
         let mut outs = Vec::new();
-        let unused = if splits > 1 {
+        let unused = if partial {
             outs.push(pass.output(&args.scratch, (m.start * splits + first) * width..((m.end - 1) * splits + first + here) * width)?);
-            args.grad_weight.as_ref().or(args.grad_bias.as_ref()).map(|view| view.part(0..1))
+            if op.stored.is_half() {
+                let at = unused_at(models * splits * width);
+                Some(pass.output(&args.scratch, at..at + 1)?.view)
+            } else {
+                args.grad_weight.as_ref().or(args.grad_bias.as_ref()).map(|view| view.part(0..1))
+            }
         } else {
             for (view, each) in [(&args.grad_weight, outputs * inputs), (&args.grad_bias, outputs)] {
                 if let Some(view) = view {
@@ -932,7 +1050,7 @@ fn record_grad_weight(pass: &mut Pass, op: &Linear, args: &LinearBackwardArgs, k
         };
         let mut views: Vec<View> = outs.iter().map(|out| out.view.clone()).collect();
         if let (1, Some(unused)) = (views.len(), unused) {
-            let before = splits == 1 && args.grad_weight.is_none();
+            let before = !partial && args.grad_weight.is_none();
             views.insert(if before { 0 } else { 1 }, unused);
         }
         pass.launch(kernel, &params, &[vec![x, grad_y, kept], views].concat())?;
@@ -940,7 +1058,7 @@ fn record_grad_weight(pass: &mut Pass, op: &Linear, args: &LinearBackwardArgs, k
             pass.finish(out)?;
         }
     }
-    if splits > 1 {
+    if partial {
         let sums = SplitSumParams { models: models as u32, splits: splits as u32, width: width as u32, first: 0, count: (outputs * inputs) as u32 };
         let partials = args.scratch.part(0..models * splits * width);
         if let Some(grad_weight) = &args.grad_weight {
@@ -965,7 +1083,7 @@ pub(crate) fn verify(device: &Device, case: &Case) -> Result<Outputs> {
     };
     let ([x_models, rows, inputs], [models, outputs, _]) = (shape("x")?, shape("weight")?);
     let activation = if case.given("activation") { Activation::named(case.text("activation")?)? } else { Activation::None };
-    let op = Linear { models, x_models, rows, inputs, outputs, bias: case.has("bias"), activation };
+    let op = Linear { models, x_models, rows, inputs, outputs, bias: case.has("bias"), activation, stored: Elem::F32 };
     let upload = |name: &str| -> Result<View> { Ok(View::from(&device.upload(name, case.f32(name)?)?)) };
     let zeros = |name: &str, len: u64| -> Result<View> { Ok(View::from(&device.zeros(name, len)?)) };
     let (x, weight) = (upload("x")?, upload("weight")?);

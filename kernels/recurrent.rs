@@ -18,16 +18,18 @@
 //! Scratch  forward: packed weights and states; backward: δ [M,B,T,4H], and states with partial sums.
 //! Keeps    per step h(t−1), for LSTM c(t−1) too, and the four gates where `keep` is `Gates`.
 //! Floor    LSTM forward 8·B·T·H·(I+H) flops, training 3×; bytes 4·B·T·(I + H·(1 to 7)).
+//! Stored   x, weights, biases, start and last states, y and their gradients in f32, f16 or bf16, all in one; what is kept, packed or scratch is
+//!          f32, and so are all sums: results are rounded once.
 //! Numerics f32 sums in the order of k; gates through exp with clamped arguments; no atomics, a fixed order everywhere.
 //! Source   Hochreiter & Schmidhuber 1997; Cho et al. 2014, with the reset gate after the product as in cuDNN.
 //! Files    shaders/recurrent.wgsl, recurrent_blocks.wgsl · cuda/recurrent.cu · recurrent_lanes.rs (f32 on the CPU) · reference: the `_cpu` functions
 
 use crate::conformance::{Case, Outputs};
 use crate::device::{Device, Pass, View};
-use crate::kernel::{Cost, Cpu, CpuLaunch, Kernel, layout, params_of, reads, reads_u32, writes};
+use crate::kernel::{Cost, Cpu, CpuLaunch, Elem, Kernel, in_storage, layout, params_of, reads, reads_u32, writes};
 use crate::real::Real;
 use crate::recurrent_lanes as lanes;
-use crate::{Error, Result};
+use crate::{Error, Result, cast};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -351,6 +353,35 @@ block_kernel! {
     RECURRENT_GRADIENTS_BLOCKS = "recurrent_gradients_blocks", "grad_x and slices of the weights' gradients, on software adapters", RECURRENT_GRADIENTS,
         block_gradient_groups;
 }
+
+stored_kernels! {
+    &["packed", "state", "saved", "gates", "sums"];
+    RECURRENT_PACK_F16 "recurrent_pack_f16", RECURRENT_PACK_BF16 "recurrent_pack_bf16" = RECURRENT_PACK[5];
+    LSTM_FORWARD_F16 "lstm_forward_f16", LSTM_FORWARD_BF16 "lstm_forward_bf16" = LSTM_FORWARD[7];
+    GRU_FORWARD_F16 "gru_forward_f16", GRU_FORWARD_BF16 "gru_forward_bf16" = GRU_FORWARD[7];
+    RECURRENT_GATES_F16 "recurrent_gates_f16", RECURRENT_GATES_BF16 "recurrent_gates_bf16" = RECURRENT_GATES[7];
+    LSTM_BACKWARD_F16 "lstm_backward_f16", LSTM_BACKWARD_BF16 "lstm_backward_bf16" = LSTM_BACKWARD[7];
+    GRU_BACKWARD_F16 "gru_backward_f16", GRU_BACKWARD_BF16 "gru_backward_bf16" = GRU_BACKWARD[7];
+    RECURRENT_GRADIENTS_F16 "recurrent_gradients_f16", RECURRENT_GRADIENTS_BF16 "recurrent_gradients_bf16" = RECURRENT_GRADIENTS[7];
+}
+
+/// The kernels with arguments in 16 bits.
+const STORED: [&Kernel; 14] = [
+    &RECURRENT_PACK_F16,
+    &RECURRENT_PACK_BF16,
+    &LSTM_FORWARD_F16,
+    &LSTM_FORWARD_BF16,
+    &GRU_FORWARD_F16,
+    &GRU_FORWARD_BF16,
+    &RECURRENT_GATES_F16,
+    &RECURRENT_GATES_BF16,
+    &LSTM_BACKWARD_F16,
+    &LSTM_BACKWARD_BF16,
+    &GRU_BACKWARD_F16,
+    &GRU_BACKWARD_BF16,
+    &RECURRENT_GRADIENTS_F16,
+    &RECURRENT_GRADIENTS_BF16,
+];
 
 // ---- the plain column -------------------------------------------------------------------------------------------------------
 
@@ -967,8 +998,11 @@ impl Recurrent {
     }
 
     fn expect(&self, arg: &str, view: Option<&View>, len: u64, words: bool) -> Result<()> {
+        self.expect_stored(arg, view, len, if words { Elem::U32 } else { Elem::F32 })
+    }
+
+    fn expect_stored(&self, arg: &str, view: Option<&View>, len: u64, elem: Elem) -> Result<()> {
         let Some(view) = view else { return Ok(()) };
-        let elem = if words { crate::kernel::Elem::U32 } else { crate::kernel::Elem::F32 };
         if view.len() == len && view.elem() == elem {
             return Ok(());
         }
@@ -1054,7 +1088,7 @@ struct Bound {
 
 impl Bound {
     fn new(pass: &mut Pass, of: &View, range: Range<u64>) -> Result<Bound> {
-        let aligned = range.start.is_multiple_of(pass.device().limits().align);
+        let aligned = (of.range.start + range.start).is_multiple_of(pass.device().align(of.elem()));
         let target = if aligned { None } else { Some(of.part(range.clone())) };
         Ok(Bound { view: pass.input(of, range)?, target })
     }
@@ -1071,9 +1105,14 @@ fn bits(list: &[(bool, u32)]) -> u32 {
     list.iter().map(|&(there, bit)| if there { bit } else { 0 }).sum()
 }
 
-/// Copies `count` items of `each` reals from item `from` of one view to item `to` of another.
+/// Copies, from one storage to another where they differ, `count` items of `each` reals from item `from` of one view to item `to` of another.
 fn copy(pass: &mut Pass, (from, at): (&View, u64), (to, to_at): (&View, u64), len: u64) -> Result<()> {
-    if len == 0 { Ok(()) } else { pass.copy(from.part(at..at + len), to.part(to_at..to_at + len)) }
+    let (from, to) = (from.part(at..at + len), to.part(to_at..to_at + len));
+    match len {
+        0 => Ok(()),
+        _ if from.elem() == to.elem() => pass.copy(from, to),
+        _ => cast::cast(pass, &from, &to, 1.0),
+    }
 }
 
 /// Records an LSTM or GRU layer, all steps.
@@ -1084,17 +1123,18 @@ pub fn recurrent(pass: &mut Pass, op: &Recurrent, args: &RecurrentArgs<'_>) -> R
     let (g, all) = (op.gates(), op.models * op.batch);
     let lstm = op.cell == Cell::Lstm;
     let starts = if op.learned_start { op.models } else { all } * op.hidden;
-    op.expect("x", Some(args.x), op.x_models * op.batch * op.time * op.inputs, false)?;
-    op.expect("w_ih", Some(args.w_ih), op.models * g * op.inputs, false)?;
-    op.expect("w_hh", Some(args.w_hh), op.models * g * op.hidden, false)?;
-    check_biases(op, args.b_ih, args.b_hh)?;
-    op.expect("h0", args.h0, starts, false)?;
-    op.expect("c0", args.c0, starts, false)?;
+    let stored = args.x.elem();
+    op.expect_stored("x", Some(args.x), op.x_models * op.batch * op.time * op.inputs, storage(stored))?;
+    op.expect_stored("w_ih", Some(args.w_ih), op.models * g * op.inputs, stored)?;
+    op.expect_stored("w_hh", Some(args.w_hh), op.models * g * op.hidden, stored)?;
+    check_biases(op, args.b_ih, args.b_hh, stored)?;
+    op.expect_stored("h0", args.h0, starts, stored)?;
+    op.expect_stored("c0", args.c0, starts, stored)?;
     op.expect("lengths", args.lengths, op.batch, true)?;
     op.expect("resets", args.resets, op.batch * op.time, true)?;
-    op.expect("y", Some(args.y), all * op.time * op.y_stride, false)?;
-    op.expect("hn", args.hn, all * op.hidden, false)?;
-    op.expect("cn", args.cn, all * op.hidden, false)?;
+    op.expect_stored("y", Some(args.y), all * op.time * op.y_stride, stored)?;
+    op.expect_stored("hn", args.hn, all * op.hidden, stored)?;
+    op.expect_stored("cn", args.cn, all * op.hidden, stored)?;
     op.expect("saved", Some(args.saved), op.saved(), false)?;
     op.expect("scratch[0]", Some(args.scratch[0]), op.scratch()[0], false)?;
     op.expect("scratch[1]", Some(args.scratch[1]), op.scratch()[1], false)?;
@@ -1116,7 +1156,7 @@ pub fn recurrent(pass: &mut Pass, op: &Recurrent, args: &RecurrentArgs<'_>) -> R
             (args.b_ih.is_some(), flag::BIAS),
         ]);
     let units = op.hidden.div_ceil(u64::from(WG));
-    let blocks = op.blocks(&device);
+    let blocks = op.blocks(&device) && !stored.is_half();
     let rounds = if blocks { op.block_rounds().0 } else { units * (op.inputs.div_ceil(4) + op.hidden.div_ceil(4) + 8) + 1 };
     let runs = op.time_runs(&device, rounds)?;
     let (lengths, resets) = words(&device, args.lengths, args.resets)?;
@@ -1147,7 +1187,7 @@ pub fn recurrent(pass: &mut Pass, op: &Recurrent, args: &RecurrentArgs<'_>) -> R
         let b_ih = pass.input(args.b_ih.unwrap_or(args.w_ih), of_models(if args.b_ih.is_some() { g } else { 0 }))?;
         let b_hh = pass.input(args.b_hh.unwrap_or(args.w_ih), of_models(if args.b_hh.is_some() { g } else { 0 }))?;
         let [w_ih, w_hh] = weights;
-        pass.launch(&RECURRENT_PACK, &p, &[w_ih, w_hh, b_ih, b_hh, packed.clone()])?;
+        pass.launch(in_storage(&STORED, &RECURRENT_PACK, stored)?, &p, &[w_ih, w_hh, b_ih, b_hh, packed.clone()])?;
         if op.time > 0 {
             let x = pass.input(args.x, x_range(op, &chunk, shared))?;
             let y = Bound::new(pass, args.y, of_rows(op.time * op.y_stride))?;
@@ -1160,6 +1200,7 @@ pub fn recurrent(pass: &mut Pass, op: &Recurrent, args: &RecurrentArgs<'_>) -> R
                     (false, false) => &GRU_FORWARD,
                     (false, true) => &GRU_FORWARD_BLOCKS,
                 };
+                let kernel = in_storage(&STORED, kernel, stored)?;
                 let args = [x.clone(), packed.clone(), lengths.clone(), resets.clone(), state.clone(), y.view.clone(), saved.view.clone()];
                 pass.launch(kernel, &p, &args)?;
             }
@@ -1167,7 +1208,7 @@ pub fn recurrent(pass: &mut Pass, op: &Recurrent, args: &RecurrentArgs<'_>) -> R
             saved.finish(pass)?;
         } else {
             let p = RecurrentParams { to_step: 0, ..p };
-            let kernel = if lstm { &LSTM_FORWARD } else { &GRU_FORWARD };
+            let kernel = in_storage(&STORED, if lstm { &LSTM_FORWARD } else { &GRU_FORWARD }, stored)?;
             let x = pass.input(args.x, 0..0)?;
             pass.launch(kernel, &p, &[x, packed, lengths.clone(), resets.clone(), state.clone(), args.y.part(0..0), args.saved.part(0..0)])?;
         }
@@ -1181,9 +1222,14 @@ pub fn recurrent(pass: &mut Pass, op: &Recurrent, args: &RecurrentArgs<'_>) -> R
     Ok(())
 }
 
-fn check_biases(op: &Recurrent, b_ih: Option<&View>, b_hh: Option<&View>) -> Result<()> {
-    op.expect("b_ih", b_ih, op.models * op.gates(), false)?;
-    op.expect("b_hh", b_hh, op.models * op.gates(), false)?;
+/// What reals are stored in; words are refused as f32 is expected.
+fn storage(elem: Elem) -> Elem {
+    if elem.is_half() { elem } else { Elem::F32 }
+}
+
+fn check_biases(op: &Recurrent, b_ih: Option<&View>, b_hh: Option<&View>, stored: Elem) -> Result<()> {
+    op.expect_stored("b_ih", b_ih, op.models * op.gates(), stored)?;
+    op.expect_stored("b_hh", b_hh, op.models * op.gates(), stored)?;
     if op.cell == Cell::Lstm {
         return op.absent("b_hh", b_hh, "an LSTM has one bias");
     }
@@ -1242,10 +1288,12 @@ pub fn recurrent_backward(pass: &mut Pass, op: &Recurrent, args: &RecurrentGrads
         ("scratch[0]", Some(args.scratch[0]), op.scratch_backward()[0]),
         ("scratch[1]", Some(args.scratch[1]), op.scratch_backward()[1]),
     ];
+    let stored = storage(args.x.elem());
     for (arg, view, len) in reals {
-        op.expect(arg, view, len, false)?;
+        let inside = arg == "saved" || arg.starts_with("scratch");
+        op.expect_stored(arg, view, len, if inside { Elem::F32 } else { stored })?;
     }
-    check_biases(op, args.b_ih, args.b_hh)?;
+    check_biases(op, args.b_ih, args.b_hh, stored)?;
     op.expect("lengths", args.lengths, op.batch, true)?;
     op.expect("resets", args.resets, op.batch * op.time, true)?;
     if lstm {
@@ -1275,7 +1323,7 @@ pub fn recurrent_backward(pass: &mut Pass, op: &Recurrent, args: &RecurrentGrads
             (wanted, flag::GRAD_W),
         ]);
     let units = op.hidden.div_ceil(u64::from(WG));
-    let blocks = op.blocks(&device);
+    let blocks = op.blocks(&device) && !stored.is_half();
     let rounds = if blocks { op.block_rounds().1 } else { units * (op.hidden.div_ceil(2) + 8) + 1 };
     let runs = op.time_runs(&device, rounds)?;
     op.check_tiles(&device, op.inputs + op.hidden + 1)?;
@@ -1288,7 +1336,7 @@ pub fn recurrent_backward(pass: &mut Pass, op: &Recurrent, args: &RecurrentGrads
     let chunks = op.chunks(&device)?;
     let nothing = match args.grad_x {
         Some(_) => None,
-        None => Some(View::from(&device.zeros("no grad_x", 1)?)),
+        None => Some(View::from(&device.zeros_as("no grad_x", stored, 1)?)),
     };
     for chunk in &chunks {
         let models = chunk.models.end - chunk.models.start;
@@ -1321,7 +1369,11 @@ pub fn recurrent_backward(pass: &mut Pass, op: &Recurrent, args: &RecurrentGrads
         if op.keep == Keep::States && op.time > 0 {
             let b_ih = pass.input(args.b_ih.unwrap_or(args.w_ih), of_models(if args.b_ih.is_some() { g } else { 0 }))?;
             let b_hh = pass.input(args.b_hh.unwrap_or(args.w_ih), of_models(if args.b_hh.is_some() { g } else { 0 }))?;
-            pass.launch(&RECURRENT_GATES, &p, &[x.clone(), saved.clone(), w_ih.clone(), w_hh.clone(), b_ih, b_hh, gates.clone()])?;
+            pass.launch(
+                in_storage(&STORED, &RECURRENT_GATES, stored)?,
+                &p,
+                &[x.clone(), saved.clone(), w_ih.clone(), w_hh.clone(), b_ih, b_hh, gates.clone()],
+            )?;
         }
         let grad_y = match args.grad_y {
             Some(view) => pass.input(view, of_rows(op.time * op.y_stride))?,
@@ -1333,6 +1385,7 @@ pub fn recurrent_backward(pass: &mut Pass, op: &Recurrent, args: &RecurrentGrads
             (false, false) => &GRU_BACKWARD,
             (false, true) => &GRU_BACKWARD_BLOCKS,
         };
+        let kernel = in_storage(&STORED, kernel, stored)?;
         let whole: Vec<Range<u64>> = std::iter::once(0..0).collect();
         for run in if op.time == 0 { &whole } else { &runs }.iter().rev() {
             let p = RecurrentParams { from_step: run.start as u32, to_step: run.end as u32, ..p };
@@ -1344,7 +1397,7 @@ pub fn recurrent_backward(pass: &mut Pass, op: &Recurrent, args: &RecurrentGrads
             (None, None) => return Err(Error::Internal("recurrent_backward: no place for grad_x".into())),
         };
         if wanted || (args.grad_x.is_some() && op.time > 0) {
-            let kernel = if blocks { &RECURRENT_GRADIENTS_BLOCKS } else { &RECURRENT_GRADIENTS };
+            let kernel = if blocks { &RECURRENT_GRADIENTS_BLOCKS } else { in_storage(&STORED, &RECURRENT_GRADIENTS, stored)? };
             pass.launch(kernel, &p, &[x, saved, lengths.clone(), w_ih, gates, grad_x.view.clone(), sums.clone()])?;
         }
         grad_x.finish(pass)?;

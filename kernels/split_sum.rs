@@ -8,7 +8,7 @@
 
 use crate::Result;
 use crate::device::{Pass, View};
-use crate::kernel::{Cost, Cpu, CpuLaunch, Kernel, layout, params_of, reads, writes};
+use crate::kernel::{Cost, Cpu, CpuLaunch, Elem, Kernel, layout, params_of, reads, writes, writes_as};
 use crate::real::Real;
 use rayon::prelude::*;
 
@@ -49,6 +49,14 @@ pub static SPLIT_SUM: Kernel = Kernel {
     cost: Cost { unit: "output", units: outputs, bytes: 8.0, flops: 1.0 },
 };
 
+/// Sum over splits, stored in f16.
+pub static SPLIT_SUM_F16: Kernel =
+    Kernel { name: "split_sum_f16", about: "the same, stored in f16", args: &[reads("partials"), writes_as("total", Elem::F16)], ..SPLIT_SUM };
+
+/// Sum over splits, stored in bf16.
+pub static SPLIT_SUM_BF16: Kernel =
+    Kernel { name: "split_sum_bf16", about: "the same, stored in bf16", args: &[reads("partials"), writes_as("total", Elem::Bf16)], wgsl: None, ..SPLIT_SUM };
+
 fn split_sum_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
     let p: SplitSumParams = launch.params()?;
     let (partials, total) = (launch.real()?, launch.real_mut()?);
@@ -73,10 +81,15 @@ pub fn split_sum(pass: &mut Pass, op: &'static str, params: SplitSumParams, part
     let device = pass.device().clone();
     let (row, count) = (u64::from(params.splits) * u64::from(params.width), u64::from(params.count));
     device.check_rounds(op, u64::from(params.splits), "rounds")?;
+    let kernel = match total.elem() {
+        Elem::F16 => &SPLIT_SUM_F16,
+        Elem::Bf16 => &SPLIT_SUM_BF16,
+        _ => &SPLIT_SUM,
+    };
     for run in device.plan(op, params.models.into(), row.max(count), count.div_ceil(u64::from(WG)), row)? {
         let from = pass.input(partials, run.start * row..run.end * row)?;
         let to = pass.output(total, run.start * count..run.end * count)?;
-        pass.launch(&SPLIT_SUM, &SplitSumParams { models: (run.end - run.start) as u32, ..params }, &[from, to.view.clone()])?;
+        pass.launch(kernel, &SplitSumParams { models: (run.end - run.start) as u32, ..params }, &[from, to.view.clone()])?;
         pass.finish(to)?;
     }
     Ok(())

@@ -46,13 +46,13 @@ struct AttentionParams {
 }
 
 @group(0) @binding(0) var<uniform> params: AttentionParams;
-@group(0) @binding(1) var<storage, read> q: array<f32>;
-@group(0) @binding(2) var<storage, read> k: array<f32>;
-@group(0) @binding(3) var<storage, read> v: array<f32>;
-@group(0) @binding(4) var<storage, read> bias: array<f32>;
+@group(0) @binding(1) var<storage, read> q: array<Stored>;
+@group(0) @binding(2) var<storage, read> k: array<Stored>;
+@group(0) @binding(3) var<storage, read> v: array<Stored>;
+@group(0) @binding(4) var<storage, read> bias: array<Stored>;
 @group(0) @binding(5) var<storage, read> kv_len: array<u32>;
 @group(0) @binding(6) var<storage, read> step: array<u32>;
-@group(0) @binding(7) var<storage, read_write> out: array<f32>;
+@group(0) @binding(7) var<storage, read_write> out: array<Stored>;
 @group(0) @binding(8) var<storage, read_write> lse: array<f32>;
 
 override WG: u32 = 64u;
@@ -196,48 +196,48 @@ fn nth(x: Row, n: u32) -> vec4<f32> {
 fn q_vec(at: u32, d: u32) -> vec4<f32> {
     let w = params.width;
     if d + 4u <= w {
-        return vec4<f32>(q[at + d], q[at + d + 1u], q[at + d + 2u], q[at + d + 3u]);
+        return vec4<f32>(f32(q[at + d]), f32(q[at + d + 1u]), f32(q[at + d + 2u]), f32(q[at + d + 3u]));
     }
     var x = vec4<f32>(0.0);
-    if d < w { x.x = q[at + d]; }
-    if d + 1u < w { x.y = q[at + d + 1u]; }
-    if d + 2u < w { x.z = q[at + d + 2u]; }
+    if d < w { x.x = f32(q[at + d]); }
+    if d + 1u < w { x.y = f32(q[at + d + 1u]); }
+    if d + 2u < w { x.z = f32(q[at + d + 2u]); }
     return x;
 }
 
 fn k_vec(at: u32, d: u32) -> vec4<f32> {
     let w = params.width;
     if d + 4u <= w {
-        return vec4<f32>(k[at + d], k[at + d + 1u], k[at + d + 2u], k[at + d + 3u]);
+        return vec4<f32>(f32(k[at + d]), f32(k[at + d + 1u]), f32(k[at + d + 2u]), f32(k[at + d + 3u]));
     }
     var x = vec4<f32>(0.0);
-    if d < w { x.x = k[at + d]; }
-    if d + 1u < w { x.y = k[at + d + 1u]; }
-    if d + 2u < w { x.z = k[at + d + 2u]; }
+    if d < w { x.x = f32(k[at + d]); }
+    if d + 1u < w { x.y = f32(k[at + d + 1u]); }
+    if d + 2u < w { x.z = f32(k[at + d + 2u]); }
     return x;
 }
 
 fn v_vec(at: u32, d: u32) -> vec4<f32> {
     let w = params.width;
     if d + 4u <= w {
-        return vec4<f32>(v[at + d], v[at + d + 1u], v[at + d + 2u], v[at + d + 3u]);
+        return vec4<f32>(f32(v[at + d]), f32(v[at + d + 1u]), f32(v[at + d + 2u]), f32(v[at + d + 3u]));
     }
     var x = vec4<f32>(0.0);
-    if d < w { x.x = v[at + d]; }
-    if d + 1u < w { x.y = v[at + d + 1u]; }
-    if d + 2u < w { x.z = v[at + d + 2u]; }
+    if d < w { x.x = f32(v[at + d]); }
+    if d + 1u < w { x.y = f32(v[at + d + 1u]); }
+    if d + 2u < w { x.z = f32(v[at + d + 2u]); }
     return x;
 }
 
 fn grad_vec(at: u32, d: u32) -> vec4<f32> {
     let w = params.width;
     if d + 4u <= w {
-        return vec4<f32>(grad_out[at + d], grad_out[at + d + 1u], grad_out[at + d + 2u], grad_out[at + d + 3u]);
+        return vec4<f32>(f32(grad_out[at + d]), f32(grad_out[at + d + 1u]), f32(grad_out[at + d + 2u]), f32(grad_out[at + d + 3u]));
     }
     var x = vec4<f32>(0.0);
-    if d < w { x.x = grad_out[at + d]; }
-    if d + 1u < w { x.y = grad_out[at + d + 1u]; }
-    if d + 2u < w { x.z = grad_out[at + d + 2u]; }
+    if d < w { x.x = f32(grad_out[at + d]); }
+    if d + 1u < w { x.y = f32(grad_out[at + d + 1u]); }
+    if d + 2u < w { x.z = f32(grad_out[at + d + 2u]); }
     return x;
 }
 
@@ -408,10 +408,10 @@ fn kept(draw: u32, item: u32, i: u32, j: u32) -> f32 {
 // Biases of four pairs, `stride` apart from `at` on, where they are allowed.
 fn biases(at: u32, stride: u32, allowed: vec4<bool>) -> vec4<f32> {
     var x = vec4<f32>(0.0);
-    if allowed.x { x.x = bias[at]; }
-    if allowed.y { x.y = bias[at + stride]; }
-    if allowed.z { x.z = bias[at + 2u * stride]; }
-    if allowed.w { x.w = bias[at + 3u * stride]; }
+    if allowed.x { x.x = f32(bias[at]); }
+    if allowed.y { x.y = f32(bias[at + stride]); }
+    if allowed.z { x.z = f32(bias[at + 2u * stride]); }
+    if allowed.w { x.w = f32(bias[at + 3u * stride]); }
     return x;
 }
 
@@ -540,10 +540,10 @@ fn forward(group: u32, tid: u32) {
     for (var n = 0u; n < VECS; n++) {
         let y = nth(sum, n);
         let d = 4u * (mine + n);
-        if d < params.width { out[out_at + d] = y.x; }
-        if d + 1u < params.width { out[out_at + d + 1u] = y.y; }
-        if d + 2u < params.width { out[out_at + d + 2u] = y.z; }
-        if d + 3u < params.width { out[out_at + d + 3u] = y.w; }
+        if d < params.width { out[out_at + d] = stored(y.x); }
+        if d + 1u < params.width { out[out_at + d + 1u] = stored(y.y); }
+        if d + 2u < params.width { out[out_at + d + 2u] = stored(y.z); }
+        if d + 3u < params.width { out[out_at + d + 3u] = stored(y.w); }
     }
     if place.part == 0u {
         lse[place.item * params.queries + i] = select(NO_KEY, most + log_f32(total), found);
@@ -574,8 +574,8 @@ fn attention_forward(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgro
 
 @group(0) @binding(1) var<storage, read> rows_kv_len: array<u32>;
 @group(0) @binding(2) var<storage, read> rows_step: array<u32>;
-@group(0) @binding(3) var<storage, read> out_in: array<f32>;
-@group(0) @binding(4) var<storage, read> rows_grad_out: array<f32>;
+@group(0) @binding(3) var<storage, read> out_in: array<Stored>;
+@group(0) @binding(4) var<storage, read> rows_grad_out: array<Stored>;
 @group(0) @binding(5) var<storage, read> lse_in: array<f32>;
 @group(0) @binding(6) var<storage, read_write> rows_out: array<f32>;
 
@@ -591,7 +591,7 @@ fn attention_rows(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups
     let at = b * params.out_batch + h * params.out_head + params.out_offset + i * params.out_row;
     var sum = 0.0;
     for (var d = 0u; d < params.width; d++) {
-        sum += out_in[at + d] * rows_grad_out[at + d];
+        sum += f32(out_in[at + d]) * f32(rows_grad_out[at + d]);
     }
     let row = b * params.record + HEADER + 2u * (h * params.queries + i);
     rows_out[row] = lse_in[n];
@@ -610,9 +610,9 @@ fn attention_rows(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups
 
 // ---- backward, queries --------------------------------------------------------------------------------------------------
 
-@group(0) @binding(5) var<storage, read> grad_out: array<f32>;
+@group(0) @binding(5) var<storage, read> grad_out: array<Stored>;
 @group(0) @binding(6) var<storage, read> rows: array<f32>;
-@group(0) @binding(7) var<storage, read_write> grad_q: array<f32>;
+@group(0) @binding(7) var<storage, read_write> grad_q: array<Stored>;
 
 fn rows_at(b: u32, h: u32) -> u32 {
     return b * params.record + HEADER + 2u * h * params.queries;
@@ -696,10 +696,10 @@ fn backward_q(group: u32, tid: u32) {
     for (var n = 0u; n < VECS; n++) {
         let z = nth(sum, n);
         let d = 4u * (mine + n);
-        if d < params.width { grad_q[at + d] = z.x; }
-        if d + 1u < params.width { grad_q[at + d + 1u] = z.y; }
-        if d + 2u < params.width { grad_q[at + d + 2u] = z.z; }
-        if d + 3u < params.width { grad_q[at + d + 3u] = z.w; }
+        if d < params.width { grad_q[at + d] = stored(z.x); }
+        if d + 1u < params.width { grad_q[at + d + 1u] = stored(z.y); }
+        if d + 2u < params.width { grad_q[at + d + 2u] = stored(z.z); }
+        if d + 3u < params.width { grad_q[at + d + 3u] = stored(z.w); }
     }
 }
 
@@ -725,9 +725,9 @@ fn attention_backward_q(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_work
 
 // ---- backward, keys and values --------------------------------------------------------------------------------------------
 
-@group(0) @binding(7) var<storage, read_write> grad_k: array<f32>;
-@group(0) @binding(8) var<storage, read_write> grad_v: array<f32>;
-@group(0) @binding(7) var<storage, read_write> grad_kv: array<f32>;
+@group(0) @binding(7) var<storage, read_write> grad_k: array<Stored>;
+@group(0) @binding(8) var<storage, read_write> grad_v: array<Stored>;
+@group(0) @binding(7) var<storage, read_write> grad_kv: array<Stored>;
 
 // Loads queries `first` … of the tile: scale·q, grad_out, (lse, delta); 0 from `end` on.
 fn load_queries(place: Place, first: u32, end: u32, tid: u32) {
@@ -857,8 +857,8 @@ fn backward_kv_apart(group: u32, tid: u32) {
         let first = 4u * (VECS * place.part + n);
         for (var e = 0u; e < 4u; e++) {
             if first + e < params.width {
-                grad_k[k_at + first + e] = x[e];
-                grad_v[v_at + first + e] = y[e];
+                grad_k[k_at + first + e] = stored(x[e]);
+                grad_v[v_at + first + e] = stored(y[e]);
             }
         }
     }
@@ -881,10 +881,10 @@ fn backward_kv_packed(group: u32, tid: u32) {
         let first = 4u * (VECS * place.part + n);
         for (var e = 0u; e < 4u; e++) {
             if first + e < params.width && has(GRAD_K) {
-                grad_kv[k_at + first + e] = x[e];
+                grad_kv[k_at + first + e] = stored(x[e]);
             }
             if first + e < params.width && has(GRAD_V) {
-                grad_kv[v_at + first + e] = y[e];
+                grad_kv[v_at + first + e] = stored(y[e]);
             }
         }
     }
@@ -932,7 +932,7 @@ fn attention_backward_kv_packed(@builtin(workgroup_id) wid: vec3<u32>, @builtin(
 
 // ---- the bias' gradient -----------------------------------------------------------------------------------------------------
 
-@group(0) @binding(7) var<storage, read_write> grad_bias: array<f32>;
+@group(0) @binding(7) var<storage, read_write> grad_bias: array<Stored>;
 
 @compute @workgroup_size(WG)
 fn attention_grad_bias(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) nwg: vec3<u32>, @builtin(local_invocation_index) tid: u32) {
@@ -947,12 +947,12 @@ fn attention_grad_bias(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workg
     let i = row % params.queries;
     var sum = 0.0;
     if has(ADD) {
-        sum = grad_bias[n];
+        sum = f32(grad_bias[n]);
     }
     for (var b = row / params.queries / heads; b < params.batch; b += items) {
         for (var h = row / params.queries % heads; h < params.heads; h += heads) {
             let keys = keys_of(i, u32(rows[b * params.record]));
-            let added = bias[b * params.bias_batch + h * params.bias_head + i * params.keys + j];
+            let added = f32(bias[b * params.bias_batch + h * params.bias_head + i * params.keys + j]);
             if i32(j) < keys.x || i32(j) >= keys.y || added <= EXCLUDED {
                 continue;
             }
@@ -971,13 +971,13 @@ fn attention_grad_bias(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workg
             sum += p * (((dp.x + dp.y) + (dp.z + dp.w)) * kept(draw_of(b), b * params.heads + h, i, j) - rows[at + 1u]);
         }
     }
-    grad_bias[n] = sum;
+    grad_bias[n] = stored(sum);
 }
 
 // ---- weights --------------------------------------------------------------------------------------------------------------
 
 @group(0) @binding(3) var<storage, read> weights_lse: array<f32>;
-@group(0) @binding(6) var<storage, read_write> weights: array<f32>;
+@group(0) @binding(6) var<storage, read_write> weights: array<Stored>;
 
 @compute @workgroup_size(WG)
 fn attention_weights(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) nwg: vec3<u32>, @builtin(local_invocation_index) tid: u32) {
@@ -997,7 +997,7 @@ fn attention_weights(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgro
     let keys = keys_of(i, length);
     var added = 0.0;
     if has(BIAS) {
-        added = bias[b * params.bias_batch + h * params.bias_head + i * params.keys + j];
+        added = f32(bias[b * params.bias_batch + h * params.bias_head + i * params.keys + j]);
     }
     var weight = 0.0;
     if i32(j) >= keys.x && i32(j) < keys.y && !(added <= EXCLUDED) {
@@ -1009,5 +1009,5 @@ fn attention_weights(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgro
         }
         weight = exp_of(vec4<f32>(((s.x + s.y) + (s.z + s.w)) * params.scale + added - weights_lse[row])).x;
     }
-    weights[n] = weight;
+    weights[n] = stored(weight);
 }

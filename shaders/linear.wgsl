@@ -87,11 +87,11 @@ fn multiply(tile: Tile, tid: u32) -> Tile {
 
 // ---- forward ------------------------------------------------------------------------------------------------------------
 
-@group(0) @binding(1) var<storage, read> x: array<f32>;
-@group(0) @binding(2) var<storage, read> weight: array<f32>;
-@group(0) @binding(3) var<storage, read> bias: array<f32>;
-@group(0) @binding(4) var<storage, read_write> y: array<f32>;
-@group(0) @binding(5) var<storage, read_write> kept_out: array<f32>;
+@group(0) @binding(1) var<storage, read> x: array<Stored>;
+@group(0) @binding(2) var<storage, read> weight: array<Stored>;
+@group(0) @binding(3) var<storage, read> bias: array<Stored>;
+@group(0) @binding(4) var<storage, read_write> y: array<Stored>;
+@group(0) @binding(5) var<storage, read_write> kept_out: array<Stored>;
 
 // Where a workgroup's tile lies: model, first row, first column.
 fn place(group: u32, rows: u32, columns: u32) -> vec3<u32> {
@@ -103,14 +103,14 @@ fn place(group: u32, rows: u32, columns: u32) -> vec3<u32> {
 
 fn x_at(model: u32, row: u32, i: u32) -> f32 {
     if row < params.rows && i < params.inputs {
-        return x[(min(model, params.x_models - 1u) * params.rows + row) * params.inputs + i];
+        return f32(x[(min(model, params.x_models - 1u) * params.rows + row) * params.inputs + i]);
     }
     return 0.0;
 }
 
 fn weight_at(model: u32, o: u32, i: u32) -> f32 {
     if o < params.outputs && i < params.inputs {
-        return weight[(model * params.outputs + o) * params.inputs + i];
+        return f32(weight[(model * params.outputs + o) * params.inputs + i]);
     }
     return 0.0;
 }
@@ -139,7 +139,7 @@ fn forward_tile(at: vec3<u32>, tid: u32) -> Tile {
 
 fn with_bias(model: u32, o: u32, sum: f32) -> f32 {
     if (params.flags & BIAS) != 0u {
-        return sum + bias[model * params.outputs + o];
+        return sum + f32(bias[model * params.outputs + o]);
     }
     return sum;
 }
@@ -147,7 +147,7 @@ fn with_bias(model: u32, o: u32, sum: f32) -> f32 {
 fn write_y(model: u32, row: u32, col: u32, sums: vec4<f32>) {
     for (var j = 0u; j < 4u; j++) {
         if row < params.rows && col + j < params.outputs {
-            y[(model * params.rows + row) * params.outputs + col + j] = activation(params.activation, with_bias(model, col + j, sums[j]));
+            y[(model * params.rows + row) * params.outputs + col + j] = stored(activation(params.activation, with_bias(model, col + j, sums[j])));
         }
     }
 }
@@ -155,7 +155,7 @@ fn write_y(model: u32, row: u32, col: u32, sums: vec4<f32>) {
 fn write_kept(model: u32, row: u32, col: u32, sums: vec4<f32>) {
     for (var j = 0u; j < 4u; j++) {
         if row < params.rows && col + j < params.outputs {
-            kept_out[(model * params.rows + row) * params.outputs + col + j] = with_bias(model, col + j, sums[j]);
+            kept_out[(model * params.rows + row) * params.outputs + col + j] = stored(with_bias(model, col + j, sums[j]));
         }
     }
 }
@@ -226,25 +226,25 @@ fn linear_forward_kept_small(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num
 
 // ---- gradient with respect to x --------------------------------------------------------------------------------------------
 
-@group(0) @binding(1) var<storage, read> grad_y: array<f32>;
-@group(0) @binding(2) var<storage, read> kept: array<f32>;
-@group(0) @binding(3) var<storage, read> weight_in: array<f32>;
-@group(0) @binding(4) var<storage, read_write> grad_x: array<f32>;
+@group(0) @binding(1) var<storage, read> grad_y: array<Stored>;
+@group(0) @binding(2) var<storage, read> kept: array<Stored>;
+@group(0) @binding(3) var<storage, read> weight_in: array<Stored>;
+@group(0) @binding(4) var<storage, read_write> grad_x: array<Stored>;
 
 fn pulled_back(model: u32, row: u32, o: u32) -> f32 {
     if row < params.rows && o < params.outputs {
         let at = (model * params.rows + row) * params.outputs + o;
         if params.activation == 0u {
-            return grad_y[at];
+            return f32(grad_y[at]);
         }
-        return grad_y[at] * activation_slope(params.activation, kept[at]);
+        return f32(grad_y[at]) * activation_slope(params.activation, f32(kept[at]));
     }
     return 0.0;
 }
 
 fn weight_in_at(model: u32, o: u32, i: u32) -> f32 {
     if o < params.outputs && i < params.inputs {
-        return weight_in[(model * params.outputs + o) * params.inputs + i];
+        return f32(weight_in[(model * params.outputs + o) * params.inputs + i]);
     }
     return 0.0;
 }
@@ -253,7 +253,7 @@ fn load_grad_x(model: u32, row: u32, col: u32) -> vec4<f32> {
     var v = vec4<f32>(0.0);
     for (var j = 0u; j < 4u; j++) {
         if row < params.rows && col + j < params.inputs {
-            v[j] = grad_x[(model * params.rows + row) * params.inputs + col + j];
+            v[j] = f32(grad_x[(model * params.rows + row) * params.inputs + col + j]);
         }
     }
     return v;
@@ -262,7 +262,7 @@ fn load_grad_x(model: u32, row: u32, col: u32) -> vec4<f32> {
 fn write_grad_x(model: u32, row: u32, col: u32, sums: vec4<f32>) {
     for (var j = 0u; j < 4u; j++) {
         if row < params.rows && col + j < params.inputs {
-            grad_x[(model * params.rows + row) * params.inputs + col + j] = sums[j];
+            grad_x[(model * params.rows + row) * params.inputs + col + j] = stored(sums[j]);
         }
     }
 }
@@ -333,8 +333,8 @@ fn linear_grad_x_small(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workg
 
 // ---- gradient with respect to weight and bias --------------------------------------------------------------------------------
 
-@group(0) @binding(2) var<storage, read> grad_y_in: array<f32>;
-@group(0) @binding(3) var<storage, read> kept_in: array<f32>;
+@group(0) @binding(2) var<storage, read> grad_y_in: array<Stored>;
+@group(0) @binding(3) var<storage, read> kept_in: array<Stored>;
 @group(0) @binding(4) var<storage, read_write> grad_weight: array<f32>;
 @group(0) @binding(5) var<storage, read_write> grad_bias: array<f32>;
 
@@ -342,9 +342,9 @@ fn pulled_back_in(model: u32, row: u32, last: u32, o: u32) -> f32 {
     if row < last && o < params.outputs {
         let at = (model * params.rows + row) * params.outputs + o;
         if params.activation == 0u {
-            return grad_y_in[at];
+            return f32(grad_y_in[at]);
         }
-        return grad_y_in[at] * activation_slope(params.activation, kept_in[at]);
+        return f32(grad_y_in[at]) * activation_slope(params.activation, f32(kept_in[at]));
     }
     return 0.0;
 }

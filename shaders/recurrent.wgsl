@@ -92,10 +92,10 @@ fn gate_rows() -> u32 {
 
 // ---- packing ----------------------------------------------------------------------------------------------------
 
-@group(0) @binding(1) var<storage, read> w_ih_first: array<f32>;
-@group(0) @binding(2) var<storage, read> w_hh_second: array<f32>;
-@group(0) @binding(3) var<storage, read> b_ih_third: array<f32>;
-@group(0) @binding(4) var<storage, read> b_hh_fourth: array<f32>;
+@group(0) @binding(1) var<storage, read> w_ih_first: array<Stored>;
+@group(0) @binding(2) var<storage, read> w_hh_second: array<Stored>;
+@group(0) @binding(3) var<storage, read> b_ih_third: array<Stored>;
+@group(0) @binding(4) var<storage, read> b_hh_fourth: array<Stored>;
 @group(0) @binding(5) var<storage, read_write> packed_out: array<f32>;
 
 @compute @workgroup_size(WG)
@@ -112,24 +112,24 @@ fn recurrent_pack(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups
     let row = at / (h * inner) * gate_rows() + j;
     var w = vec4<f32>(0.0);
     if k < n {
-        w = vec4<f32>(w_ih_first[row * n + k], w_ih_first[(row + h) * n + k], w_ih_first[(row + 2u * h) * n + k], 0.0);
+        w = vec4<f32>(f32(w_ih_first[row * n + k]), f32(w_ih_first[(row + h) * n + k]), f32(w_ih_first[(row + 2u * h) * n + k]), 0.0);
         if !has(GRU) {
-            w.w = w_ih_first[(row + 3u * h) * n + k];
+            w.w = f32(w_ih_first[(row + 3u * h) * n + k]);
         }
     } else if k < n + h {
         let c = k - n;
-        w = vec4<f32>(w_hh_second[row * h + c], w_hh_second[(row + h) * h + c], w_hh_second[(row + 2u * h) * h + c], 0.0);
+        w = vec4<f32>(f32(w_hh_second[row * h + c]), f32(w_hh_second[(row + h) * h + c]), f32(w_hh_second[(row + 2u * h) * h + c]), 0.0);
         if has(GRU) {
             w = w.xywz;
         } else {
-            w.w = w_hh_second[(row + 3u * h) * h + c];
+            w.w = f32(w_hh_second[(row + 3u * h) * h + c]);
         }
     } else if has(BIAS) {
-        w = vec4<f32>(b_ih_third[row], b_ih_third[row + h], b_ih_third[row + 2u * h], 0.0);
+        w = vec4<f32>(f32(b_ih_third[row]), f32(b_ih_third[row + h]), f32(b_ih_third[row + 2u * h]), 0.0);
         if has(GRU) {
-            w = vec4<f32>(w.x + b_hh_fourth[row], w.y + b_hh_fourth[row + h], w.z, b_hh_fourth[row + 2u * h]);
+            w = vec4<f32>(w.x + f32(b_hh_fourth[row]), w.y + f32(b_hh_fourth[row + h]), w.z, f32(b_hh_fourth[row + 2u * h]));
         } else {
-            w.w = b_ih_third[row + 3u * h];
+            w.w = f32(b_ih_third[row + 3u * h]);
         }
     }
     packed_out[4u * at] = w.x;
@@ -202,10 +202,10 @@ fn resets_at(s: u32, b: vec4<u32>, length: vec4<u32>) -> vec4<bool> {
 
 // ---- forward ----------------------------------------------------------------------------------------------------
 
-@group(0) @binding(1) var<storage, read> x: array<f32>;
+@group(0) @binding(1) var<storage, read> x: array<Stored>;
 @group(0) @binding(2) var<storage, read> packed: array<f32>;
 @group(0) @binding(5) var<storage, read_write> state: array<f32>;
-@group(0) @binding(6) var<storage, read_write> y: array<f32>;
+@group(0) @binding(6) var<storage, read_write> y: array<Stored>;
 @group(0) @binding(7) var<storage, read_write> saved: array<f32>;
 
 // h (which = 0) or c (1) that the sequences start from.
@@ -274,12 +274,12 @@ fn forward(gru: bool, group: u32, tid: u32) {
                 var k = 0u;
                 for (; k + 4u <= n; k += 4u) {
                     for (var e = 0u; e < 4u; e++) {
-                        let v = vec4<f32>(x[x_at.x + k + e], x[x_at.y + k + e], x[x_at.z + k + e], x[x_at.w + k + e]);
+                        let v = vec4<f32>(f32(x[x_at.x + k + e]), f32(x[x_at.y + k + e]), f32(x[x_at.z + k + e]), f32(x[x_at.w + k + e]));
                         a = add_input(a, w + (k + e) * h * 4u, v);
                     }
                 }
                 for (; k < n; k++) {
-                    a = add_input(a, w + k * h * 4u, vec4<f32>(x[x_at.x + k], x[x_at.y + k], x[x_at.z + k], x[x_at.w + k]));
+                    a = add_input(a, w + k * h * 4u, vec4<f32>(f32(x[x_at.x + k]), f32(x[x_at.y + k]), f32(x[x_at.z + k]), f32(x[x_at.w + k])));
                 }
                 let w_h = w + n * h * 4u;
                 k = 0u;
@@ -311,7 +311,7 @@ fn forward(gru: bool, group: u32, tid: u32) {
                 }
                 for (var r = 0u; r < 4u; r++) {
                     if tile.there[r] {
-                        y[slot[r] * params.y_stride + params.y_offset + j] = select(0.0, h_next[r], valid[r]);
+                        y[slot[r] * params.y_stride + params.y_offset + j] = stored(select(0.0, h_next[r], valid[r]));
                         if has(STATES) && valid[r] {
                             let at = slot[r] * width() + j;
                             if has(GATES) {
@@ -374,8 +374,8 @@ fn gru_forward(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n
 // ---- backward ---------------------------------------------------------------------------------------------------
 
 @group(0) @binding(1) var<storage, read> saved_first: array<f32>;
-@group(0) @binding(2) var<storage, read> w_hh: array<f32>;
-@group(0) @binding(5) var<storage, read> grad_y: array<f32>;
+@group(0) @binding(2) var<storage, read> w_hh: array<Stored>;
+@group(0) @binding(5) var<storage, read> grad_y: array<Stored>;
 @group(0) @binding(6) var<storage, read_write> gates_moving: array<f32>;
 @group(0) @binding(7) var<storage, read_write> sums: array<f32>;
 
@@ -468,7 +468,7 @@ fn backward(gru: bool, group: u32, tid: u32) {
                 var d = grad_h[u];
                 if has(GRAD_Y) {
                     let at = slot * params.y_stride + params.y_offset + j;
-                    d += vec4<f32>(grad_y[at.x], grad_y[at.y], grad_y[at.z], grad_y[at.w]);
+                    d += vec4<f32>(f32(grad_y[at.x]), f32(grad_y[at.y]), f32(grad_y[at.z]), f32(grad_y[at.w]));
                 }
                 var delta: mat4x4<f32>;
                 var through = vec4<f32>(0.0);
@@ -523,24 +523,24 @@ fn backward(gru: bool, group: u32, tid: u32) {
                     for (; c + 8u <= last_gate; c += 8u) {
                         let w = weights + c * h + k;
                         let at = deltas + c;
-                        sum += w_hh[w] * sh_rows[at] + w_hh[w + h] * sh_rows[at + 1u];
-                        sum += w_hh[w + 2u * h] * sh_rows[at + 2u] + w_hh[w + 3u * h] * sh_rows[at + 3u];
-                        sum += w_hh[w + 4u * h] * sh_rows[at + 4u] + w_hh[w + 5u * h] * sh_rows[at + 5u];
-                        sum += w_hh[w + 6u * h] * sh_rows[at + 6u] + w_hh[w + 7u * h] * sh_rows[at + 7u];
+                        sum += f32(w_hh[w]) * sh_rows[at] + f32(w_hh[w + h]) * sh_rows[at + 1u];
+                        sum += f32(w_hh[w + 2u * h]) * sh_rows[at + 2u] + f32(w_hh[w + 3u * h]) * sh_rows[at + 3u];
+                        sum += f32(w_hh[w + 4u * h]) * sh_rows[at + 4u] + f32(w_hh[w + 5u * h]) * sh_rows[at + 5u];
+                        sum += f32(w_hh[w + 6u * h]) * sh_rows[at + 6u] + f32(w_hh[w + 7u * h]) * sh_rows[at + 7u];
                     }
                     for (; c < last_gate; c++) {
-                        sum += w_hh[weights + c * h + k] * sh_rows[deltas + c];
+                        sum += f32(w_hh[weights + c * h + k]) * sh_rows[deltas + c];
                     }
                 } else {
                     let own = slot * 4u * h;
                     let last_at = select(3u, 2u, gru) * h;
                     let shift = select(0u, h, gru);
                     for (var c = 0u; c < h; c++) {
-                        sum += w_hh[weights + c * h + k] * load_gates(own + c) + w_hh[weights + (c + h) * h + k] * load_gates(own + h + c);
+                        sum += f32(w_hh[weights + c * h + k]) * load_gates(own + c) + f32(w_hh[weights + (c + h) * h + k]) * load_gates(own + h + c);
                         if !gru {
-                            sum += w_hh[weights + (c + 2u * h) * h + k] * load_gates(own + 2u * h + c);
+                            sum += f32(w_hh[weights + (c + 2u * h) * h + k]) * load_gates(own + 2u * h + c);
                         }
-                        sum += w_hh[weights + (c + last_at) * h + k] * load_gates(own + last_at + shift + c);
+                        sum += f32(w_hh[weights + (c + last_at) * h + k]) * load_gates(own + last_at + shift + c);
                     }
                 }
                 grad_h[u] = select(grad_h[u], grad_h[u] + sum, valid);
@@ -583,10 +583,10 @@ fn gru_backward(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) 
 // Thread (tid / 8, tid % 8) owns rows 2·(tid / 8) and the next, columns 4·(tid % 8) .. + 4.
 
 @group(0) @binding(2) var<storage, read> saved_in: array<f32>;
-@group(0) @binding(3) var<storage, read> w_ih: array<f32>;
-@group(0) @binding(4) var<storage, read> w_hh_in: array<f32>;
-@group(0) @binding(5) var<storage, read> b_ih: array<f32>;
-@group(0) @binding(6) var<storage, read> b_hh: array<f32>;
+@group(0) @binding(3) var<storage, read> w_ih: array<Stored>;
+@group(0) @binding(4) var<storage, read> w_hh_in: array<Stored>;
+@group(0) @binding(5) var<storage, read> b_ih: array<Stored>;
+@group(0) @binding(6) var<storage, read> b_hh: array<Stored>;
 @group(0) @binding(7) var<storage, read_write> gates: array<f32>;
 
 struct Sums {
@@ -619,7 +619,7 @@ fn add_tiles(sums_in: Sums, tid: u32) -> Sums {
 // Input k (x, h(t−1), 1) of sequence q (b of the model) at a step.
 fn input_at(q: u32, b: u32, step: u32, k: u32) -> f32 {
     if k < params.inputs {
-        return x[(select(q, b, has(X_SHARED)) * params.time + step) * params.inputs + k];
+        return f32(x[(select(q, b, has(X_SHARED)) * params.time + step) * params.inputs + k]);
     }
     if k < params.inputs + params.hidden {
         return saved_in[(q * params.time + step) * width() + kept_h() + k - params.inputs];
@@ -640,21 +640,21 @@ fn weight_at(model: u32, c: u32, k: u32) -> f32 {
         if no_input {
             return 0.0;
         }
-        return w_ih[input_row * params.inputs + k];
+        return f32(w_ih[input_row * params.inputs + k]);
     }
     if k < params.inputs + h {
         if no_hidden {
             return 0.0;
         }
-        return w_hh_in[hidden_row * h + k - params.inputs];
+        return f32(w_hh_in[hidden_row * h + k - params.inputs]);
     }
     var bias = 0.0;
     if has(BIAS) {
         if !no_input {
-            bias = b_ih[input_row];
+            bias = f32(b_ih[input_row]);
         }
         if gru && !no_hidden {
-            bias += b_hh[hidden_row];
+            bias += f32(b_hh[hidden_row]);
         }
     }
     return bias;
@@ -703,9 +703,9 @@ fn recurrent_gates(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroup
     }
 }
 
-@group(0) @binding(4) var<storage, read> w_ih_fourth: array<f32>;
+@group(0) @binding(4) var<storage, read> w_ih_fourth: array<Stored>;
 @group(0) @binding(5) var<storage, read> gates_in: array<f32>;
-@group(0) @binding(6) var<storage, read_write> grad_x: array<f32>;
+@group(0) @binding(6) var<storage, read_write> grad_x: array<Stored>;
 
 fn grad_x_tile(group: u32, tid: u32) {
     let own = params.rows / params.models;
@@ -729,7 +729,7 @@ fn grad_x_tile(group: u32, tid: u32) {
                 left = gates_in[(model * steps + n) * 4u * params.hidden + k0 + i % 16u];
             }
             if k0 + i / 32u < inner && c < columns {
-                right = w_ih_fourth[(model * inner + k0 + i / 32u) * columns + c];
+                right = f32(w_ih_fourth[(model * inner + k0 + i / 32u) * columns + c]);
             }
             put_tile(0u, i % 16u, i / 16u, left);
             put_tile(512u, i / 32u, i % 32u, right);
@@ -741,7 +741,7 @@ fn grad_x_tile(group: u32, tid: u32) {
         let n = n0 + 2u * (tid / 8u) + e / 4u;
         let c = c0 + 4u * (tid % 8u) + e % 4u;
         if n < steps && c < columns {
-            grad_x[(model * steps + n) * columns + c] = select(out.b, out.a, e < 4u)[e % 4u];
+            grad_x[(model * steps + n) * columns + c] = stored(select(out.b, out.a, e < 4u)[e % 4u]);
         }
     }
 }

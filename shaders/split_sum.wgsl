@@ -11,7 +11,7 @@ struct SplitSumParams {
 
 @group(0) @binding(0) var<uniform> params: SplitSumParams;
 @group(0) @binding(1) var<storage, read> partials: array<f32>;
-@group(0) @binding(2) var<storage, read_write> total: array<f32>;
+@group(0) @binding(2) var<storage, read_write> total: array<Stored>;
 
 override WG: u32 = 128u;
 
@@ -26,5 +26,5 @@ fn split_sum(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) nwg
     for (var s = 0u; s < params.splits; s++) {
         sum += partials[first + s * params.width];
     }
-    total[at] = sum;
+    total[at] = stored(sum);
 }

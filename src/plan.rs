@@ -6,6 +6,7 @@
 //!
 //! Source   best fit on intervals: Pisarchyk, Lee, Efficient memory management for deep neural net inference, 2020.
 
+use crate::kernels::cast;
 use crate::kernels::kernel::Elem;
 use crate::kernels::map::{self, Binary, BinaryFunction};
 use crate::kernels::{Buffer, Pass, View};
@@ -130,7 +131,7 @@ impl<'a> Planner<'a> {
     fn forward(&mut self, node: usize, repeat: Option<u32>) {
         let it = &self.tape.nodes[node];
         let inputs = it.inputs.iter().map(|x| x.and_then(|x| self.value(x, repeat))).collect();
-        let outputs: Vec<CellId> = it.outputs.iter().map(|&y| self.cell(Elem::F32, len_of(&self.tape.values[y.at()].shape), None)).collect();
+        let outputs: Vec<CellId> = it.outputs.iter().map(|&y| self.cell(self.tape.elem(y), len_of(self.tape.shape(y)), None)).collect();
         let saved = it.op.saved().map(|(elem, len)| self.cell(elem, len, None));
         let scratch = self.scratch(&it.op.scratch(self.tape.device()));
         let run = match repeat {
@@ -184,13 +185,15 @@ impl<'a> Planner<'a> {
         let mut grad_inputs = Vec::with_capacity(it.inputs.len());
         for x in &it.inputs {
             let wanted = x.filter(|x| self.tape.needs_grad(*x));
-            let cell = wanted.map(|x| (self.root(x), self.cell(Elem::F32, len_of(self.tape.shape(x)), None)));
+            let cell = wanted.map(|x| (self.root(x), self.cell(self.tape.elem(x), len_of(self.tape.shape(x)), None)));
             if let Some((root, cell)) = cell {
                 self.grads.entry(root).or_default().push(cell);
             }
             grad_inputs.push(cell.map(|(_, cell)| cell));
         }
-        let scratch = self.scratch(&it.op.scratch_backward(self.tape.device()));
+        let mut scratch = self.scratch(&it.op.scratch_backward(self.tape.device()));
+        let stored = it.op.takes().unwrap_or(Elem::F32);
+        scratch.extend(it.op.stored_scratch_backward().into_iter().map(|len| self.cell(stored, len, None)));
         self.steps.push(Step { what: What::Backward(node), inputs, outputs, grad_outputs, grad_inputs, saved, scratch });
     }
 
@@ -198,7 +201,7 @@ impl<'a> Planner<'a> {
     fn total(&mut self, root: Var) -> Option<CellId> {
         let cells = self.grads.remove(&root)?;
         let sum = cells.into_iter().reduce(|a, b| {
-            let out = self.cell(Elem::F32, self.cells[a].len, None);
+            let out = self.cell(self.cells[a].elem, self.cells[a].len, None);
             self.steps.push(Step::small(What::Add, &[a, b], out));
             out
         });
@@ -282,10 +285,7 @@ impl Planned {
     /// Allocates the slots and records every step.
     pub(crate) fn record(self, tape: &Tape, pass: &mut Pass) -> Result<Plan> {
         let device = tape.device();
-        let make = |(i, &(elem, len)): (usize, &(Elem, u64))| match elem {
-            Elem::F32 => device.zeros(&format!("tape slot {i}"), len),
-            Elem::U32 => device.zeros_u32(&format!("tape slot {i}"), len),
-        };
+        let make = |(i, &(elem, len)): (usize, &(Elem, u64))| device.zeros_as(&format!("tape slot {i}"), elem, len);
         let buffers: Vec<Buffer> = self.slots.iter().enumerate().map(make).collect::<Result<_>>()?;
         let view = |id: CellId| match (&self.cells[id].fixed, self.slot_of[id]) {
             (Some(view), _) => Some(view.clone()),
@@ -305,6 +305,10 @@ impl Planned {
                 }
                 What::Add => {
                     if let ([Some(a), Some(b)], [Some(out)]) = (&inputs[..], &outputs[..]) {
+                        if out.elem().is_half() {
+                            cast::add(pass, a, b, out)?;
+                            continue;
+                        }
                         let dims = map::dims(&[out.len()])?;
                         let op = Binary { function: BinaryFunction::Add, a: dims, b: dims };
                         map::binary(pass, &op, a, b, out)?;
@@ -324,8 +328,8 @@ impl Planned {
             values: find(&kept),
             grads: find(&self.grads),
             roots: tape.values.iter().map(|v| v.root).collect(),
-            bytes: self.slots.iter().map(|s| 4 * s.1).sum(),
-            unshared_bytes: self.cells.iter().filter(|c| c.fixed.is_none() && c.first != usize::MAX).map(|c| 4 * c.len).sum(),
+            bytes: self.slots.iter().map(|s| s.0.bytes() * s.1).sum(),
+            unshared_bytes: self.cells.iter().filter(|c| c.fixed.is_none() && c.first != usize::MAX).map(|c| c.elem.bytes() * c.len).sum(),
         })
     }
 }

@@ -73,6 +73,18 @@ pub trait Function {
     fn name(&self) -> &'static str;
     /// Shape of each output.
     fn shapes(&self) -> Vec<Vec<usize>>;
+    /// What the reals of its inputs are stored in; `None` takes any.
+    fn takes(&self) -> Option<Elem> {
+        Some(Elem::F32)
+    }
+    /// What output `i` is stored in.
+    fn gives(&self, _: usize) -> Elem {
+        self.takes().unwrap_or(Elem::F32)
+    }
+    /// Temporary values of the backward step in the storage that it takes, a buffer each, behind those of [`Function::scratch_backward`].
+    fn stored_scratch_backward(&self) -> Vec<u64> {
+        Vec::new()
+    }
     /// What forward saves for backward, if it binds a buffer for that: reals or words, and how many.
     fn saved(&self) -> Option<(Elem, u64)> {
         None
@@ -206,6 +218,22 @@ impl Tape {
         self.values.get(x.at()).map_or(&[], |value| &value.shape)
     }
 
+    /// What a tensor is stored in.
+    pub fn elem(&self, x: Var) -> Elem {
+        self.values.get(x.at()).map_or(Elem::F32, |value| value.elem)
+    }
+
+    /// Refuses reals in another storage than `wanted`; words are for the op to check.
+    pub(crate) fn stored_in(&self, op: &'static str, arg: &str, x: Option<Var>, wanted: Elem) -> Result<()> {
+        match x.map(|x| self.elem(x)) {
+            Some(elem) if elem != wanted && (elem.is_half() || wanted.is_half() && elem != Elem::U32) => {
+                let (expected, got) = (format!("stored in {}", wanted.wgsl()), format!("{}: cast it", elem.wgsl()));
+                Err(Error::Shape { op, arg: arg.into(), expected, got })
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Whether a gradient flows into it.
     pub fn needs_grad(&self, x: Var) -> bool {
         self.values.get(x.at()).is_some_and(|value| value.needs_grad)
@@ -238,13 +266,23 @@ impl Tape {
 
     /// Adds an op; returns its outputs. For ops of one's own; those of the library are methods of [`Tape`], see [`crate::ops`].
     /// # Errors
-    /// `Parameter` for a tensor of another, longer tape.
+    /// `Parameter` for a tensor of another, longer tape; `Shape` for an input in another storage than the op takes, and for a storage
+    /// that the device lacks.
     pub fn apply(&mut self, op: impl Function + 'static, inputs: &[Option<Var>]) -> Result<Vec<Var>> {
         for x in inputs.iter().flatten() {
             self.known(op.name(), *x)?;
         }
+        if let Some(wanted) = op.takes() {
+            for (i, x) in inputs.iter().enumerate() {
+                self.stored_in(op.name(), &format!("input {i}"), *x, wanted)?;
+            }
+        }
         let needs_grad = self.records(inputs);
-        let outputs: Vec<Var> = op.shapes().iter().map(|shape| self.push(shape, Elem::F32, Leaf::No, needs_grad)).collect();
+        let shapes = op.shapes();
+        for i in 0..shapes.len() {
+            self.device.supports(op.gives(i))?;
+        }
+        let outputs: Vec<Var> = shapes.iter().enumerate().map(|(i, shape)| self.push(shape, op.gives(i), Leaf::No, needs_grad)).collect();
         self.nodes.push(Node { op: Box::new(op), inputs: inputs.to_vec(), outputs: outputs.clone(), needs_grad, segment: self.segment });
         Ok(outputs)
     }
@@ -257,6 +295,7 @@ impl Tape {
             let got = format!("{:?}; reduce it, or give backward_with the gradient that it starts with", self.shape(loss));
             return Err(Error::Shape { op: "backward", arg: "loss".into(), expected: "one value, or one per model [M]".into(), got });
         }
+        self.stored_in("backward", "loss", Some(loss), Elem::F32)?;
         self.seed(loss, None)
     }
 
@@ -268,6 +307,7 @@ impl Tape {
             let got = format!("{:?}{}", self.shape(grad), if self.needs_grad(grad) { ", which needs a gradient itself: detach it" } else { "" });
             return Err(Error::Shape { op: "backward", arg: "grad".into(), expected: format!("{:?}", self.shape(x)), got });
         }
+        self.stored_in("backward", "grad", Some(grad), self.elem(x))?;
         self.seed(x, Some(grad))
     }
 
@@ -323,5 +363,10 @@ fn reals(op: &'static str, elem: Elem) -> Result<()> {
     if elem == Elem::F32 {
         return Ok(());
     }
-    Err(Error::Shape { op, arg: "view".into(), expected: "reals: words have no gradient".into(), got: "words".into() })
+    let (expected, got) = match elem {
+        Elem::U32 => ("reals: words have no gradient", "words"),
+        Elem::F16 => ("f32: masters are not rounded; cast the tensor", "f16"),
+        _ => ("f32: masters are not rounded; cast the tensor", "bf16"),
+    };
+    Err(Error::Shape { op, arg: "view".into(), expected: expected.into(), got: got.into() })
 }

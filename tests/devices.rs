@@ -756,6 +756,7 @@ impl Guards {
         match elem {
             Elem::F32 => self.reals(&vec![GUARD_REAL; len]),
             Elem::U32 => self.words(&vec![GUARD_WORD; len]),
+            Elem::F16 | Elem::Bf16 => panic!("guarded kernels are those in f32"),
         }
     }
 
@@ -779,6 +780,7 @@ impl Guards {
             let (values, guard): (Vec<f64>, f64) = match buffer.elem() {
                 Elem::F32 => (done.f64(read).unwrap(), f64::from(GUARD_REAL)),
                 Elem::U32 => (done.u32(read).unwrap().into_iter().map(f64::from).collect(), f64::from(GUARD_WORD)),
+                Elem::F16 | Elem::Bf16 => panic!("guarded kernels are those in f32"),
             };
             let label = format!("{kernel}: {arg} on {}", self.device.info());
             assert!(values[..GUARD].iter().all(|&v| v == guard), "{label}: written before its range");
@@ -800,8 +802,24 @@ fn no_kernel_writes_beside_its_outputs() {
     }
 }
 
-const NEURAL: [&str; 15] =
-    ["map", "reduce", "adamw", "loss", "lstm", "gru", "attention", "linear", "layer_norm", "softmax", "embedding", "pool", "normalise", "objective", "conv1d"];
+const NEURAL: [&str; 16] = [
+    "cast",
+    "map",
+    "reduce",
+    "adamw",
+    "loss",
+    "lstm",
+    "gru",
+    "attention",
+    "linear",
+    "layer_norm",
+    "softmax",
+    "embedding",
+    "pool",
+    "normalise",
+    "objective",
+    "conv1d",
+];
 
 fn guarded(mut g: Guards) {
     macro_rules! launch {

@@ -30,10 +30,11 @@ fn says(name: &str, arg: &str) -> bool {
 
 // ---- WGSL -------------------------------------------------------------------------------------------------------------
 
-/// Parses and validates a WGSL unit, with no capability beyond those of every adapter.
+/// Parses and validates a WGSL unit, with no capability beyond those of every adapter, but for f16 where the kernel stores it.
 fn parsed(unit: &str) -> Result<(Module, ModuleInfo), String> {
     let module = naga::front::wgsl::parse_str(unit).map_err(|e| e.emit_to_string(unit))?;
-    let info = Validator::new(ValidationFlags::all(), Capabilities::empty()).validate(&module).map_err(|e| e.emit_to_string(unit))?;
+    let needed = if unit.starts_with("enable f16;") { Capabilities::SHADER_FLOAT16 } else { Capabilities::empty() };
+    let info = Validator::new(ValidationFlags::all(), needed).validate(&module).map_err(|e| e.emit_to_string(unit))?;
     Ok((module, info))
 }
 
@@ -58,19 +59,19 @@ fn wgsl_problems(kernel: &Kernel) -> Vec<String> {
     if declared != listed {
         problems.push(format!("overrides are {declared:?}, constants {listed:?}"));
     }
-    match module.entry_points.iter().find(|e| e.name == kernel.name) {
+    match module.entry_points.iter().find(|e| e.name == kernel.entry()) {
         Some(entry) if entry.stage == ShaderStage::Compute => {
             if !matches!(entry.workgroup_size_overrides, Some([Some(_), None, None])) {
                 problems.push("its workgroup size is not (WG, 1, 1) with the override WG".into());
             }
         }
-        _ => return vec![format!("no compute entry '{}'", kernel.name)],
+        _ => return vec![format!("no compute entry '{}'", kernel.entry())],
     }
-    let (module, info) = match process_overrides(&module, &info, Some((ShaderStage::Compute, kernel.name)), &constants(kernel)) {
+    let (module, info) = match process_overrides(&module, &info, Some((ShaderStage::Compute, kernel.entry())), &constants(kernel)) {
         Ok(processed) => processed,
         Err(error) => return vec![format!("overrides: {error}")],
     };
-    let at = module.entry_points.iter().position(|e| e.name == kernel.name).expect("the entry point stays");
+    let at = module.entry_points.iter().position(|e| e.name == kernel.entry()).expect("the entry point stays");
     if module.entry_points[at].workgroup_size != [kernel.workgroup, 1, 1] {
         problems.push(format!("workgroup size is {:?}, expected {}", module.entry_points[at].workgroup_size, kernel.workgroup));
     }
@@ -129,18 +130,19 @@ fn params_problems(module: &Module, variable: &naga::GlobalVariable, layout: &La
 fn arg_problem(module: &Module, variable: &naga::GlobalVariable, arg: &Arg) -> Option<String> {
     let name = variable.name.as_deref().unwrap_or("?");
     let kind = match arg.elem {
-        Elem::F32 => ScalarKind::Float,
         Elem::U32 => ScalarKind::Uint,
+        _ => ScalarKind::Float,
     };
+    let bytes = arg.elem.bytes();
     let element = match &module.types[variable.ty].inner {
-        TypeInner::Array { base, size: ArraySize::Dynamic, stride: 4 } => module.types[*base].inner.scalar(),
+        TypeInner::Array { base, size: ArraySize::Dynamic, stride } if u64::from(*stride) == bytes => module.types[*base].inner.scalar(),
         _ => None,
     };
     let access = match arg.access {
         Access::Read => StorageAccess::LOAD,
         Access::Write => StorageAccess::LOAD | StorageAccess::STORE,
     };
-    if element != Some(Scalar { kind, width: 4 }) {
+    if element != Some(Scalar { kind, width: bytes as u8 }) {
         return Some(format!("'{name}' is not array<{}>", arg.elem.wgsl()));
     }
     if variable.space != (AddressSpace::Storage { access }) {
@@ -160,13 +162,15 @@ fn wgsl_agrees_with_the_list() {
 fn wgsl_translates_for_metal_and_dx12() {
     for kernel in KERNELS.iter().filter(|k| k.wgsl.is_some()) {
         let (module, info) = parsed(&kernel.wgsl_unit().unwrap()).unwrap();
-        let entry = Some((ShaderStage::Compute, kernel.name));
+        let entry = Some((ShaderStage::Compute, kernel.entry()));
         let (module, info) = process_overrides(&module, &info, entry, &constants(kernel)).unwrap();
         let options = msl::Options { lang_version: (2, 0), ..Default::default() };
         let pipeline = msl::PipelineOptions { entry_point: entry.map(|e| (e.0, e.1.into())), ..Default::default() };
         let (text, translated) = msl::write_string(&module, &info, &options, &pipeline).unwrap_or_else(|e| panic!("{}: MSL: {e}", kernel.name));
         assert!(translated.entry_point_names.iter().all(Result::is_ok) && text.contains("kernel void"), "{}: MSL", kernel.name);
-        for shader_model in [hlsl::ShaderModel::V5_1, hlsl::ShaderModel::V6_0] {
+        // 16-bit types came with 6.2.
+        let models = if kernel.stored() == Elem::F32 { vec![hlsl::ShaderModel::V5_1, hlsl::ShaderModel::V6_0] } else { vec![hlsl::ShaderModel::V6_2] };
+        for shader_model in models {
             let options = hlsl::Options { shader_model, ..Default::default() };
             let pipeline = hlsl::PipelineOptions { entry_point: entry.map(|e| (e.0, e.1.into())) };
             let mut text = String::new();
@@ -238,10 +242,12 @@ fn cuda_problems(kernel: &Kernel) -> Vec<String> {
     let mut expected: Vec<Vec<String>> =
         kernel.args.iter().map(|arg| words(&format!("{}{}* {}", if arg.access == Access::Read { "const " } else { "" }, arg.elem.cuda(), arg.name))).collect();
     expected.push(words(&format!("{} params", kernel.params.name)));
-    match cuda_parameters(&text, kernel.name) {
+    let stored = |words: Vec<String>| words.into_iter().map(|word| if word == "Stored" { kernel.stored().cuda().to_string() } else { word }).collect();
+    let found = cuda_parameters(&text, kernel.entry()).map(|all| all.into_iter().map(stored).collect::<Vec<Vec<String>>>());
+    match found {
         Some(found) if found == expected => {}
         Some(found) => problems.push(format!("parameters are {found:?}, expected {expected:?}")),
-        None => problems.push(format!("no __global__ entry '{}'", kernel.name)),
+        None => problems.push(format!("no __global__ entry '{}'", kernel.entry())),
     }
     problems
 }
@@ -269,7 +275,9 @@ fn stems(folder: &str, extension: &str, without: &str) -> BTreeSet<String> {
 
 #[test]
 fn the_columns_have_equal_stems() {
-    let (shaders, cuda) = (stems("shaders", "wgsl", "common"), stems("cuda", "cu", "common"));
+    let (mut shaders, cuda) = (stems("shaders", "wgsl", "common"), stems("cuda", "cu", "common"));
+    // What units with 16-bit storage have besides.
+    shaders.remove("half");
     // Kernels of software adapters have a shader of their own, and their op's home.
     let (blocks, own): (BTreeSet<String>, BTreeSet<String>) = shaders.iter().cloned().partition(|stem| stem.ends_with("_blocks"));
     assert_eq!(own, cuda, "shaders/*.wgsl and cuda/*.cu");

@@ -12,6 +12,8 @@ mod conv1d;
 mod gather;
 #[path = "nn/gradients.rs"]
 mod gradients;
+#[path = "nn/half.rs"]
+mod half;
 #[path = "nn/layer_norm.rs"]
 mod layer_norm;
 #[path = "nn/linear.rs"]

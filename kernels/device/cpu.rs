@@ -1,9 +1,10 @@
 //! `cpu` and `reference`: the CPU column in f32 and in f64. Kernels bring their own threads (rayon); here is only the bookkeeping.
+//! Both hold f16 and bf16 as they are stored, and compute with what is widened from them.
 
 use super::{Backend, Command, DeviceInfo, DeviceKind, HostData, Launch, LaunchTime, Limits, Recorded, View};
 use crate::kernel::{Access, Cpu, CpuArg, CpuLaunch, Elem};
 use crate::real::Real;
-use crate::{Error, Result};
+use crate::{Error, Result, half};
 use std::any::Any;
 use std::borrow::Cow;
 use std::ops::Range;
@@ -58,6 +59,9 @@ impl Backend for CpuBackend {
             (Elem::F32, false, None) => HostData::F32(zeros(len, label)?),
             (Elem::F32, true, Some(x)) => HostData::F64(x.iter().map(|&v| f64::from(f32::from_bits(v))).collect()),
             (Elem::F32, true, None) => HostData::F64(zeros(len, label)?),
+            (Elem::F16 | Elem::Bf16, _, Some(x)) => HostData::of_words(elem, x.into_owned(), len),
+            (Elem::F16, _, None) => HostData::F16(zeros(len, label)?),
+            (Elem::Bf16, _, None) => HostData::Bf16(zeros(len, label)?),
         };
         Ok(Box::new(RwLock::new(data)))
     }
@@ -132,6 +136,8 @@ fn slice(data: &HostData, view: &View) -> HostData {
         HostData::F32(x) => HostData::F32(x[range(view)].to_vec()),
         HostData::F64(x) => HostData::F64(x[range(view)].to_vec()),
         HostData::U32(x) => HostData::U32(x[range(view)].to_vec()),
+        HostData::F16(x) => HostData::F16(x[range(view)].to_vec()),
+        HostData::Bf16(x) => HostData::Bf16(x[range(view)].to_vec()),
     }
 }
 
@@ -140,6 +146,7 @@ fn paste(data: &mut HostData, view: &View, values: &HostData) -> Result<()> {
         (HostData::F32(x), HostData::F32(y)) => x[range(view)].copy_from_slice(y),
         (HostData::F64(x), HostData::F64(y)) => x[range(view)].copy_from_slice(y),
         (HostData::U32(x), HostData::U32(y)) => x[range(view)].copy_from_slice(y),
+        (HostData::F16(x), HostData::F16(y)) | (HostData::Bf16(x), HostData::Bf16(y)) => x[range(view)].copy_from_slice(y),
         _ => return Err(Error::Internal("a copy between element types".into())),
     }
     Ok(())
@@ -196,20 +203,27 @@ fn run_launch<R: Stored>(launch: &Launch, entry: fn(CpuLaunch<'_, R>) -> Result<
         }
     }
     let wrong = || Error::Internal(format!("{}: an argument of another element type", launch.kernel.name));
+    // Arguments stored in 16 bits are widened for the launch, and the written ones rounded after it.
+    let mut wide: Vec<Vec<R>> = (0..launch.args.len()).map(|_| Vec::new()).collect();
+    let mut halves: Vec<(usize, Elem, &mut [u16])> = Vec::new();
     let mut args: Vec<Option<CpuArg<'_, R>>> = (0..launch.args.len()).map(|_| None).collect();
     for (guard, those) in &mut bound {
         let ranges = those.iter().map(|&i| range(&launch.args[i]));
         match guard {
             Guard::Read(g) => {
                 for (&i, r) in those.iter().zip(ranges) {
-                    args[i] = Some(match &**g {
-                        HostData::U32(x) => CpuArg::Word(&x[r]),
-                        other => CpuArg::Real(&R::get(other).ok_or_else(wrong)?[r]),
-                    });
+                    match &**g {
+                        HostData::U32(x) => args[i] = Some(CpuArg::Word(&x[r])),
+                        HostData::F16(x) => wide[i] = half::widened(Elem::F16, &x[r]),
+                        HostData::Bf16(x) => wide[i] = half::widened(Elem::Bf16, &x[r]),
+                        other => args[i] = Some(CpuArg::Real(&R::get(other).ok_or_else(wrong)?[r])),
+                    }
                 }
             }
             Guard::Write(g) => match &mut **g {
                 HostData::U32(x) => those.iter().zip(apart(x, ranges)).for_each(|(&i, part)| args[i] = Some(CpuArg::WordMut(part))),
+                HostData::F16(x) => halves.extend(those.iter().zip(apart(x, ranges)).map(|(&i, part)| (i, Elem::F16, part))),
+                HostData::Bf16(x) => halves.extend(those.iter().zip(apart(x, ranges)).map(|(&i, part)| (i, Elem::Bf16, part))),
                 other => {
                     let x = R::get_mut(other).ok_or_else(wrong)?;
                     those.iter().zip(apart(x, ranges)).for_each(|(&i, part)| args[i] = Some(CpuArg::RealMut(part)));
@@ -217,6 +231,18 @@ fn run_launch<R: Stored>(launch: &Launch, entry: fn(CpuLaunch<'_, R>) -> Result<
             },
         }
     }
+    for (i, elem, part) in &halves {
+        wide[*i] = half::widened(*elem, part);
+    }
+    for ((slot, wide), arg) in args.iter_mut().zip(&mut wide).zip(launch.kernel.args) {
+        if slot.is_none() {
+            *slot = Some(if arg.access == Access::Write { CpuArg::RealMut(wide) } else { CpuArg::Real(wide) });
+        }
+    }
     let args: Vec<CpuArg<'_, R>> = args.into_iter().flatten().collect();
-    entry(CpuLaunch { kernel: launch.kernel.name, params: &launch.params, args: args.into_iter() })
+    entry(CpuLaunch { kernel: launch.kernel.name, params: &launch.params, args: args.into_iter() })?;
+    for (i, elem, part) in halves {
+        half::narrowed(elem, &wide[i], part);
+    }
+    Ok(())
 }

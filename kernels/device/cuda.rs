@@ -267,7 +267,7 @@ struct Memory {
 impl Memory {
     /// Address of the first element of a range.
     fn at(view: &View) -> Result<CUdeviceptr> {
-        Ok(view.storage::<Memory>()?.pointer + 4 * view.range.start)
+        Ok(view.storage::<Memory>()?.pointer + view.elem().bytes() * view.range.start)
     }
 }
 
@@ -289,7 +289,7 @@ impl Drop for Memory {
 }
 
 fn bytes_of(view: &View) -> usize {
-    4 * (view.range.end - view.range.start) as usize
+    view.bytes() as usize
 }
 
 // ---- compiling -------------------------------------------------------------------------------------------------------
@@ -431,7 +431,7 @@ fn first_error(log: &str) -> Option<(String, u32, String)> {
 /// What a pass collects while it is being submitted. Copies to the host write into `reads` until the stream is idle.
 #[derive(Default)]
 struct Submitted {
-    reads: Vec<(Elem, Vec<u32>)>,
+    reads: Vec<(View, Vec<u32>)>,
     events: Vec<(CudaEvent, CudaEvent)>,
 }
 
@@ -457,7 +457,7 @@ impl Cuda {
         let image = gpu.image(kernel, &UnitCache::user())?;
         let loading = |error| gpu.error(&format!("loading kernel {}", kernel.name), error);
         let module = gpu.context.load_module(Ptx::from_binary(image)).map_err(loading)?;
-        let function = module.load_function(kernel.name).map_err(loading)?;
+        let function = module.load_function(kernel.entry()).map_err(loading)?;
         functions.insert(address, function.clone());
         Ok(function)
     }
@@ -504,14 +504,15 @@ impl Cuda {
                     let source = Memory::at(view)?;
                     let mut words = Vec::new();
                     let doing = "making room for a download";
-                    words.try_reserve_exact(bytes_of(view) / 4).map_err(|_| Error::OutOfMemory { device: "the host".into(), doing: doing.into() })?;
-                    words.resize(bytes_of(view) / 4, 0u32);
-                    submitted.reads.push((view.buffer.elem(), words));
+                    words.try_reserve_exact(bytes_of(view).div_ceil(4)).map_err(|_| Error::OutOfMemory { device: "the host".into(), doing: doing.into() })?;
+                    words.resize(bytes_of(view).div_ceil(4), 0u32);
+                    submitted.reads.push((view.clone(), words));
                     if let Some((_, words)) = submitted.reads.last_mut()
                         && !words.is_empty()
                     {
                         // SAFETY: the range lies inside a live buffer; `submitted` owns the words until the stream is idle.
-                        unsafe { result::memcpy_dtoh_async(words, source, stream.cu_stream()) }.map_err(|error| gpu.error("downloading", error))?;
+                        let bytes = &mut bytemuck::cast_slice_mut::<u32, u8>(words)[..bytes_of(view)];
+                        unsafe { result::memcpy_dtoh_async(bytes, source, stream.cu_stream()) }.map_err(|error| gpu.error("downloading", error))?;
                     }
                 }
             }
@@ -521,11 +522,11 @@ impl Cuda {
 }
 
 impl Backend for Cuda {
-    fn alloc(&self, label: &str, _elem: Elem, len: u64, data: Option<Cow<'_, [u32]>>) -> Result<Box<dyn Any + Send + Sync>> {
+    fn alloc(&self, label: &str, elem: Elem, len: u64, data: Option<Cow<'_, [u32]>>) -> Result<Box<dyn Any + Send + Sync>> {
         let gpu = &self.gpu;
         gpu.enter()?;
         let doing = format!("allocating '{label}'");
-        let bytes = usize::try_from(len.max(1)).ok().and_then(|words| words.checked_mul(4));
+        let bytes = len.max(1).checked_mul(elem.bytes()).and_then(|bytes| bytes.checked_next_multiple_of(4)).and_then(|bytes| usize::try_from(bytes).ok());
         let bytes = bytes.ok_or_else(|| Error::OutOfMemory { device: gpu.device(), doing: doing.clone() })?;
         let pointer = gpu.allocate(bytes).map_err(|error| gpu.error(&doing, error))?;
         let memory = Memory { gpu: Arc::clone(gpu), pointer };
@@ -545,7 +546,8 @@ impl Backend for Cuda {
         gpu.enter()?;
         let (target, words) = (Memory::at(to)?, data.words());
         // SAFETY: the range is as long as the words, as the device checked; from pageable host memory the call returns when they are staged.
-        unsafe { result::memcpy_htod_async(target, &words, gpu.stream.cu_stream()) }.map_err(|error| gpu.error("writing a buffer", error))
+        let bytes = &bytemuck::cast_slice::<u32, u8>(&words)[..bytes_of(to)];
+        unsafe { result::memcpy_htod_async(target, bytes, gpu.stream.cu_stream()) }.map_err(|error| gpu.error("writing a buffer", error))
     }
 
     fn prepare(&self, recorded: &Recorded<'_>) -> Result<Prepared> {
@@ -597,10 +599,7 @@ impl Backend for Cuda {
             let milliseconds = start.elapsed_ms(end).map_err(|error| gpu.error("timing a launch", error))?;
             times.push(LaunchTime::of(launch, f64::from(milliseconds) / 1e3));
         }
-        let host = |(elem, words): (Elem, Vec<u32>)| match elem {
-            Elem::U32 => HostData::U32(words),
-            Elem::F32 => HostData::F32(bytemuck::cast_slice(&words).to_vec()),
-        };
+        let host = |(view, words): (View, Vec<u32>)| HostData::of_words(view.elem(), words, view.len() as usize);
         Ok((submitted.reads.into_iter().map(host).collect(), times))
     }
 

@@ -32,9 +32,9 @@ const LINUX_FLAGS: [&str; 2] = ["-ffunction-sections", "-Wl,--gc-sections"];
 const MAX_THREADS: u32 = 1024;
 /// Groups of CUDA's second and third grid dimension.
 const MAX_GROUPS: u32 = 65_535;
-/// Words in front of and behind an argument; a NaN, so that reads outside show.
+/// Words in front of and behind an argument; a NaN in 32 and in 16 bits, so that reads outside show.
 const GUARD: usize = 4096;
-const CANARY: u32 = 0x7ff9_c0de;
+const CANARY: u32 = 0x7ff9_7ffd;
 /// Alignment of an argument, as of a CUDA allocation.
 const ALIGN: usize = 256;
 
@@ -168,7 +168,7 @@ fn unit(kernel: &Kernel) -> Result<String> {
     let cuda = kernel.cuda_unit().ok_or(Error::Unsupported { kernel: kernel.name, device: DEVICE })?;
     let mut unit = format!("#line 1 \"simt.hpp\"\n{SIMT}\n{cuda}#line 1 \"entry of {}\"\n", kernel.name);
     let types: Vec<String> = kernel.args.iter().map(|arg| format!("{}{}*", if arg.access == Access::Read { "const " } else { "" }, arg.elem.cuda())).collect();
-    let (name, params) = (kernel.name, kernel.params.name);
+    let (name, params) = (kernel.entry(), kernel.params.name);
     let signature: String = types.iter().fold(String::new(), |text, ty| text + ty + ", ") + params;
     let values: String = types.iter().enumerate().fold(String::new(), |text, (i, ty)| format!("{text}static_cast<{ty}>(args[{i}]), "));
     let _ = write!(
@@ -255,55 +255,72 @@ fn open_object(path: &Path) -> Result<Run> {
 /// A copy of an argument between two guard zones.
 struct Guarded {
     words: Vec<u32>,
+    /// Its first byte, its length in bytes, and bytes of an element.
     start: usize,
     len: usize,
+    each: usize,
 }
 
 impl Guarded {
     fn of(view: &View) -> Result<Guarded> {
-        let len = (view.range.end - view.range.start) as usize;
-        let total = len + 2 * GUARD + ALIGN / 4;
+        let len = view.bytes() as usize;
+        let total = len.div_ceil(4) + 2 * GUARD + ALIGN / 4;
         let mut words = Vec::new();
         words.try_reserve_exact(total).map_err(|_| out_of_memory("copying an argument"))?;
         words.resize(total, CANARY);
-        let start = (GUARD..GUARD + ALIGN / 4).find(|&i| (words.as_ptr() as usize + 4 * i).is_multiple_of(ALIGN)).unwrap_or(GUARD);
-        words[start..start + len].copy_from_slice(&read_lock(view)?[range(view)]);
-        Ok(Guarded { words, start, len })
+        let start = 4 * (GUARD..GUARD + ALIGN / 4).find(|&i| (words.as_ptr() as usize + 4 * i).is_multiple_of(ALIGN)).unwrap_or(GUARD);
+        bytemuck::cast_slice_mut::<u32, u8>(&mut words)[start..start + len].copy_from_slice(&bytes(&read_lock(view)?)[range(view)]);
+        Ok(Guarded { words, start, len, each: view.elem().bytes() as usize })
     }
 
     fn pointer(&mut self) -> *mut c_void {
-        self.words[self.start..].as_mut_ptr().cast()
+        self.words[self.start / 4..].as_mut_ptr().cast()
     }
 
-    fn content(&self) -> &[u32] {
-        &self.words[self.start..self.start + self.len]
+    fn content(&self) -> &[u8] {
+        &bytes(&self.words)[self.start..self.start + self.len]
     }
 
-    /// The first damaged word of a guard zone, counted from the start of the argument.
+    /// Number of elements.
+    fn elements(&self) -> usize {
+        self.len / self.each
+    }
+
+    /// The first damaged element of a guard zone, counted from the start of the argument.
     fn damage(&self) -> Option<i64> {
-        let end = self.start + self.len;
-        let hit = |words: &[u32]| words.iter().position(|&word| word != CANARY);
-        let behind = || hit(&self.words[end..]).map(|i| (self.len + i) as i64);
-        let before = || self.words[..self.start].iter().rposition(|&word| word != CANARY).map(|i| i as i64 - self.start as i64);
-        behind().or_else(before)
+        let (all, end) = (bytes(&self.words), self.start + self.len);
+        let whole = |words: &[u32]| words.iter().all(|&word| word == CANARY);
+        if end.is_multiple_of(4) && whole(&self.words[..self.start / 4]) && whole(&self.words[end / 4..]) {
+            return None;
+        }
+        let canary = CANARY.to_ne_bytes();
+        let hit = |i: &usize| all[*i] != canary[i % 4];
+        let element = |i: usize| (i as i64 - self.start as i64).div_euclid(self.each as i64);
+        (end..all.len()).find(hit).or_else(|| (0..self.start).rev().find(hit)).map(element)
     }
+}
+
+fn bytes(words: &[u32]) -> &[u8] {
+    bytemuck::cast_slice(words)
 }
 
 fn out_of_memory(doing: &str) -> Error {
     Error::OutOfMemory { device: DEVICE.into(), doing: doing.into() }
 }
 
+/// Bytes of a view in its buffer.
 fn range(view: &View) -> std::ops::Range<usize> {
-    view.range.start as usize..view.range.end as usize
+    let at = |element: u64| (view.elem().bytes() * element) as usize;
+    at(view.range.start)..at(view.range.end)
 }
 
 fn read_lock(view: &View) -> Result<std::sync::RwLockReadGuard<'_, Vec<u32>>> {
     Ok(view.storage::<Storage>()?.read().unwrap_or_else(PoisonError::into_inner))
 }
 
-fn paste(view: &View, words: &[u32]) -> Result<()> {
+fn paste(view: &View, from: &[u8]) -> Result<()> {
     let mut to = view.storage::<Storage>()?.write().unwrap_or_else(PoisonError::into_inner);
-    to[range(view)].copy_from_slice(words);
+    bytemuck::cast_slice_mut::<u32, u8>(&mut to)[range(view)].copy_from_slice(from);
     Ok(())
 }
 
@@ -360,11 +377,12 @@ impl CudaHost {
         for ((arg, view), copy) in kernel.args.iter().zip(&launch.args).zip(&args) {
             let also = failure.as_ref().map(|text| format!("; then {text}")).unwrap_or_default();
             if let Some(at) = copy.damage() {
-                return Err(fault(kernel, &format!("stores at element {at} of argument '{}', which has {}{also}", arg.name, copy.len)));
+                return Err(fault(kernel, &format!("stores at element {at} of argument '{}', which has {}{also}", arg.name, copy.elements())));
             }
             if arg.access == Access::Read {
                 let original = read_lock(view)?;
-                if let Some(at) = original[range(view)].iter().zip(copy.content()).position(|(a, b)| a != b) {
+                if let Some(at) = bytes(&original)[range(view)].iter().zip(copy.content()).position(|(a, b)| a != b) {
+                    let at = at / copy.each;
                     return Err(fault(kernel, &format!("stores at element {at} of argument '{}', which it may only read{also}", arg.name)));
                 }
             }
@@ -382,10 +400,10 @@ impl CudaHost {
 }
 
 impl Backend for CudaHost {
-    fn alloc(&self, label: &str, _elem: Elem, len: u64, data: Option<Cow<'_, [u32]>>) -> Result<Box<dyn Any + Send + Sync>> {
+    fn alloc(&self, label: &str, elem: Elem, len: u64, data: Option<Cow<'_, [u32]>>) -> Result<Box<dyn Any + Send + Sync>> {
         self.check()?;
         let doing = || out_of_memory(&format!("allocating '{label}'"));
-        let len = usize::try_from(len).map_err(|_| doing())?;
+        let len = usize::try_from(len.saturating_mul(elem.bytes()).div_ceil(4)).map_err(|_| doing())?;
         let mut words: Vec<u32> = Vec::new();
         words.try_reserve_exact(len).map_err(|_| doing())?;
         match data {
@@ -397,7 +415,7 @@ impl Backend for CudaHost {
 
     fn write(&self, to: &View, data: HostData) -> Result<()> {
         self.check()?;
-        paste(to, &data.words())
+        paste(to, &bytes(&data.words())[..to.bytes() as usize])
     }
 
     fn run(&self, recorded: Recorded<'_>) -> Result<(Vec<HostData>, Vec<LaunchTime>)> {
@@ -413,15 +431,14 @@ impl Backend for CudaHost {
                     }
                 }
                 Command::Copy { from, to } => {
-                    let words = read_lock(from)?[range(from)].to_vec();
-                    paste(to, &words)?;
+                    let copied = bytes(&read_lock(from)?)[range(from)].to_vec();
+                    paste(to, &copied)?;
                 }
                 Command::Read(view) => {
-                    let words = read_lock(view)?[range(view)].to_vec();
-                    reads.push(match view.buffer.elem() {
-                        Elem::U32 => HostData::U32(words),
-                        Elem::F32 => HostData::F32(bytemuck::cast_slice(&words).to_vec()),
-                    });
+                    let mut words = vec![0u32; view.bytes().div_ceil(4) as usize];
+                    let to = &mut bytemuck::cast_slice_mut::<u32, u8>(&mut words)[..view.bytes() as usize];
+                    to.copy_from_slice(&bytes(&read_lock(view)?)[range(view)]);
+                    reads.push(HostData::of_words(view.elem(), words, view.len() as usize));
                 }
             }
         }

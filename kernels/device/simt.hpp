@@ -7,7 +7,8 @@
 //
 // Reported as errors, with block and thread: a barrier or warp operation that some threads miss or that threads reach on different
 // lines, lanes outside the mask, stack overflow, access to unmapped memory, integer division by zero, more than 48 KiB of shared memory.
-// Not modelled: memory order between warps, bank conflicts, contraction to FMA, dynamic shared memory, textures, inline PTX.
+// Not modelled: memory order between warps, bank conflicts, contraction to FMA, dynamic shared memory, textures, inline PTX (mma.sync and the
+// conversions of f16 are functions here).
 
 #include <cmath>
 #include <csetjmp>
@@ -67,7 +68,7 @@ namespace simt {
 
 constexpr uint32_t max_threads = 1024, warp_size = 32;
 constexpr size_t stack_bytes = 256 * 1024, max_shared_bytes = 48 * 1024;
-constexpr uint32_t poison = 0x7ffadbad;  // a NaN
+constexpr uint32_t poison = 0x7ffa7ffd;  // a NaN, in 16 bits too
 
 // What went wrong, and where. The same struct is in cuda_host.rs.
 struct Report {
@@ -78,7 +79,7 @@ struct Report {
 };
 
 enum class State : uint8_t { ready, barrier, warp, done };
-enum class Op : uint8_t { none, barrier, sync, shuffle, ballot, any, all, match, add, min_signed, min_unsigned, max_signed, max_unsigned, band, bor, bxor };
+enum class Op : uint8_t { none, barrier, sync, mma, shuffle, ballot, any, all, match, add, min_signed, min_unsigned, max_signed, max_unsigned, band, bor, bxor };
 
 struct Machine;
 
@@ -138,6 +139,7 @@ static const char *name_of(Op op) {
     switch (op) {
         case Op::barrier: return "__syncthreads";
         case Op::sync: return "__syncwarp";
+        case Op::mma: return "mma.sync";
         case Op::shuffle: return "a warp shuffle";
         case Op::ballot: case Op::any: case Op::all: return "a warp vote";
         case Op::match: return "a warp match";
@@ -235,9 +237,42 @@ static uint64_t reduce(Op op, uint64_t a, uint64_t b) {
     }
 }
 
+// A lane's part of mma.sync m16n8k16: two values of 16 bits in a word, `value` gives their number.
+struct Mma {
+    const uint32_t *a, *b;
+    float *d;
+    float (*value)(uint16_t);
+};
+
+// d [16,8] += a [16,16] · b [16,8]; the products of 16-bit values are exact in f32, their sum is rounded in f32 in the order of the depth.
+static void multiply_fragments(Fiber *warp) {
+    float a[16][16], b[16][8];
+    const auto of = [&](uint32_t lane) { return reinterpret_cast<const Mma *>(warp[lane].value); };
+    for (uint32_t lane = 0; lane < warp_size; lane++) {
+        const Mma *part = of(lane);
+        const uint32_t g = lane / 4, t = lane % 4;
+        for (uint32_t i = 0; i < 8; i++) {
+            const uint16_t bits = static_cast<uint16_t>(part->a[i / 2] >> 16 * (i % 2));
+            a[g + 8 * (i / 2 % 2)][2 * t + i % 2 + 8 * (i / 4)] = part->value(bits);
+        }
+        for (uint32_t i = 0; i < 4; i++) {
+            const uint16_t bits = static_cast<uint16_t>(part->b[i / 2] >> 16 * (i % 2));
+            b[2 * t + i % 2 + 8 * (i / 2)][g] = part->value(bits);
+        }
+    }
+    for (uint32_t lane = 0; lane < warp_size; lane++) {
+        float *d = of(lane)->d;
+        for (uint32_t i = 0; i < 4; i++) {
+            const uint32_t row = lane / 4 + 8 * (i / 2), col = 2 * (lane % 4) + i % 2;
+            for (uint32_t k = 0; k < 16; k++) d[i] += a[row][k] * b[k][col];
+        }
+    }
+}
+
 // Completes the warp operation of the lanes of `mask`, which have all arrived.
 static void complete(Fiber *warp, uint32_t mask) {
     const Op op = warp[__builtin_ctz(mask)].op;
+    if (op == Op::mma) multiply_fragments(warp);
     uint32_t votes = 0;
     uint64_t folded = 0;
     bool first = true;
@@ -251,7 +286,7 @@ static void complete(Fiber *warp, uint32_t mask) {
         if (!(mask >> lane & 1)) continue;
         Fiber &f = warp[lane];
         switch (op) {
-            case Op::sync: break;
+            case Op::sync: case Op::mma: break;
             case Op::shuffle: f.result = warp[f.source].value; break;
             case Op::ballot: f.result = votes; break;
             case Op::any: f.result = votes != 0; break;
@@ -540,6 +575,14 @@ template <class T> T shuffle(uint32_t mask, T value, uint32_t source, const char
     return from_bits<T>(wait(State::warp, Op::shuffle, mask, to_bits(value), source, file, line));
 }
 
+// mma.sync m16n8k16 with f32 sums, by all 32 lanes of a warp.
+inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float (*value)(uint16_t), const char *file, int line) {
+    const Mma part = {a, b, d, value};
+    asm volatile("" ::"r"(&part) : "memory");
+    wait(State::warp, Op::mma, 0xffffffffu, reinterpret_cast<uintptr_t>(&part), 0, file, line);
+    asm volatile("" ::: "memory");
+}
+
 inline uint32_t own_lane() { return machine->current->thread.x % warp_size; }
 
 template <class T> struct Just { using Type = T; };
@@ -655,6 +698,20 @@ inline unsigned __float2uint_rn(float x) { return static_cast<unsigned>(nearbyin
 inline unsigned __float2uint_rz(float x) { return static_cast<unsigned>(x); }
 inline float __uint2float_rn(unsigned x) { return static_cast<float>(x); }
 inline float __int2float_rn(int x) { return static_cast<float>(x); }
+
+// f16: the exponent moves by a product with 2^112, which also normalises subnormals; to f16 to nearest, ties to even.
+inline float cvt_f32_f16(uint16_t bits) {
+    const unsigned special = (bits & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;
+    const unsigned magnitude = __float_as_uint(__uint_as_float((bits & 0x7fffu) << 13) * 0x1p112f);
+    return __uint_as_float(magnitude | special | (bits & 0x8000u) << 16);
+}
+inline uint16_t cvt_rn_f16_f32(float x) {
+    const unsigned sign = __float_as_uint(x) >> 16 & 0x8000u, magnitude = __float_as_uint(x) & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return 0x7fff;
+    if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);
+    if (magnitude < 0x38800000u) return static_cast<uint16_t>(sign | (__float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000u));
+    return static_cast<uint16_t>(sign | (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13);
+}
 
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32); }
 inline int __mulhi(int a, int b) { return static_cast<int>(static_cast<int64_t>(a) * b >> 32); }

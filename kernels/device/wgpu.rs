@@ -18,6 +18,7 @@ struct WgpuBackend {
     device: wgpu::Device,
     queue: wgpu::Queue,
     timestamps: bool,
+    half: bool,
     checked: bool,
     uniform_align: u64,
     pipelines: Mutex<HashMap<usize, Arc<Pipeline>>>,
@@ -73,9 +74,10 @@ pub(super) fn open(index: Option<usize>, options: &OpenOptions) -> Result<(Devic
     })?;
     let (adapter_info, adapter_limits) = (adapter.get_info(), adapter.limits());
     let timestamps = adapter.features().contains(Features::TIMESTAMP_QUERY);
+    let half = adapter.features().contains(Features::SHADER_F16);
     let descriptor = wgpu::DeviceDescriptor {
         label: Some("forback"),
-        required_features: if timestamps { Features::TIMESTAMP_QUERY } else { Features::empty() },
+        required_features: adapter.features() & (Features::TIMESTAMP_QUERY | Features::SHADER_F16),
         required_limits: adapter_limits.clone(),
         ..Default::default()
     };
@@ -108,6 +110,7 @@ pub(super) fn open(index: Option<usize>, options: &OpenOptions) -> Result<(Devic
         device,
         queue,
         timestamps,
+        half,
         checked: options.checked.unwrap_or_else(|| std::env::var_os("FORBACK_CHECKED").is_some_and(|v| v == "1")),
         uniform_align: u64::from(adapter_limits.min_uniform_buffer_offset_alignment).max(16),
         pipelines: Mutex::new(HashMap::new()),
@@ -197,7 +200,7 @@ impl WgpuBackend {
                 label: Some(kernel.name),
                 layout: Some(&pipeline_layout),
                 module: &module,
-                entry_point: Some(kernel.name),
+                entry_point: Some(kernel.entry()),
                 compilation_options: wgpu::PipelineCompilationOptions { constants: &constants, zero_initialize_workgroup_memory: self.checked },
                 cache: None,
             });
@@ -231,14 +234,18 @@ impl WgpuBackend {
             match command {
                 Command::Copy { from, to } => {
                     let (source, target) = (from.storage::<wgpu::Buffer>()?, to.storage::<wgpu::Buffer>()?);
-                    encoder.copy_buffer_to_buffer(source, 4 * from.range.start, target, 4 * to.range.start, 4 * from.len());
+                    let bytes = from.elem().bytes();
+                    encoder.copy_buffer_to_buffer(source, bytes * from.range.start, target, bytes * to.range.start, from.bytes().next_multiple_of(4));
                 }
                 Command::Read(view) => {
-                    let target = self.buffer("read", 4 * view.len().max(1), BufferUsages::MAP_READ | BufferUsages::COPY_DST);
+                    // Whole words: an odd half before the range comes along.
+                    let start = (view.elem().bytes() * view.range.start) & !3;
+                    let bytes = (view.elem().bytes() * view.range.end - start).next_multiple_of(4);
+                    let target = self.buffer("read", bytes.max(4), BufferUsages::MAP_READ | BufferUsages::COPY_DST);
                     if view.len() > 0 {
-                        encoder.copy_buffer_to_buffer(view.storage::<wgpu::Buffer>()?, 4 * view.range.start, &target, 0, 4 * view.len());
+                        encoder.copy_buffer_to_buffer(view.storage::<wgpu::Buffer>()?, start, &target, 0, bytes);
                     }
-                    staging.push((target, view.buffer.elem(), view.len()));
+                    staging.push((target, view.clone()));
                 }
                 Command::Launch(first) => {
                     // Launches in a row share a compute pass, unless each is timed.
@@ -294,7 +301,8 @@ impl WgpuBackend {
     fn bind(&self, launch: &Launch, pipeline: &Pipeline, params: &wgpu::Buffer, (offset, size): (u64, u64)) -> Result<wgpu::BindGroup> {
         let mut entries = vec![wgpu::BindGroupEntry { binding: 0, resource: binding(params, offset, size) }];
         for (i, view) in launch.args.iter().enumerate() {
-            let resource = binding(view.storage::<wgpu::Buffer>()?, 4 * view.range.start, 4 * view.len().max(1));
+            let size = view.bytes().next_multiple_of(4).max(4);
+            let resource = binding(view.storage::<wgpu::Buffer>()?, view.elem().bytes() * view.range.start, size);
             entries.push(wgpu::BindGroupEntry { binding: 1 + i as u32, resource });
         }
         let descriptor = wgpu::BindGroupDescriptor { label: Some(launch.kernel.name), layout: &pipeline.layout, entries: &entries };
@@ -324,7 +332,7 @@ struct Bound {
 
 struct Encoded {
     commands: wgpu::CommandBuffer,
-    staging: Vec<(wgpu::Buffer, Elem, u64)>,
+    staging: Vec<(wgpu::Buffer, View)>,
     times: Option<wgpu::Buffer>,
 }
 
@@ -333,9 +341,10 @@ fn binding(buffer: &wgpu::Buffer, offset: u64, size: u64) -> wgpu::BindingResour
 }
 
 impl Backend for WgpuBackend {
-    fn alloc(&self, label: &str, _: Elem, len: u64, data: Option<Cow<'_, [u32]>>) -> Result<Box<dyn Any + Send + Sync>> {
+    fn alloc(&self, label: &str, elem: Elem, len: u64, data: Option<Cow<'_, [u32]>>) -> Result<Box<dyn Any + Send + Sync>> {
         self.scoped(&format!("allocating '{label}'"), || {
-            let buffer = self.buffer(label, 4 * len.max(1), BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST);
+            let buffer =
+                self.buffer(label, (elem.bytes() * len.max(1)).next_multiple_of(4), BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST);
             if let Some(data) = data.filter(|d| !d.is_empty()) {
                 self.queue.write_buffer(&buffer, 0, bytemuck::cast_slice(&data));
             }
@@ -345,7 +354,7 @@ impl Backend for WgpuBackend {
 
     fn write(&self, to: &View, data: HostData) -> Result<()> {
         self.scoped("writing a buffer", || {
-            self.queue.write_buffer(to.storage::<wgpu::Buffer>()?, 4 * to.range.start, bytemuck::cast_slice(&data.words()));
+            self.queue.write_buffer(to.storage::<wgpu::Buffer>()?, to.elem().bytes() * to.range.start, bytemuck::cast_slice(&data.words()));
             Ok(())
         })
     }
@@ -361,7 +370,7 @@ impl Backend for WgpuBackend {
                 None => self.encode(&recorded, &self.bound(&recorded)?)?,
             };
             self.queue.submit([commands]);
-            for buffer in staging.iter().map(|(b, _, _)| b).chain(&times) {
+            for buffer in staging.iter().map(|(b, _)| b).chain(&times) {
                 buffer.slice(..).map_async(wgpu::MapMode::Read, |_| {});
             }
             self.wait()?;
@@ -369,13 +378,15 @@ impl Backend for WgpuBackend {
         })?;
         let (staging, times) = encoded;
         let mut values = Vec::with_capacity(staging.len());
-        for (buffer, elem, len) in &staging {
+        for (buffer, view) in &staging {
             let mut words = self.mapped(buffer)?;
-            words.truncate(*len as usize);
-            values.push(match elem {
-                Elem::F32 => HostData::F32(bytemuck::cast_vec(words)),
-                Elem::U32 => HostData::U32(words),
-            });
+            if view.len() == 0 {
+                words.clear();
+            } else if view.elem().is_half() && !view.range.start.is_multiple_of(2) {
+                let next = words.iter().skip(1).copied().chain([0]).collect::<Vec<_>>();
+                words.iter_mut().zip(next).for_each(|(word, next)| *word = *word >> 16 | next << 16);
+            }
+            values.push(HostData::of_words(view.elem(), words, view.len() as usize));
         }
         let launches = recorded.commands.iter().filter_map(|c| if let Command::Launch(l) = c { Some(l) } else { None });
         let seconds: Vec<f64> = match &times {
@@ -388,6 +399,14 @@ impl Backend for WgpuBackend {
         };
         let profile = recorded.profile.then(|| launches.enumerate().map(|(i, l)| LaunchTime::of(l, seconds.get(i).copied().unwrap_or(f64::NAN))).collect());
         Ok((values, profile.unwrap_or_default()))
+    }
+
+    fn lacks(&self, elem: Elem) -> Option<&'static str> {
+        match elem {
+            Elem::Bf16 => Some("WGSL has no bf16: use f16 or f32, or another device"),
+            Elem::F16 if !self.half => Some("the adapter has no SHADER_F16: use f32, or another device"),
+            _ => None,
+        }
     }
 
     fn lose(&self) {

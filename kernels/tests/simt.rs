@@ -2,7 +2,7 @@
 #![cfg(feature = "cuda-host")]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
-use forback_kernels::kernel::{Arg, Cost, Source, layout, reads, reads_u32, writes, writes_u32};
+use forback_kernels::kernel::{Arg, Cost, Elem, Source, layout, reads, reads_as, reads_u32, writes, writes_u32};
 use forback_kernels::{Buffer, Device, Error, Kernel, OpenOptions, Result, Schedule};
 
 forback_kernels::params! {
@@ -559,4 +559,76 @@ fn philox_normals_are_close_to_f64_at_the_extremes() {
     }
     // Seen: 1.1e-6, most of it the rounding of v to f32.
     assert!(worst < 2e-6, "{worst:e}");
+}
+
+// ---- products of fragments, 16 bits ------------------------------------------------------------------------------------
+
+forback_kernels::params! {
+    /// Params of the product of fragments.
+    pub struct FragmentParams {
+        /// Whether through shuffles.
+        shuffled: u32,
+    }
+}
+
+macro_rules! fragments {
+    ($id:ident, $name:literal, $elem:ident) => {
+        static $id: Kernel = Kernel {
+            name: $name,
+            args: &[reads_as("a", Elem::$elem), reads_as("b", Elem::$elem), writes("d")],
+            params: layout::<FragmentParams>(),
+            groups: |_| 1,
+            ..kernel(
+                $name,
+                &[],
+                64,
+                concat!(
+                    "struct FragmentParams { uint32_t shuffled; };\n",
+                    "extern \"C\" __global__ void fragments(const Stored* a, const Stored* b, float* d, FragmentParams params) {\n",
+                    "    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;\n",
+                    "    uint32_t x[4], y[2];\n",
+                    "    for (uint32_t r = 0; r < 4; r++) {\n",
+                    "        const Stored* at = a + 16 * (g + 8 * (r % 2)) + 2 * t + 8 * (r / 2);\n",
+                    "        x[r] = pair_of(at[0], at[1]);\n",
+                    "    }\n",
+                    "    for (uint32_t r = 0; r < 2; r++) {\n",
+                    "        const Stored* at = b + 8 * (2 * t + 8 * r) + g;\n",
+                    "        y[r] = pair_of(at[0], at[8]);\n",
+                    "    }\n",
+                    "    float sum[4] = {1.0f, 1.0f, 1.0f, 1.0f};\n",
+                    "    if (params.shuffled) mma_by_shuffles(sum, x, y); else mma_sync(Stored(), sum, x, y);\n",
+                    "    for (uint32_t i = 0; i < 4; i++) d[128 * warp + 8 * (g + 8 * (i / 2)) + 2 * t + i % 2] = sum[i];\n",
+                    "}\n"
+                ),
+            )
+        };
+    };
+}
+fragments!(FRAGMENTS_F16, "fragments_f16", F16);
+fragments!(FRAGMENTS_BF16, "fragments_bf16", Bf16);
+
+/// mma.sync with the layouts of the PTX ISA is the product of the matrices, in every order of the threads, and so is the way through shuffles.
+#[test]
+fn fragments_multiply_like_matrices() {
+    for (kernel, elem) in [(&FRAGMENTS_F16, Elem::F16), (&FRAGMENTS_BF16, Elem::Bf16)] {
+        for schedule in SCHEDULES {
+            let device = open(schedule);
+            // Small integers: every product and sum is exact.
+            let number = |i: usize, by: usize| ((i * by) % 23) as f32 - 11.0;
+            let (a, b): (Vec<f32>, Vec<f32>) = ((0..256).map(|i| number(i, 7)).collect(), (0..128).map(|i| number(i, 5)).collect());
+            let (x, y) = (device.upload_as("a", elem, &a).unwrap(), device.upload_as("b", elem, &b).unwrap());
+            let d = device.zeros("d", 256).unwrap();
+            for shuffled in [0, 1] {
+                let mut pass = device.pass("fragments");
+                pass.launch(kernel, &FragmentParams { shuffled }, &[(&x).into(), (&y).into(), (&d).into()]).unwrap();
+                let read = pass.read(&d).unwrap();
+                let got = pass.submit().unwrap().f32(read).unwrap();
+                for (at, got) in got.iter().enumerate() {
+                    let (row, col) = (at % 128 / 8, at % 8);
+                    let want = 1.0 + (0..16).map(|k| a[16 * row + k] * b[8 * k + col]).sum::<f32>();
+                    assert_eq!(*got, want, "{elem:?} [{row},{col}] {schedule:?} shuffled {shuffled}");
+                }
+            }
+        }
+    }
 }

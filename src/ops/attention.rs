@@ -2,6 +2,7 @@
 
 use super::{need, optional, wrong};
 use crate::kernels::attention::{self, Attention, AttentionArgs, AttentionGrads, Bias, Dropout};
+use crate::kernels::kernel::Elem;
 use crate::kernels::map;
 use crate::kernels::{Device, Pass};
 use crate::tape::{Backward, Forward, Function, Keeps, Tape, Var};
@@ -30,6 +31,7 @@ struct AttentionOp {
     op: Attention,
     /// One tensor q | k | v rather than three.
     packed: bool,
+    stored: Elem,
     shapes: Vec<Vec<usize>>,
 }
 
@@ -53,6 +55,12 @@ impl Function for AttentionOp {
     }
     fn shapes(&self) -> Vec<Vec<usize>> {
         self.shapes.clone()
+    }
+    fn takes(&self) -> Option<Elem> {
+        Some(self.stored)
+    }
+    fn gives(&self, i: usize) -> Elem {
+        if i == 0 { self.stored } else { Elem::F32 }
     }
     fn scratch_backward(&self, device: &Device) -> Vec<u64> {
         vec![self.op.scratch_backward(device)]
@@ -146,7 +154,7 @@ impl Function for WeightsOp {
 
 impl Tape {
     /// softmax(q·kᵀ·scale + bias)·v for q [B,NH,Tq,D], k and v [B,NH,Tk,D]: [B,NH,Tq,D], and the log-sum-exp of the scores [B,NH,Tq], through which no
-    /// gradient flows. Models fold into B. A row that may see no key gives 0. With `causal`, out[t] depends on keys up to t alone.
+    /// gradient flows, in f32 whatever q, k, v are stored in. Models fold into B. A row that may see no key gives 0. With `causal`, out[t] depends on keys up to t alone.
     /// # Errors
     /// `Shape` naming the argument; `Parameter` for a width beyond 256, a window of 0, a probability outside [0, 1).
     pub fn attention(&mut self, q: Var, k: Var, v: Var, options: AttentionOptions) -> Result<(Var, Var)> {
@@ -210,7 +218,11 @@ impl Tape {
         let sizes = [op.batch, op.heads, op.queries].map(|n| n as usize);
         let inputs: Vec<Option<Var>> = qkv.iter().map(|&x| Some(x)).chain([options.kv_len, options.bias, options.step]).collect();
         let shapes = vec![out, sizes.to_vec()];
-        let out = self.apply(AttentionOp { op, packed, shapes }, &inputs)?;
+        let stored = self.elem(qkv[0]);
+        for (name, x) in ["q", "k", "v"].into_iter().zip(qkv).map(|(name, &x)| (name, Some(x))).chain([("bias", options.bias)]) {
+            self.stored_in(NAME, name, x, stored)?;
+        }
+        let out = self.apply(AttentionOp { op, packed, stored, shapes }, &inputs)?;
         let lse = self.detach(out[1])?;
         Ok((out[0], lse))
     }

@@ -1,6 +1,6 @@
 //! Convolution over time.
 
-use super::{need, optional, wrong};
+use super::{need, optional, wrong, zeros};
 use crate::kernels::activation::Activation;
 use crate::kernels::conv1d::{self, Conv1d, Conv1dArgs, Conv1dBackwardArgs, Padding};
 use crate::kernels::kernel::Elem;
@@ -68,7 +68,7 @@ impl Function for Conv1dOp {
     fn backward(&self, pass: &mut Pass, io: &Backward<'_>) -> Result<()> {
         let [scratch] = io.scratch else { return Err(Error::Internal("conv1d has no scratch".into())) };
         if self.op.batch == 0 {
-            return io.grad_inputs.iter().flatten().try_for_each(|grad| map::fill(pass, 0.0, grad));
+            return zeros(pass, io.grad_inputs);
         }
         let args = Conv1dBackwardArgs {
             x: need(io.inputs, 0, NAME)?.clone(),

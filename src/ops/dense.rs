@@ -1,7 +1,8 @@
 //! Dense layers, normalisation and softmax.
 
-use super::{need, optional, wrong};
+use super::{need, optional, wrong, zeros};
 use crate::kernels::activation::Activation;
+use crate::kernels::cast;
 use crate::kernels::kernel::Elem;
 use crate::kernels::layer_norm::{self, LayerNormArgs, LayerNormBackwardArgs};
 use crate::kernels::linear::{self, LinearArgs, LinearBackwardArgs};
@@ -24,8 +25,11 @@ impl Function for LinearOp {
     fn shapes(&self) -> Vec<Vec<usize>> {
         vec![self.shape.clone()]
     }
+    fn takes(&self) -> Option<Elem> {
+        Some(self.op.stored)
+    }
     fn saved(&self) -> Option<(Elem, u64)> {
-        Some((Elem::F32, self.op.saved())).filter(|&(_, n)| n > 0)
+        Some((self.op.stored, self.op.saved())).filter(|&(_, n)| n > 0)
     }
     fn scratch_backward(&self, device: &Device) -> Vec<u64> {
         vec![self.op.scratch_backward(device)]
@@ -49,7 +53,7 @@ impl Function for LinearOp {
     fn backward(&self, pass: &mut Pass, io: &Backward<'_>) -> Result<()> {
         let [scratch] = io.scratch else { return Err(Error::Internal("linear has no scratch".into())) };
         if self.op.rows == 0 {
-            return io.grad_inputs.iter().flatten().try_for_each(|grad| map::fill(pass, 0.0, grad));
+            return zeros(pass, io.grad_inputs);
         }
         let args = LinearBackwardArgs {
             x: need(io.inputs, 0, "linear")?.clone(),
@@ -173,7 +177,7 @@ fn rows(shape: &[usize]) -> usize {
 }
 
 impl Tape {
-    /// f(x·weightᵀ + bias): x [M or 1,…,I], weight [M,O,I], bias [M,O] to [M,…,O].
+    /// f(x·weightᵀ + bias): x [M or 1,…,I], weight [M,O,I], bias [M,O] to [M,…,O]; all in the storage of x.
     /// # Errors
     /// `Shape` naming the argument.
     pub fn linear(&mut self, x: Var, weight: Var, bias: Option<Var>, activation: Activation) -> Result<Var> {
@@ -185,6 +189,9 @@ impl Tape {
         if let Some(bias) = bias {
             self.expect("linear", "bias", bias, &[m, o])?;
         }
+        for (name, tensor) in [("weight", Some(weight)), ("bias", bias)] {
+            self.stored_in("linear", name, tensor, self.elem(x))?;
+        }
         let op = linear::Linear {
             models: m as u64,
             x_models: shape[0] as u64,
@@ -193,6 +200,7 @@ impl Tape {
             outputs: o as u64,
             bias: bias.is_some(),
             activation,
+            stored: self.elem(x),
         };
         op.check()?;
         shape[0] = m;

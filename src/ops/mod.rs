@@ -4,6 +4,7 @@
 //! Errors name the op, the argument, what was expected and what came.
 
 mod attention;
+mod cast;
 mod conv1d;
 mod dense;
 mod gather;
@@ -18,8 +19,8 @@ pub use conv1d::Conv1dOptions;
 pub use objective::ObjectiveOptions;
 pub use recurrent::{Layer, RecurrentOptions, RecurrentOutput};
 
-use crate::kernels::View;
 use crate::kernels::kernel::Elem;
+use crate::kernels::{Pass, View, cast as casts, map as maps};
 use crate::tape::{Tape, Var};
 use crate::{Error, Result};
 
@@ -30,6 +31,19 @@ fn need<'a>(views: &'a [Option<View>], i: usize, op: &'static str) -> Result<&'a
 
 fn optional(views: &[Option<View>], i: usize) -> Option<&View> {
     views.get(i).and_then(Option::as_ref)
+}
+
+/// Zeros in gradients of any storage.
+fn zeros(pass: &mut Pass, grads: &[Option<View>]) -> Result<()> {
+    for grad in grads.iter().flatten().filter(|grad| !grad.is_empty()) {
+        if grad.elem().is_half() {
+            let none = pass.device().zeros("zeros", grad.len())?;
+            casts::cast(pass, &View::from(&none), grad, 1.0)?;
+        } else {
+            maps::fill(pass, 0.0, grad)?;
+        }
+    }
+    Ok(())
 }
 
 fn wrong(op: &'static str, arg: &str, expected: impl Into<String>, got: &[usize]) -> Error {

@@ -1,6 +1,7 @@
 //! LSTM and GRU layers: one or two directions, stacked.
 
-use super::{need, optional, wrong};
+use super::{need, optional, wrong, zeros};
+use crate::kernels::cast;
 use crate::kernels::kernel::Elem;
 use crate::kernels::map;
 use crate::kernels::recurrent::{self, Cell, Keep, Recurrent, RecurrentArgs, RecurrentGrads};
@@ -55,6 +56,7 @@ struct RecurrentOp {
     name: &'static str,
     /// Forward in time; then, if there are two, backward in time.
     directions: Vec<Recurrent>,
+    stored: Elem,
     shapes: Vec<Vec<usize>>,
 }
 
@@ -108,6 +110,9 @@ impl Function for RecurrentOp {
     fn shapes(&self) -> Vec<Vec<usize>> {
         self.shapes.clone()
     }
+    fn takes(&self) -> Option<Elem> {
+        Some(self.stored)
+    }
     fn saved(&self) -> Option<(Elem, u64)> {
         Some((Elem::F32, self.part() * self.directions.len() as u64))
     }
@@ -115,12 +120,16 @@ impl Function for RecurrentOp {
         self.directions[0].scratch().to_vec()
     }
     fn scratch_backward(&self, _: &Device) -> Vec<u64> {
-        let op = &self.directions[0];
-        let [gates, sums] = op.scratch_backward();
-        // What the second direction adds to x's gradient, then that of each model that shares x and what their sum needs.
-        let other = if self.directions.len() == 2 { self.all_x() } else { 0 };
-        let [each, parts] = self.sum_of_models().map_or([0, 0], |sum| [self.all_x(), sum.scratch()]);
-        vec![gates, sums, other, each, parts]
+        let [gates, sums] = self.directions[0].scratch_backward();
+        // What the sum over the models that share x needs; in 16 bits it goes through f32.
+        let Some(sum) = self.sum_of_models() else { return vec![gates, sums, 0, 0, 0] };
+        let half = u64::from(self.stored.is_half());
+        vec![gates, sums, sum.scratch(), half * self.all_x(), half * self.all_x() / self.directions[0].models]
+    }
+    fn stored_scratch_backward(&self) -> Vec<u64> {
+        // The gradient of x of the first direction, where it cannot be added to in place, and of the second; that of each model that shares x.
+        let (two, half, shared) = (self.directions.len() == 2, self.stored.is_half(), self.sum_of_models().is_some());
+        [two && half, two, shared].into_iter().map(|wanted| if wanted { self.all_x() } else { 0 }).collect()
     }
     fn keeps(&self) -> Keeps {
         // x, weights and biases; neither start states nor outputs.
@@ -156,16 +165,20 @@ impl Function for RecurrentOp {
 
     fn backward(&self, pass: &mut Pass, io: &Backward<'_>) -> Result<()> {
         let saved = io.saved.ok_or_else(|| Error::Internal("a recurrent layer has no memory".into()))?;
-        let [gates, sums, other, each, parts] = io.scratch else { return Err(Error::Internal("a recurrent layer has no scratch".into())) };
+        let [gates, sums, parts, wide, total, first, second, each] = io.scratch else { return Err(Error::Internal("a recurrent layer has no scratch".into())) };
         if self.directions[0].batch == 0 {
-            return io.grad_inputs.iter().flatten().try_for_each(|grad| map::fill(pass, 0.0, grad));
+            return zeros(pass, io.grad_inputs);
         }
         let sum = self.sum_of_models();
         let grad_x = optional(io.grad_inputs, 0).map(|grad_x| if sum.is_some() { each } else { grad_x });
         for (d, op) in self.directions.iter().enumerate() {
             let (at, [hn, cn]) = (self.at(d), self.states(d));
-            // The second direction's gradient of x is added to the first one's.
-            let other = (d > 0).then_some(other);
+            // The second direction's gradient of x is added to the first one's: sums of two stored values are rounded once.
+            let apart = match d {
+                0 if self.directions.len() == 2 && self.stored.is_half() => Some(first),
+                0 => None,
+                _ => Some(second),
+            };
             let args = RecurrentGrads {
                 x: need(io.inputs, 0, self.name)?,
                 w_ih: need(io.inputs, at, self.name)?,
@@ -178,7 +191,7 @@ impl Function for RecurrentOp {
                 grad_y: optional(io.grad_outputs, 0),
                 grad_hn: optional(io.grad_outputs, hn),
                 grad_cn: optional(io.grad_outputs, cn).filter(|_| self.lstm()),
-                grad_x: grad_x.and(other).or(grad_x),
+                grad_x: grad_x.and(apart).or(grad_x),
                 grad_w_ih: optional(io.grad_inputs, at),
                 grad_w_hh: optional(io.grad_inputs, at + 1),
                 grad_b_ih: optional(io.grad_inputs, at + 2),
@@ -188,11 +201,18 @@ impl Function for RecurrentOp {
                 scratch: [gates, sums],
             };
             recurrent::recurrent_backward(pass, op, &args)?;
-            if let (Some(grad_x), Some(other)) = (grad_x, other) {
-                map::accumulate(pass, 1.0, other, grad_x)?;
+            match grad_x {
+                Some(grad_x) if d == 1 && self.stored.is_half() => cast::add(pass, first, second, grad_x)?,
+                Some(grad_x) if d == 1 => map::accumulate(pass, 1.0, second, grad_x)?,
+                _ => {}
             }
         }
         match (sum, optional(io.grad_inputs, 0)) {
+            (Some(sum), Some(grad_x)) if self.stored.is_half() => {
+                cast::cast(pass, each, wide, 1.0)?;
+                reduce::reduce_sum(pass, &sum, wide, total, Some(parts))?;
+                cast::cast(pass, total, grad_x, 1.0)
+            }
             (Some(sum), Some(grad_x)) => reduce::reduce_sum(pass, &sum, each, grad_x, Some(parts)),
             _ => Ok(()),
         }
@@ -272,12 +292,21 @@ impl Tape {
             y_offset: (d * h) as u64,
             ..Recurrent::new(cell, m as u64, b as u64, t as u64, i as u64, h as u64)
         };
-        let directions: Vec<Recurrent> = (0..directions.len()).map(make).collect();
+        let layers = directions;
+        let directions: Vec<Recurrent> = (0..layers.len()).map(make).collect();
         directions[0].check()?;
         let mut shapes = vec![vec![m, b, t, width]];
         shapes.extend(std::iter::repeat_n(vec![m, b, h], 2 * directions.len()));
         let two = directions.len() == 2;
-        let out = self.apply(RecurrentOp { name, directions, shapes }, &inputs)?;
+        let stored = self.elem(x);
+        for layer in layers {
+            let named =
+                [("w_ih", Some(layer.w_ih)), ("w_hh", Some(layer.w_hh)), ("b_ih", layer.b_ih), ("b_hh", layer.b_hh), ("h0", layer.h0), ("c0", layer.c0)];
+            for (arg, tensor) in named {
+                self.stored_in(name, arg, tensor, stored)?;
+            }
+        }
+        let out = self.apply(RecurrentOp { name, directions, stored, shapes }, &inputs)?;
         let lstm = cell == Cell::Lstm;
         Ok(RecurrentOutput { y: out[0], hn: [Some(out[1]), two.then(|| out[3])], cn: [lstm.then_some(out[2]), (lstm && two).then(|| out[4])] })
     }

@@ -2,6 +2,7 @@
 
 use super::support::{close, devices, dot, is_gradient, reference, unwritten, upload, values};
 use forback::kernels::activation::Activation;
+use forback::kernels::kernel::Elem;
 use forback::kernels::linear::{Linear, LinearArgs, LinearBackwardArgs, linear, linear_backward};
 use forback::kernels::{Device, Error, OpenOptions, Result};
 
@@ -52,7 +53,7 @@ fn run(device: &Device, op: &Linear, data: &Data) -> Result<[Vec<f64>; 4]> {
 }
 
 fn op(models: u64, x_models: u64, rows: u64, inputs: u64, outputs: u64, bias: bool, activation: Activation) -> Linear {
-    Linear { models, x_models, rows, inputs, outputs, bias, activation }
+    Linear { models, x_models, rows, inputs, outputs, bias, activation, stored: Elem::F32 }
 }
 
 /// One value, primes, tiles and one more, many small models, shared x, several splits.
