@@ -20,6 +20,7 @@
 //! Floor      4·(Tq + Tk)·2·D bytes forward and twice that backward per head; 4·Tq·Tk·D flops forward, 14·Tq·Tk·D backward (scores are
 //!            computed twice), one exponential a score forward, two backward.
 //! Stored     q, k, v, bias, out and their gradients in f32, f16 or bf16, all in one; scores, sums, lse and scratch are f32, results are rounded once.
+//!            On CUDA heads up to 32 wide in 16 bits go through tensor cores; weights and ds, which are not stored, count as a rounded value and its rest.
 //! Numerics   running maximum; f32 sums of at most Tk terms, rescaled when the maximum moves. A NaN in a row of q, or in a key that it may see,
 //!            makes that row NaN. Padding beyond kv_len is never read.
 //! Source     Rabe, Staats 2021, arXiv:2112.05682; Dao 2023, arXiv:2307.08691, for delta and the two passes.

@@ -35,7 +35,7 @@ fn optional(views: &[Option<View>], i: usize) -> Option<&View> {
 
 /// Zeros in gradients of any storage.
 fn zeros(pass: &mut Pass, grads: &[Option<View>]) -> Result<()> {
-    for grad in grads.iter().flatten().filter(|grad| !grad.is_empty()) {
+    for grad in grads.iter().flatten().filter(|grad| grad.len() > 0) {
         if grad.elem().is_half() {
             let none = pass.device().zeros("zeros", grad.len())?;
             casts::cast(pass, &View::from(&none), grad, 1.0)?;
