@@ -5,7 +5,9 @@
 //   attention_backward_kv…  grid  B·NH·⌈Tk / rows⌉   thread = key            tiles of q, grad_out
 //   attention_grad_bias     grid  ⌈bias / WG⌉        thread = bias element
 //   attention_weights       grid  ⌈B·NH·Tq·Tk / WG⌉  thread = weight
-// spill: up to three words of attention_forward… and attention_backward_q around the tile loads, where ptxas stops at 128 or 168 registers.
+// spill: up to three words of attention_forward… and attention_backward_q around the tile loads, where ptxas stops at 128 or 168 registers;
+// in 16 bits up to six words of attention_forward…, _backward_q_8 and _backward_kv_8 where it stops at 96 or 128, and on sm_75 twelve of
+// _backward_kv_32 in bf16, whose products go through shuffles.
 // rows = WG; with SPLIT, ⌈D/32⌉ neighbouring threads share a row, 32 numbers each. Shared memory: two tiles of 256 float4.
 
 struct AttentionParams {
