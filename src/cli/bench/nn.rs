@@ -3,6 +3,8 @@
 //! lstm, lstm_train            x [1,B,T,I], one layer of H units: forward; forward and backward to the weights.
 //! attention, attention_train  q, k, v [B,NH,T,D], no mask: forward; forward and backward to q, k and v.
 //! models_train                M 1,024 LSTM models with a linear head, B 8, T 32, I 8, H 16: squared error at the last step, backward, AdamW.
+//! …_ragged    the same with sequences of 25 to 100 % of T, evenly spread and in no order; work counts valid steps (LSTM) or valid keys alone,
+//!             so that a rate next to the dense one is the cost of a valid step. Queries of attention are not cut: all T of them see the keys.
 //! Flops       counted the same for everybody: LSTM 2·B·T·4H·(I+H), attention 4·B·NH·T²·D; training 3× and 3.5×.
 
 use super::{Cost, Prepared, Run, Workload};
@@ -15,19 +17,27 @@ use crate::ops::{AttentionOptions, Layer, RecurrentOptions};
 use crate::tape::{Tape, Var};
 use crate::{Device, Error, Result};
 
-pub(super) static WORKLOADS: [&dyn Workload; 13] = [
-    &Lstm { shape: [64, 63, 30, 64], train: false },
-    &Lstm { shape: [512, 63, 30, 32], train: false },
-    &Lstm { shape: [64, 252, 30, 128], train: false },
-    &Lstm { shape: [64, 63, 30, 64], train: true },
-    &Lstm { shape: [512, 63, 30, 32], train: true },
-    &Lstm { shape: [64, 252, 30, 128], train: true },
-    &Attention { shape: [64, 4, 63, 16], train: false },
-    &Attention { shape: [16, 8, 512, 32], train: false },
-    &Attention { shape: [4, 4, 2048, 16], train: false },
-    &Attention { shape: [64, 4, 63, 16], train: true },
-    &Attention { shape: [16, 8, 512, 32], train: true },
-    &Attention { shape: [4, 4, 2048, 16], train: true },
+pub(super) static WORKLOADS: [&dyn Workload; 21] = [
+    &Lstm { shape: [64, 63, 30, 64], train: false, ragged: false },
+    &Lstm { shape: [512, 63, 30, 32], train: false, ragged: false },
+    &Lstm { shape: [64, 252, 30, 128], train: false, ragged: false },
+    &Lstm { shape: [64, 63, 30, 64], train: true, ragged: false },
+    &Lstm { shape: [512, 63, 30, 32], train: true, ragged: false },
+    &Lstm { shape: [64, 252, 30, 128], train: true, ragged: false },
+    &Attention { shape: [64, 4, 63, 16], train: false, ragged: false },
+    &Attention { shape: [16, 8, 512, 32], train: false, ragged: false },
+    &Attention { shape: [4, 4, 2048, 16], train: false, ragged: false },
+    &Attention { shape: [64, 4, 63, 16], train: true, ragged: false },
+    &Attention { shape: [16, 8, 512, 32], train: true, ragged: false },
+    &Attention { shape: [4, 4, 2048, 16], train: true, ragged: false },
+    &Lstm { shape: [64, 63, 30, 64], train: false, ragged: true },
+    &Lstm { shape: [512, 63, 30, 32], train: false, ragged: true },
+    &Lstm { shape: [64, 63, 30, 64], train: true, ragged: true },
+    &Lstm { shape: [512, 63, 30, 32], train: true, ragged: true },
+    &Attention { shape: [64, 4, 63, 16], train: false, ragged: true },
+    &Attention { shape: [16, 8, 512, 32], train: false, ragged: true },
+    &Attention { shape: [64, 4, 63, 16], train: true, ragged: true },
+    &Attention { shape: [16, 8, 512, 32], train: true, ragged: true },
     &Models,
 ];
 
@@ -35,12 +45,14 @@ struct Lstm {
     /// B, T, I, H.
     shape: [usize; 4],
     train: bool,
+    ragged: bool,
 }
 
 struct Attention {
     /// B, NH, T, D.
     shape: [usize; 4],
     train: bool,
+    ragged: bool,
 }
 
 struct Models;
@@ -54,6 +66,18 @@ fn noise(n: usize, stream: u32, seed: u64, scale: f64) -> Vec<f32> {
 fn leaf(tape: &mut Tape, shape: &[usize], stream: u32, seed: u64, scale: f64, variable: bool) -> Result<Var> {
     let buffer = tape.device().upload("leaf", &noise(shape.iter().product(), stream, seed, scale))?;
     if variable { tape.variable(&buffer, shape) } else { tape.input(&buffer, shape) }
+}
+
+/// Lengths [B] of 25 to 100 % of T, evenly spread and in no order, on the tape, and the share of steps that they leave.
+fn lengths(tape: &mut Tape, batch: usize, time: usize) -> Result<(Var, f64)> {
+    // A step that shares no factor with B visits every length once.
+    let stride = (batch * 5 / 8..).find(|&s| s > 0 && (2..=s).all(|f| !s.is_multiple_of(f) || !batch.is_multiple_of(f))).unwrap_or(1);
+    let quarter = time.div_ceil(4);
+    let of = |b: usize| (quarter + (time - quarter) * (b * stride % batch) / (batch - 1).max(1)) as u32;
+    let words: Vec<u32> = (0..batch).map(of).collect();
+    let share = words.iter().map(|&n| f64::from(n)).sum::<f64>() / (batch * time) as f64;
+    let buffer = tape.device().upload_u32("lengths", &words)?;
+    Ok((tape.input(&buffer, &[batch])?, share))
 }
 
 /// Records a tape whose outputs start their backward sweep with ones, and what a run checks: parts of outputs and gradients.
@@ -99,7 +123,12 @@ fn record(device: &Device, mut tape: Tape, out: Var, leaves: &[Var], train: bool
 
 impl Workload for Lstm {
     fn name(&self) -> &'static str {
-        if self.train { "lstm_train" } else { "lstm" }
+        match (self.train, self.ragged) {
+            (false, false) => "lstm",
+            (false, true) => "lstm_ragged",
+            (true, false) => "lstm_train",
+            (true, true) => "lstm_train_ragged",
+        }
     }
 
     fn shape(&self) -> Vec<usize> {
@@ -118,9 +147,10 @@ impl Workload for Lstm {
         let (w_ih, w_hh) = (leaf(&mut tape, &[1, 4 * h, i], 1, seed, scale, self.train)?, leaf(&mut tape, &[1, 4 * h, h], 2, seed, scale, self.train)?);
         let bias = leaf(&mut tape, &[1, 4 * h], 3, seed, scale, self.train)?;
         let layer = Layer { w_ih, w_hh, b_ih: Some(bias), b_hh: None, h0: None, c0: None };
-        let y = tape.lstm(x, &[layer], RecurrentOptions::default())?.y;
-        let forward = (2 * b * t * 4 * h * (i + h)) as f64;
-        let values = (b * t * (i + h)) as f64;
+        let (lengths, share) = if self.ragged { lengths(&mut tape, b, t).map(|(v, share)| (Some(v), share))? } else { (None, 1.0) };
+        let y = tape.lstm(x, &[layer], RecurrentOptions { lengths, ..Default::default() })?.y;
+        let forward = share * (2 * b * t * 4 * h * (i + h)) as f64;
+        let values = share * (b * t * (i + h)) as f64;
         let (work, bytes) = if self.train { (3.0 * forward, 24.0 * values) } else { (forward, 4.0 * values) };
         record(device, tape, y, &[w_ih, w_hh, bias], self.train, Cost { work, bytes, flops: work / 2.0 })
     }
@@ -128,7 +158,12 @@ impl Workload for Lstm {
 
 impl Workload for Attention {
     fn name(&self) -> &'static str {
-        if self.train { "attention_train" } else { "attention" }
+        match (self.train, self.ragged) {
+            (false, false) => "attention",
+            (false, true) => "attention_ragged",
+            (true, false) => "attention_train",
+            (true, true) => "attention_train_ragged",
+        }
     }
 
     fn shape(&self) -> Vec<usize> {
@@ -144,8 +179,9 @@ impl Workload for Attention {
         let mut tape = Tape::new(device);
         let mut make = |stream: u32| leaf(&mut tape, &self.shape, stream, seed, 1.0, self.train);
         let (q, k, v) = (make(0)?, make(1)?, make(2)?);
-        let (out, _) = tape.attention(q, k, v, AttentionOptions::default())?;
-        let forward = 4.0 * (b * heads * t * t * d) as f64;
+        let (kv_len, share) = if self.ragged { lengths(&mut tape, b, t).map(|(v, share)| (Some(v), share))? } else { (None, 1.0) };
+        let (out, _) = tape.attention(q, k, v, AttentionOptions { kv_len, ..Default::default() })?;
+        let forward = 4.0 * share * (b * heads * t * t * d) as f64;
         let values = (b * heads * t * d) as f64;
         let (work, bytes) = if self.train { (3.5 * forward, 4.0 * 12.0 * values) } else { (forward, 4.0 * 4.0 * values) };
         record(device, tape, out, &[q, k, v], self.train, Cost { work, bytes, flops: work / 2.0 })
