@@ -319,7 +319,7 @@ recurrent_kernel! {
 const BLOCK_WG: u32 = 8;
 /// Most hidden units.
 const BLOCK_HIDDEN: u64 = 128;
-/// Most steps that one slice of a weight gradient sums: a round each.
+/// Most rounds of one slice of a weight gradient: one a step, two more a sequence.
 const BLOCK_SLICE: u64 = 60_000;
 
 fn block_gradient_groups(words: &[u32]) -> u64 {
@@ -1031,13 +1031,13 @@ impl Recurrent {
         let (slice_rows, time_parts, _) = self.slices();
         let sizes = self.hidden.is_multiple_of(4) && self.hidden <= BLOCK_HIDDEN && self.inputs >= 4;
         let info = device.info();
-        info.kind == crate::DeviceKind::Wgpu && info.software && sizes && (slice_rows * self.time.div_ceil(time_parts)) <= BLOCK_SLICE
+        info.kind == crate::DeviceKind::Wgpu && info.software && sizes && slice_rows * (self.time.div_ceil(time_parts) + 2) <= BLOCK_SLICE
     }
 
     /// Rounds of a step of those kernels' loops, forward and backward.
     fn block_rounds(&self) -> (u64, u64) {
         let quads = self.hidden / 4;
-        let forward = quads * (self.inputs / 4 + quads + 6) + 5 * quads + 16;
+        let forward = quads * (self.inputs / 4 + quads + 7) + 9 * quads + 16;
         (forward, self.hidden.div_ceil(8) * (self.gates() / 4 + 1) + 9 * quads + 32)
     }
 
