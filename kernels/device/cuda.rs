@@ -510,8 +510,8 @@ impl Cuda {
                     if let Some((_, words)) = submitted.reads.last_mut()
                         && !words.is_empty()
                     {
-                        // SAFETY: the range lies inside a live buffer; `submitted` owns the words until the stream is idle.
                         let bytes = &mut bytemuck::cast_slice_mut::<u32, u8>(words)[..bytes_of(view)];
+                        // SAFETY: the range lies inside a live buffer; `submitted` owns the words until the stream is idle.
                         unsafe { result::memcpy_dtoh_async(bytes, source, stream.cu_stream()) }.map_err(|error| gpu.error("downloading", error))?;
                     }
                 }
@@ -545,8 +545,8 @@ impl Backend for Cuda {
         let gpu = &self.gpu;
         gpu.enter()?;
         let (target, words) = (Memory::at(to)?, data.words());
-        // SAFETY: the range is as long as the words, as the device checked; from pageable host memory the call returns when they are staged.
         let bytes = &bytemuck::cast_slice::<u32, u8>(&words)[..bytes_of(to)];
+        // SAFETY: the range is as long as the words, as the device checked; from pageable host memory the call returns when they are staged.
         unsafe { result::memcpy_htod_async(target, bytes, gpu.stream.cu_stream()) }.map_err(|error| gpu.error("writing a buffer", error))
     }
 

@@ -4,7 +4,6 @@ use super::{need, optional, wrong, zeros};
 use crate::kernels::activation::Activation;
 use crate::kernels::conv1d::{self, Conv1d, Conv1dArgs, Conv1dBackwardArgs, Padding};
 use crate::kernels::kernel::Elem;
-use crate::kernels::map;
 use crate::kernels::{Device, Pass};
 use crate::tape::{Backward, Forward, Function, Keeps, Tape, Var};
 use crate::{Error, Result};

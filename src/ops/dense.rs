@@ -2,7 +2,6 @@
 
 use super::{need, optional, wrong, zeros};
 use crate::kernels::activation::Activation;
-use crate::kernels::cast;
 use crate::kernels::kernel::Elem;
 use crate::kernels::layer_norm::{self, LayerNormArgs, LayerNormBackwardArgs};
 use crate::kernels::linear::{self, LinearArgs, LinearBackwardArgs};

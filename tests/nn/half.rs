@@ -66,7 +66,7 @@ fn edges() -> Vec<f32> {
         65520.0,
         -1e6,
         6.103_515_6e-5,
-        6.097_555_2e-5,
+        6.097_555e-5,
         5.960_464_5e-8,
         2.980_232_2e-8,
         2.980_233e-8,
@@ -149,8 +149,11 @@ fn odd_ranges_touch_nothing_beside_them() {
 
 // ---- dense layers -----------------------------------------------------------------------------------------------------------
 
+/// y and what is kept.
+type Forward = [Vec<f64>; 2];
+
 /// y, grad_x, grad_weight, grad_bias; y and what is kept, given from outside, are what backward starts from.
-fn run(device: &Device, op: &Linear, kept: Option<&[Vec<f64>; 2]>) -> Result<([Vec<f64>; 4], [Vec<f64>; 2])> {
+fn run(device: &Device, op: &Linear, kept: Option<&Forward>) -> Result<([Vec<f64>; 4], Forward)> {
     let elem = op.stored;
     let scale = 2.0 / (op.inputs as f32).sqrt();
     let len = op.models * op.rows * op.outputs;
@@ -361,7 +364,7 @@ fn recur(device: &Device, lstm: bool, stored: Elem, [m, b, t, i, h]: [usize; 5],
     let (y, hn) = (out.y, out.hn[0].unwrap());
     for (n, of) in [y, hn].into_iter().enumerate() {
         let shape = tape.shape(of).to_vec();
-        let seed = tape.input(&upload(device, stored, &values(90 + n as u64, shape.iter().product::<usize>() as u64)), &shape).unwrap();
+        let seed = tape.input(upload(device, stored, &values(90 + n as u64, shape.iter().product::<usize>() as u64)), &shape).unwrap();
         tape.backward_with(of, seed).unwrap();
     }
     let mut pass = device.pass("recurrent");

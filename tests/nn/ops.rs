@@ -151,7 +151,7 @@ fn risk_parity_of_known_portfolios() {
         (done.f64(value).unwrap()[0], done.f64(grad).unwrap())
     };
     let s = [0.04, 0.006, 0.0, 0.006, 0.09, 0.018, 0.0, 0.018, 0.16];
-    assert!(of(&[0.474_252_18, 0.293_825_36, 0.231_922_46], &s, 0.0).0 < 1e-12);
+    assert!(of(&[0.474_252_2, 0.293_825_36, 0.231_922_46], &s, 0.0).0 < 1e-12);
     let (value, _) = of(&[1.0 / 3.0; 3], &s, 0.0);
     assert!((value - 0.076_281_176).abs() < 1e-7, "{value}");
     let (value, grad) = of(&[0.5, 0.3, 0.2], &s, 0.0);
@@ -339,7 +339,7 @@ fn mistakes_with_words_and_shapes_are_named() {
     // Words where reals belong are found when the pass is recorded.
     let y = tape.unary(Unary::Exp, words).unwrap();
     let result = tape.record(&mut device.pass("mixed"), &[y]).map(|_| y);
-    refused(result, &["unary"]);
+    refused(result, &["map", "f32", "u32"]);
 }
 
 /// Rows of attention's weights sum to one and give its result back, packed or not, with mask, lengths and bias.

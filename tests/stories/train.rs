@@ -185,7 +185,7 @@ fn what_cannot_be_trained_is_refused_in_one_line() {
         }
     }
     let ran = run(&["train", &broken, "--device", "cpu"]);
-    assert!(ran.code == 2 && ["b.csv", "row 2", "'x'"].iter().all(|part| ran.stderr.contains(part)), "{}", ran.stderr);
+    assert!(ran.code == 2 && ["b.csv", "row 3", "column 'A'", "'x'"].iter().all(|part| ran.stderr.contains(part)), "{}", ran.stderr);
 }
 
 /// A year of SPY, and what is said of it: that nothing is there to be found in a few seconds of training is what an honest tool says.
