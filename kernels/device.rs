@@ -452,7 +452,7 @@ impl Device {
 
     fn alloc(&self, label: &str, elem: Elem, len: u64, data: Option<Cow<'_, [u32]>>) -> Result<Buffer> {
         self.supports(elem)?;
-        let bytes = len.max(1).saturating_mul(elem.bytes()).next_multiple_of(4);
+        let bytes = len.max(1).saturating_mul(elem.bytes()).checked_next_multiple_of(4).unwrap_or(u64::MAX);
         let help = "use fewer sets, assets or bars at once";
         if bytes > self.0.limits.buffer_bytes {
             return Err(too_large(&format!("buffer '{label}'"), bytes, self.0.limits.buffer_bytes, help));

@@ -101,7 +101,9 @@ fn forward_backward(g: &mut Guards, rng: &mut Rng, nothing: &Nothing) {
             };
             let (model, log_trans, obs) = (g.reals(&rows(rng, 1, k)), g.reals(&rows(rng, k, k)), g.reals(&rng.returns(b * t * k, -1.0, 0.5)));
             let lengths = g.words(&[7, 4, 1]);
-            let [states, pair, summary] = [sections * b * t * k, (b * pairs).max(1), b * 4].map(|n| g.out(Elem::F32, n));
+            let [states, summary] = [sections * b * t * k, b * 4].map(|n| g.out(Elem::F32, n));
+            // Bound, but not written where no pairs are wanted.
+            let pair = if pairs > 0 { g.out(Elem::F32, b * pairs) } else { g.reals(&[0.0]) };
             g.launch(kernel, &params, &[&model, &obs, &lengths, &log_trans, &nothing.reals, &states, &pair, &summary]);
         }
     }

@@ -2,12 +2,15 @@
 //! differences in f64, then every device against that; and a list that an op without such a test is not on.
 
 use super::tape::{Leaf, check, leaf};
-use crate::common::Rng;
+use crate::common::{Rng, open_all};
 use forback::kernels::activation::Activation;
 use forback::kernels::attention::Dropout;
+use forback::kernels::half;
+use forback::kernels::kernel::Elem;
 use forback::kernels::loss::Criterion;
 use forback::kernels::map::{BinaryFunction, Unary};
 use forback::ops::*;
+use forback::tape::Tape;
 
 fn leaves(seed: u32, shapes: &[&[usize]]) -> Vec<Leaf> {
     let mut rng = Rng::new(seed);
@@ -251,10 +254,44 @@ fn gradients_of_recurrent_layers_over_sizes() {
 }
 
 /// Methods of the tape that add an op, by the files that they are in, and those that a test named `gradients_…` calls.
+/// A rounded function has no difference quotient: a cast's gradient is what comes back, rounded to the storage it comes through.
+#[test]
+fn gradients_of_casts_over_sizes() {
+    for device in open_all(&["reference", "cpu", "wgpu", "cuda-host", "cuda"]) {
+        for elem in [Elem::F16, Elem::Bf16].into_iter().filter(|&elem| device.supports(elem).is_ok()) {
+            for shape in SIZES {
+                let mut rng = Rng::new(470);
+                let [values, seeds] = [0; 2].map(|_| (0..shape.iter().product()).map(|_| rng.normal() as f32).collect::<Vec<f32>>());
+                let mut tape = Tape::new(&device);
+                let x = tape.variable(&device.upload("x", &values).unwrap(), shape).unwrap();
+                let small = tape.cast_scaled(x, elem, 0.5).unwrap();
+                let scaled = tape.cast_scaled(small, Elem::F32, 4.0).unwrap();
+                let plain = tape.cast(small, Elem::F32).unwrap();
+                let seed = tape.input(&device.upload("seed", &seeds).unwrap(), shape).unwrap();
+                tape.backward_with(scaled, seed).unwrap();
+                let mut pass = device.pass("casts");
+                let plan = tape.record(&mut pass, &[scaled, plain]).unwrap();
+                let reads = [plan.view(scaled).unwrap(), plan.view(plain).unwrap(), plan.grad(x).unwrap()].map(|view| pass.read(view).unwrap());
+                let mut done = pass.submit().unwrap();
+                let [scaled, plain, grad] = reads.map(|read| done.f64(read).unwrap());
+                let rounded = |x: f32| match elem {
+                    Elem::F16 => half::f16_to_f32(half::f32_to_f16(x)),
+                    _ => half::bf16_to_f32(half::f32_to_bf16(x)),
+                };
+                let each = |x: &[f32], scale: f32, after: f64| x.iter().map(|&x| f64::from(rounded(scale * x)) * after).collect::<Vec<f64>>();
+                let what = format!("{} {elem:?} {shape:?}", device.info().kind.name());
+                assert_eq!((&scaled, &plain), (&each(&values, 1.0, 1.0), &each(&values, 1.0, 1.0)), "{what}");
+                assert_eq!(grad, each(&seeds, 4.0, 0.5), "{what}");
+            }
+        }
+    }
+}
+
 #[test]
 fn every_op_has_a_gradient_test() {
     let ops = [
         include_str!("../../src/ops/attention.rs"),
+        include_str!("../../src/ops/cast.rs"),
         include_str!("../../src/ops/conv1d.rs"),
         include_str!("../../src/ops/dense.rs"),
         include_str!("../../src/ops/gather.rs"),
