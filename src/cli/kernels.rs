@@ -30,6 +30,11 @@ fn op_of(kernel: &Kernel) -> &'static str {
     OPS.iter().find(|op| op.kernels.iter().any(|k| k.name == kernel.name)).map_or("", |op| op.name)
 }
 
+/// Whether this is another kernel with its arguments in 16 bits: the README names it there.
+fn stored_apart(kernel: &Kernel) -> bool {
+    kernel.entry() != kernel.name
+}
+
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     if let Some(dir) = &args.cuda_units {
         return write_units(dir);
@@ -50,8 +55,13 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
                     "params": kernel.params.name, "unit": kernel.cost.unit, "bytes": kernel.cost.bytes, "flops": kernel.cost.flops })
             .to_string());
         } else if args.markdown {
+            if stored_apart(kernel) {
+                continue;
+            }
+            let halves = KERNELS.iter().any(|other| stored_apart(other) && other.entry() == kernel.name);
+            let storage = if halves { "; also stored in f16, bf16" } else { "" };
             let tick = columns(kernel).map(|(_, there)| if there { "✓" } else { "" }).join(" | ");
-            say(&format!("| {} | `{}` | {} | {tick} | {cost} |", op_of(kernel), kernel.name, kernel.about));
+            say(&format!("| {} | `{}` | {}{storage} | {tick} | {cost} |", op_of(kernel), kernel.name, kernel.about));
         } else {
             say(&format!("{:<20} {:<29} {:<15} {:>9}  {cost:<34} {}", op_of(kernel), kernel.name, has.join(" "), kernel.workgroup, kernel.about));
         }
