@@ -224,6 +224,10 @@ pub(crate) trait Backend: Send + Sync {
     fn prepare(&self, _: &Recorded<'_>) -> Result<Prepared> {
         Ok(Box::new(()))
     }
+    /// Does what the host does for a run before a kernel or the driver takes over, and drops it.
+    fn rehearse(&self, _: &Recorded<'_>) -> Result<()> {
+        Ok(())
+    }
     /// Runs the commands in order and returns the reads, in order.
     fn run(&self, recorded: Recorded<'_>) -> Result<(Vec<HostData>, Vec<LaunchTime>)>;
     /// Makes the device unusable, as a driver reset would.
@@ -956,8 +960,8 @@ impl Pass {
     }
 }
 
-/// A pass to run many times: the same kernels, params and buffers; what the buffers hold may change in between. A CUDA graph, wgpu bind
-/// groups made once, the recorded list elsewhere.
+/// A pass to run many times: the same kernels, params and buffers; what the buffers hold may change in between. A CUDA graph, bind groups and
+/// room for the reads on wgpu, which arguments share a buffer on the CPU, the recorded list elsewhere.
 pub struct Replay {
     pass: Pass,
     prepared: Prepared,
@@ -969,6 +973,14 @@ impl Replay {
     /// As for [`Pass::submit`].
     pub fn run(&self) -> Result<Done> {
         self.pass.run(Some(&self.prepared))
+    }
+
+    /// Does what the host does for a run, short of the kernels (CPU) or of handing the commands to the driver (wgpu): the clock around it
+    /// shows what a run costs besides. Nothing on CUDA, where a run is a launch of the graph.
+    /// # Errors
+    /// As for [`Pass::submit`].
+    pub fn rehearse(&self) -> Result<()> {
+        self.pass.device.0.backend.rehearse(&self.pass.recorded(Some(&self.prepared)))
     }
 
     /// Number of launches in a run.

@@ -673,6 +673,17 @@ fn a_prepared_pass_runs_again() {
             assert!(!seen.contains(&replayed), "{name}: run {run} saw the counters of another");
             seen.push(replayed);
         }
+        device.write_u32(&args[0], &(0..4 * rows as u32).map(|i| i + 7000).collect::<Vec<_>>()).unwrap();
+        replay.rehearse().unwrap();
+        let mut look = device.pass("look");
+        let out = look.read(&args[3]).unwrap();
+        assert_bits(name, &look.submit().unwrap().f64(out).unwrap(), &seen[2]);
+        // Runs beside each other: each has room of its own for what it reads.
+        let (fresh, read) = record();
+        let truth = fresh.submit().unwrap().f64(read).unwrap();
+        let run = || (0..5).map(|_| replay.run().unwrap().f64(first).unwrap()).collect::<Vec<_>>();
+        let runs = std::thread::scope(|s| [0; 4].map(|_| s.spawn(run)).map(|thread| thread.join().unwrap()));
+        runs.iter().flatten().for_each(|values| assert_bits(name, values, &truth));
     }
 }
 

@@ -1,7 +1,9 @@
 //! `wgpu`: the WGSL column on Vulkan, Metal or DX12.
 //!
 //! One encoder, one submit and one wait per pass. Bind groups bind the params at 0 and the arguments from 1 on, in the kernel's
-//! order. Release shaders run without the compiler's bounds and loop checks; `FORBACK_CHECKED=1` keeps them.
+//! order. A replay keeps its pipelines, bind groups and the buffers that its reads land in; what is left is to encode, which wgpu asks for
+//! anew each time: 22 µs for the 16 launches of a small training step, of them 0.3 here, 14 in wgpu's checks and barriers, 8 in the Vulkan
+//! driver (`forback bench replay`). Release shaders run without the compiler's bounds and loop checks; `FORBACK_CHECKED=1` keeps them.
 
 use super::{Backend, Command, DeviceInfo, DeviceKind, HostData, Launch, LaunchTime, Limits, OpenOptions, Prepared, Recorded, View};
 use crate::kernel::{Access, Elem, Kernel};
@@ -220,14 +222,23 @@ impl WgpuBackend {
         launches.iter().zip(pipelines).zip(offsets).map(bind).collect()
     }
 
-    fn encode(&self, recorded: &Recorded<'_>, launches: &[Bound]) -> Result<Encoded> {
+    /// Buffers that the reads land in, in order.
+    fn staging(&self, recorded: &Recorded<'_>) -> Vec<wgpu::Buffer> {
+        let make = |view: &View| {
+            let (start, end) = words_of(view);
+            self.buffer("read", (end - start).max(4), BufferUsages::MAP_READ | BufferUsages::COPY_DST)
+        };
+        reads(recorded).map(make).collect()
+    }
+
+    fn encode(&self, recorded: &Recorded<'_>, launches: &[Bound], staging: &[wgpu::Buffer]) -> Result<Encoded> {
         let queries = (recorded.profile && self.timestamps && !launches.is_empty()).then(|| {
             let count = 2 * launches.len().min(MAX_TIMED) as u32;
             let set = self.device.create_query_set(&wgpu::QuerySetDescriptor { label: None, ty: wgpu::QueryType::Timestamp, count });
             (set, count)
         });
         let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some(recorded.label) });
-        let mut staging = Vec::new();
+        let mut targets = staging.iter();
         let mut next = 0;
         let mut commands = recorded.commands.iter().peekable();
         while let Some(command) = commands.next() {
@@ -238,14 +249,10 @@ impl WgpuBackend {
                     encoder.copy_buffer_to_buffer(source, bytes * from.range.start, target, bytes * to.range.start, from.bytes().next_multiple_of(4));
                 }
                 Command::Read(view) => {
-                    // Whole words: an odd half before the range comes along.
-                    let start = (view.elem().bytes() * view.range.start) & !3;
-                    let bytes = (view.elem().bytes() * view.range.end - start).next_multiple_of(4);
-                    let target = self.buffer("read", bytes.max(4), BufferUsages::MAP_READ | BufferUsages::COPY_DST);
-                    if view.len() > 0 {
-                        encoder.copy_buffer_to_buffer(view.storage::<wgpu::Buffer>()?, start, &target, 0, bytes);
+                    let (start, end) = words_of(view);
+                    if let Some(target) = targets.next().filter(|_| view.len() > 0) {
+                        encoder.copy_buffer_to_buffer(view.storage::<wgpu::Buffer>()?, start, target, 0, end - start);
                     }
-                    staging.push((target, view.clone()));
                 }
                 Command::Launch(first) => {
                     // Launches in a row share a compute pass, unless each is timed.
@@ -256,10 +263,13 @@ impl WgpuBackend {
                     });
                     let alone = timed.is_some();
                     let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some(recorded.label), timestamp_writes: timed });
-                    let mut launch = Some(first);
+                    let (mut launch, mut set) = (Some(first), None);
                     while let Some(l) = launch {
                         let Bound { pipeline, group } = &launches[next];
-                        pass.set_pipeline(&pipeline.pipeline);
+                        let kernel = std::ptr::from_ref(l.kernel);
+                        if set.replace(kernel) != Some(kernel) {
+                            pass.set_pipeline(&pipeline.pipeline);
+                        }
                         pass.set_bind_group(0, group, &[]);
                         pass.dispatch_workgroups(l.grid[0], l.grid[1], l.grid[2]);
                         next += 1;
@@ -279,7 +289,7 @@ impl WgpuBackend {
             encoder.copy_buffer_to_buffer(&resolve, 0, &target, 0, bytes);
             target
         });
-        Ok(Encoded { commands: encoder.finish(), staging, times })
+        Ok(Encoded { commands: encoder.finish(), times })
     }
 
     /// All params of a pass in one uniform buffer, each at its own aligned offset.
@@ -330,9 +340,24 @@ struct Bound {
     group: wgpu::BindGroup,
 }
 
+/// What runs of a pass share. A run takes the buffers for its reads and gives them back; one beside it makes its own.
+struct Shared {
+    launches: Vec<Bound>,
+    staging: Mutex<Option<Vec<wgpu::Buffer>>>,
+}
+
+fn reads<'a>(recorded: &Recorded<'a>) -> impl Iterator<Item = &'a View> + use<'a> {
+    recorded.commands.iter().filter_map(|c| if let Command::Read(view) = c { Some(view) } else { None })
+}
+
+/// First byte of a view and one past its last, in whole words: an odd half before the range comes along.
+fn words_of(view: &View) -> (u64, u64) {
+    let start = (view.elem().bytes() * view.range.start) & !3;
+    (start, start + (view.elem().bytes() * view.range.end - start).next_multiple_of(4))
+}
+
 struct Encoded {
     commands: wgpu::CommandBuffer,
-    staging: Vec<(wgpu::Buffer, View)>,
     times: Option<wgpu::Buffer>,
 }
 
@@ -360,25 +385,27 @@ impl Backend for WgpuBackend {
     }
 
     fn prepare(&self, recorded: &Recorded<'_>) -> Result<Prepared> {
-        self.scoped("preparing a pass", || Ok(Box::new(self.bound(recorded)?) as Prepared))
+        let share = || Ok(Shared { launches: self.bound(recorded)?, staging: Mutex::new(Some(self.staging(recorded))) });
+        self.scoped("preparing a pass", || Ok(Box::new(share()?) as Prepared))
     }
 
     fn run(&self, recorded: Recorded<'_>) -> Result<(Vec<HostData>, Vec<LaunchTime>)> {
-        let encoded = self.scoped("running a pass", || {
-            let Encoded { commands, staging, times } = match recorded.prepared.and_then(|p| p.downcast_ref::<Vec<Bound>>()) {
-                Some(bound) => self.encode(&recorded, bound)?,
-                None => self.encode(&recorded, &self.bound(&recorded)?)?,
+        let shared = recorded.prepared.and_then(|p| p.downcast_ref::<Shared>());
+        let (staging, times) = self.scoped("running a pass", || {
+            let staging = shared.and_then(|s| lock(&s.staging).take()).unwrap_or_else(|| self.staging(&recorded));
+            let Encoded { commands, times } = match shared {
+                Some(shared) => self.encode(&recorded, &shared.launches, &staging)?,
+                None => self.encode(&recorded, &self.bound(&recorded)?, &staging)?,
             };
             self.queue.submit([commands]);
-            for buffer in staging.iter().map(|(b, _)| b).chain(&times) {
+            for buffer in staging.iter().chain(&times) {
                 buffer.slice(..).map_async(wgpu::MapMode::Read, |_| {});
             }
             self.wait()?;
             Ok((staging, times))
         })?;
-        let (staging, times) = encoded;
         let mut values = Vec::with_capacity(staging.len());
-        for (buffer, view) in &staging {
+        for (buffer, view) in staging.iter().zip(reads(&recorded)) {
             let mut words = self.mapped(buffer)?;
             if view.len() == 0 {
                 words.clear();
@@ -387,6 +414,10 @@ impl Backend for WgpuBackend {
                 words.iter_mut().zip(next).for_each(|(word, next)| *word = *word >> 16 | next << 16);
             }
             values.push(HostData::of_words(view.elem(), words, view.len() as usize));
+        }
+        if let Some(shared) = shared {
+            staging.iter().for_each(wgpu::Buffer::unmap);
+            *lock(&shared.staging) = Some(staging);
         }
         let launches = recorded.commands.iter().filter_map(|c| if let Command::Launch(l) = c { Some(l) } else { None });
         let seconds: Vec<f64> = match &times {
@@ -399,6 +430,16 @@ impl Backend for WgpuBackend {
         };
         let profile = recorded.profile.then(|| launches.enumerate().map(|(i, l)| LaunchTime::of(l, seconds.get(i).copied().unwrap_or(f64::NAN))).collect());
         Ok((values, profile.unwrap_or_default()))
+    }
+
+    fn rehearse(&self, recorded: &Recorded<'_>) -> Result<()> {
+        let Some(shared) = recorded.prepared.and_then(|p| p.downcast_ref::<Shared>()) else { return Ok(()) };
+        self.scoped("rehearsing a pass", || {
+            let staging = lock(&shared.staging).take().unwrap_or_else(|| self.staging(recorded));
+            self.encode(recorded, &shared.launches, &staging)?;
+            *lock(&shared.staging) = Some(staging);
+            Ok(())
+        })
     }
 
     fn lacks(&self, elem: Elem) -> Option<&'static str> {

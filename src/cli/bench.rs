@@ -308,6 +308,9 @@ fn report(args: &Args, device: &Device, workload: &dyn Workload, prepared: &Prep
         say(&line.to_string());
     } else {
         say(&format!("{:<20} {:?}: {:.1} ms (min {:.1}), {:.3e} {}/s", workload.name(), workload.shape(), median * 1e3, seconds[0] * 1e3, rate, unit));
+        for (name, value) in &prepared.says {
+            say(&format!("  {name} {value}"));
+        }
         for l in &run.profile {
             say(&format!("  {:<24} {:>10.3} ms {:>10.2} G instructions/s", l.kernel, l.seconds * 1e3, l.flops / l.seconds / 1e9));
         }

@@ -2,6 +2,7 @@
 
 use super::objective::Objective;
 use super::{Model, State, TrainConfig};
+use crate::kernels::kernel::Elem;
 use crate::kernels::map;
 use crate::kernels::optimiser::{Optimiser, OptimiserArgs, optimiser_step};
 use crate::kernels::{Buffer, Pass, Read, Replay, View};
@@ -70,8 +71,9 @@ pub(super) struct Batch {
 /// A recorded pass over a batch: what to write before, what to read after.
 pub(super) struct Recorded {
     pub(super) replay: Replay,
-    ids: Buffer,
-    last: Buffer,
+    /// Rows of the windows [M,W·T], then, from `last` on, of their last bars [M,B]: one write for both.
+    rows: Buffer,
+    last: usize,
     factors: Buffer,
     pub(super) seed: Option<Buffer>,
     out: Read,
@@ -87,11 +89,11 @@ impl Recorded {
     /// Runs a batch: what the pass reads, and the norm of each model's gradient where it has a step.
     pub(super) fn run(&self, device: &Device, batch: &Batch) -> Result<(Vec<f32>, Vec<f32>)> {
         let t = self.window as u32;
-        let ids: Vec<u32> = batch.samples.iter().flat_map(|&last| last + 1 - t..=last).collect();
-        device.write_u32(&self.ids, &ids)?;
-        let row = self.batch + self.context;
-        let last: Vec<u32> = batch.samples.chunks_exact(row).flat_map(|row| &row[self.context..]).copied().collect();
-        device.write_u32(&self.last, &last)?;
+        let mut rows = Vec::with_capacity(self.rows.len() as usize);
+        rows.extend(batch.samples.iter().flat_map(|&last| last + 1 - t..=last));
+        rows.resize(self.last, 0);
+        rows.extend(batch.samples.chunks_exact(self.batch + self.context).flat_map(|row| &row[self.context..]));
+        device.write_u32(&self.rows, &rows)?;
         device.write(&self.factors, &batch.factors)?;
         let mut done = self.replay.run()?;
         let norm = self.norm.map_or_else(|| Ok(Vec::new()), |read| done.f32(read))?;
@@ -116,15 +118,16 @@ impl<N: Model> Recorder<'_, N> {
         let context = usize::from(what.has_context(&self.config.objective));
         let (m, b, t, i) = (parameters.models(), self.config.batch, table.window, table.inputs);
         let w = b + context;
-        let ids = device.zeros_u32("ids", (m * w * t) as u64)?;
-        let last = device.zeros_u32("last rows", (m * b) as u64)?;
+        let (ids, ends) = ((m * w * t) as u64, (m * b) as u64);
+        let last = ids.next_multiple_of(device.align(Elem::U32));
+        let rows = device.zeros_u32("rows", last + ends)?;
         let factors = device.zeros("factors", (m * b) as u64)?;
         let mut tape = Tape::new(device);
         let features = tape.input(&self.inputs.features, &[1, table.rows(), i])?;
         let (mean, inverse) = (tape.input(&self.inputs.mean, &[m, 1, i])?, tape.input(&self.inputs.inverse, &[m, 1, i])?);
-        let (rows, ends) = (tape.input(&ids, &[m, w * t])?, tape.input(&last, &[m, b])?);
+        let (windows, ends) = (tape.input(rows.view(0..ids), &[m, w * t])?, tape.input(rows.view(last..last + ends), &[m, b])?);
         let given = tape.input(&factors, &[m, b])?;
-        let x = tape.embedding(features, rows)?;
+        let x = tape.embedding(features, windows)?;
         let x = tape.sub(x, mean)?;
         let x = tape.mul(x, inverse)?;
         let x = tape.reshape(x, &[m, w, t, i])?;
@@ -151,7 +154,7 @@ impl<N: Model> Recorder<'_, N> {
             map::accumulate(&mut pass, 1.0, &View::from(parameters.grads()), &View::from(sum))?;
         }
         let out = pass.read(plan.view(out)?)?;
-        Ok(Recorded { replay: pass.prepare()?, ids, last, factors, seed, out, norm, batch: b, context, window: t, bytes: plan.bytes })
+        Ok(Recorded { replay: pass.prepare()?, rows, last: last as usize, factors, seed, out, norm, batch: b, context, window: t, bytes: plan.bytes })
     }
 
     fn result(&self, tape: &mut Tape, parameters: &Parameters, x: Var, ends: Var, given: Var, what: What) -> Result<Var> {

@@ -2,6 +2,9 @@
 //!
 //! lstm, lstm_train            x [1,B,T,I], one layer of H units: forward; forward and backward to the weights.
 //! attention, attention_train  q, k, v [B,NH,T,D], no mask: forward; forward and backward to q, k and v.
+//! replay                      one such model of M 1, B 1, T 1, I 4, H 4: there is next to nothing to compute, so that a run shows what the host does for
+//!                             a recorded step. host_us is that alone: on the CPU binding the buffers, on wgpu encoding, without submit and wait.
+//!                             Floor 15 µs and the driver. Two cores, 16 launches: 1.9 µs on the CPU, 22 on wgpu with the driver's 8.
 //! models_train                M 1,024 LSTM models with a linear head, B 8, T 32, I 8, H 16: squared error at the last step, backward, AdamW.
 //! …_ragged    the same with sequences of 25 to 100 % of T, evenly spread and in no order; work counts valid steps (LSTM) or valid keys alone,
 //!             so that a rate next to the dense one is the cost of a valid step. Queries of attention are not cut: all T of them see the keys.
@@ -11,13 +14,15 @@ use super::{Cost, Prepared, Run, Workload};
 use crate::kernels::loss::Criterion;
 use crate::kernels::optimiser::{Optimiser, OptimiserArgs, optimiser_step};
 use crate::kernels::philox::{normals, philox4x32};
-use crate::kernels::{Buffer, Pass, Read, View};
+use crate::kernels::{Buffer, Pass, Read, Replay, View};
 use crate::nn::{Cell, Declared, Linear, Module, Parameters, Recurrent};
 use crate::ops::{AttentionOptions, Layer, RecurrentOptions};
 use crate::tape::{Tape, Var};
 use crate::{Device, Error, Result};
+use serde_json::{Value, json};
+use std::time::Instant;
 
-pub(super) static WORKLOADS: [&dyn Workload; 21] = [
+pub(super) static WORKLOADS: [&dyn Workload; 22] = [
     &Lstm { shape: [64, 63, 30, 64], train: false, ragged: false },
     &Lstm { shape: [512, 63, 30, 32], train: false, ragged: false },
     &Lstm { shape: [64, 252, 30, 128], train: false, ragged: false },
@@ -38,7 +43,8 @@ pub(super) static WORKLOADS: [&dyn Workload; 21] = [
     &Attention { shape: [16, 8, 512, 32], train: false, ragged: true },
     &Attention { shape: [64, 4, 63, 16], train: true, ragged: true },
     &Attention { shape: [16, 8, 512, 32], train: true, ragged: true },
-    &Models,
+    &Models { name: "models_train", shape: [1024, 8, 32, 8, 16] },
+    &Models { name: "replay", shape: [1, 1, 1, 4, 4] },
 ];
 
 struct Lstm {
@@ -55,7 +61,23 @@ struct Attention {
     ragged: bool,
 }
 
-struct Models;
+struct Models {
+    name: &'static str,
+    /// M, B, T, I, H.
+    shape: [usize; 5],
+}
+
+/// Microseconds of what the host does for a run besides kernels and driver, the least of many, and the launches that it is for.
+fn host_time(replay: &Replay) -> Result<Vec<(&'static str, Value)>> {
+    let mut least = f64::INFINITY;
+    for _ in 0..2000 {
+        let start = Instant::now();
+        replay.rehearse()?;
+        least = least.min(start.elapsed().as_secs_f64() * 1e6);
+    }
+    let launches = replay.launches();
+    Ok(vec![("host_us", json!(least)), ("host_us_per_launch", json!(least / launches.max(1) as f64)), ("launches", json!(launches))])
+}
 
 /// Normals [n] times `scale`.
 fn noise(n: usize, stream: u32, seed: u64, scale: f64) -> Vec<f32> {
@@ -190,11 +212,11 @@ impl Workload for Attention {
 
 impl Workload for Models {
     fn name(&self) -> &'static str {
-        "models_train"
+        self.name
     }
 
     fn shape(&self) -> Vec<usize> {
-        vec![1024, 8, 32, 8, 16]
+        self.shape.to_vec()
     }
 
     fn unit(&self) -> &'static str {
@@ -202,7 +224,7 @@ impl Workload for Models {
     }
 
     fn prepare(&self, device: &Device, seed: u64) -> Result<Prepared> {
-        let [m, b, t, i, h] = [1024, 8, 32, 8, 16];
+        let [m, b, t, i, h] = self.shape;
         let (lstm, head) = (Recurrent::new("lstm", Cell::Lstm, i, h), Linear::new("head", h, 1));
         let mut declared = Declared::new();
         lstm.declare(&mut declared);
@@ -226,7 +248,7 @@ impl Workload for Models {
         let table = device.upload_u32("blocks", &op.table())?;
         let scratch = zeros("optimiser", op.scratch())?;
         let build = |profile: bool| -> Result<(Pass, Read)> {
-            let mut pass = device.pass("models_train");
+            let mut pass = device.pass("step");
             if profile {
                 pass.profile();
             }
@@ -254,6 +276,7 @@ impl Workload for Models {
         let (plain, read) = build(false)?;
         let (profiled, _) = build(true)?;
         let (plain, mut profiled) = (plain.prepare()?, Some(profiled));
+        let says = host_time(&plain)?;
         let run = move |profile: bool| {
             let mut done = match profiled.take().filter(|_| profile) {
                 Some(pass) => pass.submit()?,
@@ -267,6 +290,6 @@ impl Workload for Models {
         };
         let flops = 3.0 * (m * 2 * b * t * 4 * h * (i + h)) as f64;
         let cost = Cost { work: m as f64, bytes: 32.0 * size as f64 + 24.0 * (m * b * t * h) as f64, flops: flops / 2.0 };
-        Ok(Prepared { cost, run: Box::new(run), says: Vec::new() })
+        Ok(Prepared { cost, run: Box::new(run), says })
     }
 }
