@@ -6,6 +6,8 @@
 //! Backward δ(t)·w_hh in tiles of six sequences × four vectors of units, w_hh copied to whole vectors once per task.
 //! Weights  δᵀ·[x, h(t−1), 1] over runs of valid steps: tiles of six inputs × four vectors of gates, 256 steps at a time, so that a
 //!          run stays in the second-level cache.
+//! Ragged   a sequence that has ended leaves its tile, and the tiles of a step are as even as can be: a valid step costs 1.02 to 1.08 of a
+//!          dense one, forward and training, lengths of 25 to 100 % (`forback bench lstm_ragged lstm_train_ragged`).
 //! Numerics products fused (FMA), summed in the order of inputs; exp within 0.9 ulp, σ = 1/(1 + e^−x), tanh = 1 − 2/(1 + e^2x).
 //! Bits     a sequence's bits depend neither on its neighbours nor on the number of threads.
 
@@ -15,6 +17,7 @@ use crate::recurrent::{PAD, RecurrentParams, chunks, flag, hidden_row, input_row
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 use std::cell::RefCell;
+use std::ops::Range;
 
 /// Most sequences of a tile.
 const TILE: usize = 6;
@@ -121,6 +124,12 @@ fn store<S: Simd>(simd: S, x: &mut [f32], at: usize, v: S::f32s) {
     }
 }
 
+/// Runs of at most `most` of n, as long as each other: a tile of one sequence waits for its own sums.
+fn even(n: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
+    let parts = n.div_ceil(most);
+    (0..parts).map(move |k| k * n / parts..(k + 1) * n / parts)
+}
+
 // ---- packing ----------------------------------------------------------------------------------------------------------------
 
 /// Reals of one model's packed weights.
@@ -219,7 +228,8 @@ fn product<S: Simd>(simd: S, left: &[&[f32]], right: &[S::f32s], ld: usize, inde
             1
         };
         let most = if width == 1 { 8 } else { most };
-        for (left, index) in left.chunks(most).zip(index.chunks(most)) {
+        for run in even(left.len(), most) {
+            let (left, index) = (&left[run.clone()], &index[run]);
             match width {
                 4 => product_rows::<S, 4>(simd, left, right, ld, at, index, out),
                 2 => product_rows::<S, 2>(simd, left, right, ld, at, index, out),
@@ -366,7 +376,8 @@ impl WithSimd for Forward<'_, '_> {
             }
             for (index, w) in S::as_simd_f32s(packed).0.chunks_exact(block).take(padded / S::F32_LANES).enumerate() {
                 let j = index * S::F32_LANES;
-                for rows in active.chunks(most) {
+                for run in even(active.len(), most) {
+                    let rows = &active[run];
                     let mut of: [&[f32]; TILE] = [&[]; TILE];
                     let mut last: [&[f32]; TILE] = [&[]; TILE];
                     for (r, &(row, _, at)) in rows.iter().enumerate() {
