@@ -1,6 +1,6 @@
 //! Reals between f32 and a storage of 16 bits: to[i] = scale·from[i]; sums in that storage; copies of halves that start or end inside a word.
 //!
-//! Shapes   from, other, to [count].
+//! Shapes   from, other, to [N].
 //! Launch   one thread per element; neighbours read and write neighbours.
 //! Floor    6 bytes per element, sums too.
 //! Numerics the product (or sum) in f32, f64 on `reference`; then to nearest, ties to even: beyond the largest number to infinity, subnormals
