@@ -19,8 +19,8 @@
 //! Launch   K ≤ 4 and K ≤ 8: a thread per sequence, states and transition matrix in registers; log-probabilities under a fixed table have
 //!          kernels of their own, in which nothing else is compiled, and so have those without predicted and pair probabilities (llvmpipe walks
 //!          every branch: a third of the loads and stores, and with the first step out of the loop 135 ms became 60 for 4,096 × 1,000 × 4; two
-//!          thirds of what is left are the driver's loops over lanes in 16 loads and stores a step). More states: 16 to 64 threads of a workgroup per sequence, a state
-//!          each. A launch covers steps begin..end of the forward or the backward pass, or both over the whole time.
+//!          thirds of what is left are the driver's loops over lanes in 16 loads and stores a step). More states: 16 to 64 threads of a
+//!          workgroup per sequence, a state each. A launch covers steps begin..end of the forward or the backward pass, or both over the whole time.
 //!          sm_90: 90 registers for K ≤ 4 under a table, 80 for states alone, 168 for K ≤ 8, no spill; 133 and 255 for the general kernels of so many states,
 //!          96 for more.
 //! Scratch  α lies in the filtered or the posterior output until it is overwritten; where neither is asked for and the pair is, in a bounded

@@ -146,7 +146,8 @@ const GOALS: [Goal; 6] = [
 /// The two sweeps give the gradient of one tape over the whole epoch, with costs, whatever the batch, one asset or two.
 #[test]
 fn an_epoch_in_two_sweeps_has_the_gradient_of_one_tape() {
-    for (name, tolerance) in [("reference", 2e-6), ("cpu", 2e-5)] {
+    // Measured at most 2.6e-7 and 7.5e-7 of the largest gradient: it is read off weights, which are f32 on the host.
+    for (name, tolerance) in [("reference", 6e-7), ("cpu", 2e-6)] {
         let device = open(name).unwrap();
         for (goal, batch, assets) in GOALS.into_iter().flat_map(|goal| [(goal, 1, 1), (goal, 13, 1), (goal, 64, 2)]) {
             let table = table(120, assets);
@@ -219,7 +220,8 @@ fn gradients_of_several_batches_make_one_step() {
         let config = TrainConfig { accumulate, ..descent(forback::kernels::loss::Criterion::Mse.into(), batch, 1e3) };
         gradient_of_epoch(&device, &table, &folds, &config).0
     };
-    close("6 batches of 16", &gradient(16, 6), &gradient(96, 1), 2e-6);
+    // Measured 8.6e-8.
+    close("6 batches of 16", &gradient(16, 6), &gradient(96, 1), 3e-7);
 }
 
 #[test]
