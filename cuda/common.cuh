@@ -361,6 +361,22 @@ __device__ __forceinline__ float normal_cdf_f32(float x) {
     return normal_cdf_and_bell(x).x;
 }
 
+// ln(a/b) for a, b > 0, also where a/b is next to 1: a - b is exact there.
+__device__ __forceinline__ float log_ratio(float a, float b) {
+    const float x = (a - b) / b;
+    return fabsf(x) < 0.5f ? log1pf(x) : logf(a / b);
+}
+
+// Black-Scholes price of a call or a put from spot and strike, each already discounted, ln of their ratio, and volatility·√maturity.
+__device__ __forceinline__ float option_price(float spot, float strike, float log_moneyness, float sd, bool call) {
+    const float side = call ? 1.0f : -1.0f;
+    if (sd <= 1e-12f) {
+        return fmaxf(side * (spot - strike), 0.0f);
+    }
+    const float d = log_moneyness / sd;
+    return fmaxf(side * (spot * normal_cdf_f32(side * (d + 0.5f * sd)) - strike * normal_cdf_f32(side * (d - 0.5f * sd))), 0.0f);
+}
+
 #define RELU 1u
 #define GELU 2u
 #define TANH 3u

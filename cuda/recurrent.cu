@@ -72,6 +72,452 @@ __device__ __forceinline__ uint32_t gate_rows(const RecurrentParams& p) {
     return (has(p, GRU) ? 3 : 4) * p.hidden;
 }
 
+// ---- which sequences --------------------------------------------------------------------------------------------
+
+// The time index of processing step s.
+__device__ __forceinline__ uint32_t step_of(const RecurrentParams& p, uint32_t s, uint32_t length) {
+    return has(p, REVERSE) && s < length ? length - 1 - s : s;
+}
+
+// Whether the state goes back to its start before processing step s.
+__device__ __forceinline__ bool resets_at(const RecurrentParams& p, const uint32_t* __restrict__ resets, uint32_t s, uint32_t b, uint32_t length) {
+    return has(p, RESETS) && s < length && resets[b * p.time + step_of(p, s, length)] != 0;
+}
+
+// ---- forward ----------------------------------------------------------------------------------------------------
+
+// h (which = 0) or c (1) that a sequence starts from.
+__device__ __forceinline__ float start_of(const RecurrentParams& p, const float* state, uint32_t which, uint32_t model, uint32_t b, uint32_t j) {
+    if (!has(p, which == 0 ? H0 : C0)) {
+        return 0.0f;
+    }
+    const uint32_t of = has(p, LEARNED) ? model : model * p.batch + b;
+    return state[(which * p.models * p.batch + of) * p.hidden + j];
+}
+
+#ifdef OCTETS
+// ---- forward on tensor cores --------------------------------------------------------------------------------------
+//
+// A tile is 16 sequences of one model; its warps own octets, 8 units with their 32 gates: four products 16 × 8. Lane (g, t) = (lane / 4,
+// lane % 4) has sequences g and g + 8 and units 2t and 2t + 1 of the octet: product 2p + 0 gives it gates 0 and 1 of unit 2t + p, product
+// 2p + 1 gates 2 and 3, so that a cell needs no other lane. The depth is x(t), then h(t−1), each padded to 16. h counts as a value rounded
+// to 16 bits and its rest (half.cuh), so that only the last bits of a sum differ from the columns that multiply in f32.
+// Shared memory: two buffers of rows [x, h, rest of h] in pairs; a step reads one and writes the other, so that it needs one barrier. Rows
+// are 4 words longer than a multiple of 8: the fragments of a warp lie in different banks.
+
+#define WARPS (WG / 32)
+// Words of x that a thread loads a step ahead; further ones are loaded where they are stored.
+#define AHEAD 4
+
+struct Fragments {
+    uint32_t x_tiles, h_tiles, octets, warps, row_words, slots;
+};
+
+__device__ __forceinline__ Fragments fragments_of(const RecurrentParams& p) {
+    Fragments f;
+    f.x_tiles = (p.inputs + 15) / 16;
+    f.h_tiles = (p.hidden + 15) / 16;
+    f.octets = (p.hidden + 7) / 8;
+    f.warps = min(f.octets, (uint32_t)WARPS);
+    f.row_words = 8 * f.x_tiles + 16 * f.h_tiles + 4;
+    f.slots = max(min(WARPS / f.warps, (uint32_t)WORDS / (32 * f.row_words)), 1u);
+    return f;
+}
+
+// Weight of gate q of unit j for input k of [x, padding, h, padding].
+__device__ __forceinline__ uint32_t weight_bits(const RecurrentParams& p, const Stored* __restrict__ w_ih, const Stored* __restrict__ w_hh, uint32_t model,
+                                                uint32_t k, uint32_t q, uint32_t j) {
+    const uint32_t h = p.hidden, n = p.inputs, padded = (n + 15) / 16 * 16, rows = gate_rows(p);
+    const bool gru = has(p, GRU);
+    if (j >= h) {
+        return 0;
+    }
+    if (k < padded) {
+        return k < n && !(gru && q == 3) ? w_ih[((size_t)model * rows + q * h + j) * n + k].bits : 0;
+    }
+    const uint32_t c = k - padded, row = gru && q == 3 ? 2 : q;
+    return c < h && !(gru && q == 2) ? w_hh[((size_t)model * rows + row * h + j) * h + c].bits : 0;
+}
+
+// Of each model: fragments [tile of depth][octet][p][lane] of products 2p and 2p + 1 of the octet, then the four biases of each unit.
+extern "C" __global__ void __launch_bounds__(WG)
+    recurrent_pack_mma(const Stored* __restrict__ w_ih, const Stored* __restrict__ w_hh, const Stored* __restrict__ b_ih,
+                       const Stored* __restrict__ b_hh, float* __restrict__ packed, RecurrentParams params) {
+    const Fragments f = fragments_of(params);
+    const uint32_t h = params.hidden, weights = (f.x_tiles + f.h_tiles) * f.octets * 64, each = weights + 8 * f.octets;
+    const uint32_t at = group_index() * WG + threadIdx.x, model = at / each, i = at % each;
+    if (model >= params.models) {
+        return;
+    }
+    if (i < weights) {
+        const uint32_t g = i % 32 / 4, t = i % 4, k = 16 * (i / (64 * f.octets)) + 2 * t, j = 8 * (i / 64 % f.octets) + 2 * (g / 2) + i / 32 % 2;
+        uint32_t words[4];
+#pragma unroll
+        for (uint32_t w = 0; w < 4; w++) {
+            const uint32_t gate = 2 * (w / 2) + g % 2, from = k + 8 * (w % 2);
+            words[w] = weight_bits(params, w_ih, w_hh, model, from, gate, j) | weight_bits(params, w_ih, w_hh, model, from + 1, gate, j) << 16;
+        }
+        reinterpret_cast<uint4*>(packed)[at] = make_uint4(words[0], words[1], words[2], words[3]);
+        return;
+    }
+    const uint32_t j = i - weights, row = model * gate_rows(params) + j;
+    float4 bias = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (has(params, BIAS) && j < h) {
+        const bool gru = has(params, GRU);
+        bias = make_float4(b_ih[row], b_ih[row + h], b_ih[row + 2 * h], gru ? b_hh[row + 2 * h] : b_ih[row + 3 * h]);
+        if (gru) {
+            bias.x += b_hh[row];
+            bias.y += b_hh[row + h];
+        }
+    }
+    reinterpret_cast<float4*>(packed)[at] = bias;
+}
+
+// One sequence of a tile; the last again where there are no more.
+struct Sequence {
+    uint32_t q, b, length;
+    bool there;
+};
+
+__device__ __forceinline__ Sequence sequence_of(const RecurrentParams& p, const uint32_t* __restrict__ lengths, uint32_t model, uint32_t at) {
+    const uint32_t own = p.rows / p.models, inside = min(at, own - 1);
+    Sequence one;
+    one.there = at < own;
+    one.q = model * own + inside;
+    one.b = p.row0 + inside;
+    one.length = has(p, LENGTHS) ? min(lengths[one.b], p.time) : p.time;
+    return one;
+}
+
+// Values 2w and 2w + 1 of n, zero past them.
+__device__ __forceinline__ uint32_t word_of(const Stored* __restrict__ row, uint32_t w, uint32_t n, bool whole) {
+    if (whole && 2 * w < n) {
+        return reinterpret_cast<const uint32_t*>(row)[w];
+    }
+    return (2 * w < n ? row[2 * w].bits : 0u) | (2 * w + 1 < n ? (uint32_t)row[2 * w + 1].bits : 0u) << 16;
+}
+
+// Writes the two values of units j and j + 1, of which `count` are there.
+__device__ __forceinline__ void put_two(Stored* __restrict__ to, float a, float b, uint32_t count, bool whole) {
+    if (whole && count > 1) {
+        *reinterpret_cast<uint32_t*>(to) = pair_of(a, b);
+        return;
+    }
+    if (count > 0) {
+        to[0] = a;
+    }
+    if (count > 1) {
+        to[1] = b;
+    }
+}
+
+__device__ __forceinline__ void put_two(float* __restrict__ to, float a, float b, uint32_t count, bool whole) {
+    if (whole && count > 1) {
+        *reinterpret_cast<float2*>(to) = make_float2(a, b);
+        return;
+    }
+    if (count > 0) {
+        to[0] = a;
+    }
+    if (count > 1) {
+        to[1] = b;
+    }
+}
+
+// Fragment of rows g and g + 8 of 16 inputs.
+__device__ __forceinline__ void input_fragment(uint32_t (&a)[4], const uint32_t* top, const uint32_t* low, uint32_t t) {
+    a[0] = top[t];
+    a[1] = low[t];
+    a[2] = top[t + 4];
+    a[3] = low[t + 4];
+}
+
+// Adds one tile of depth to the four products of an octet.
+__device__ __forceinline__ void add_octet(float (&sums)[4][4], const uint32_t (&a)[4], uint4 even, uint4 odd) {
+    const uint32_t b[4][2] = {{even.x, even.y}, {even.z, even.w}, {odd.x, odd.y}, {odd.z, odd.w}};
+#pragma unroll
+    for (uint32_t n = 0; n < 4; n++) {
+        mma_sync(Stored(), sums[n], a, b[n]);
+    }
+}
+
+// Adds tile k of depth to the octets of a warp; `weights_of` gives the fragments of octet number i of the warp.
+template <class Weights>
+__device__ __forceinline__ void add_depth(float (&sums)[OCTETS][4][4], const Fragments& f, const uint32_t* top, const uint32_t* low, uint32_t k,
+                                          uint32_t first, uint32_t t, Weights weights_of) {
+    uint32_t a[4], rest[4];
+    input_fragment(a, top + 8 * k, low + 8 * k, t);
+    const bool hidden = k >= f.x_tiles;
+    if (hidden) {
+        input_fragment(rest, top + 8 * (k + f.h_tiles), low + 8 * (k + f.h_tiles), t);
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < OCTETS; i++) {
+        const uint32_t octet = first + i * WARPS;
+        if (octet < f.octets) {
+            const uint4 even = weights_of(i, octet, 0u), odd = weights_of(i, octet, 1u);
+            add_octet(sums[i], a, even, odd);
+            if (hidden) {
+                add_octet(sums[i], rest, even, odd);
+            }
+        }
+    }
+}
+
+template <bool IS_GRU>
+__device__ __forceinline__ void forward_octets(const Stored* __restrict__ x, const float* __restrict__ packed, const uint32_t* __restrict__ lengths,
+                                               const uint32_t* __restrict__ resets, float* state, Stored* __restrict__ y,
+                                               float* __restrict__ saved, const RecurrentParams& params) {
+    __shared__ uint32_t sh_words[WORDS];
+    const Fragments f = fragments_of(params);
+    const uint32_t h = params.hidden, n = params.inputs, all = params.models * params.batch;
+    const uint32_t tiles = (params.rows / params.models + 15) / 16, depth = f.x_tiles + f.h_tiles;
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const uint32_t slot = warp / f.warps, first = warp % f.warps, item = group_index() * f.slots + slot;
+    const bool live = slot < f.slots && item < params.models * tiles;
+    const uint32_t model = live ? item / tiles : 0, row0 = live ? 16 * (item % tiles) : 0;
+    uint32_t* sh_tile = sh_words + (live ? slot : 0) * 32 * f.row_words;
+    const Sequence rows[2] = {sequence_of(params, lengths, model, row0 + g), sequence_of(params, lengths, model, row0 + g + 8)};
+    const uint4* weights = reinterpret_cast<const uint4*>(packed) + (size_t)model * (depth * 64 + 8) * f.octets;
+    const float4* biases = reinterpret_cast<const float4*>(weights) + depth * f.octets * 64;
+
+    // x: a row has 2 · warps threads, each every so many words of it
+    const uint32_t x_lane = 32 * first + lane, x_threads = 2 * f.warps, x_row = x_lane / x_threads, x_first = x_lane % x_threads, x_words = 8 * f.x_tiles;
+    const Sequence x_sequence = sequence_of(params, lengths, model, row0 + x_row);
+    const Stored* x_at = x + (size_t)(has(params, X_SHARED) ? x_sequence.b : x_sequence.q) * params.time * n;
+    const bool whole_x = n % 2 == 0 && ((uint64_t)x & 3) == 0;
+    const bool whole_y = (params.y_stride | params.y_offset) % 2 == 0 && ((uint64_t)y & 3) == 0;
+    const bool whole_saved = h % 2 == 0 && ((uint64_t)saved & 7) == 0;
+
+    uint4 kept_weights[OCTETS][DEPTH][2];
+    float state_h[OCTETS][2][2], state_c[OCTETS][2][2];
+    if (live) {
+        // h is padded with zeros in both buffers
+        for (uint32_t w = x_lane; w < 32 * (f.row_words - x_words); w += 32 * f.warps) {
+            const uint32_t per = f.row_words - x_words;
+            sh_tile[w / per * f.row_words + x_words + w % per] = 0;
+        }
+        const Stored* x_now = x_at + (size_t)step_of(params, params.from_step, x_sequence.length) * n;
+        for (uint32_t w = x_first; w < x_words; w += x_threads) {
+            sh_tile[x_row * f.row_words + w] = params.from_step < params.to_step ? word_of(x_now, w, n, whole_x) : 0;
+        }
+    }
+    __syncthreads();  // the padding is written
+#pragma unroll
+    for (uint32_t i = 0; i < OCTETS; i++) {
+        const uint32_t octet = first + i * WARPS;
+        const bool mine = live && octet < f.octets;
+#pragma unroll
+        for (uint32_t p = 0; p < 2; p++) {
+            const uint32_t j = 8 * octet + 2 * t + p;
+#pragma unroll
+            for (uint32_t k = 0; k < DEPTH; k++) {
+                kept_weights[i][k][p] = mine && k < depth ? weights[((k * f.octets + octet) * 2 + p) * 32 + lane] : make_uint4(0, 0, 0, 0);
+            }
+#pragma unroll
+            for (uint32_t r = 0; r < 2; r++) {
+                state_h[i][p][r] = 0.0f;
+                state_c[i][p][r] = 0.0f;
+                if (mine && j < h) {
+                    const uint32_t at = (2 * all + model * params.batch + rows[r].b) * h + j;
+                    const bool fresh = params.from_step == 0 || resets_at(params, resets, params.from_step, rows[r].b, rows[r].length);
+                    state_h[i][p][r] = fresh ? start_of(params, state, 0, model, rows[r].b, j) : state[at];
+                    state_c[i][p][r] = fresh ? start_of(params, state, 1, model, rows[r].b, j) : state[at + all * h];
+                }
+            }
+        }
+        if (mine) {
+#pragma unroll
+            for (uint32_t r = 0; r < 2; r++) {
+                const float a = rounded_inside(state_h[i][0][r]), b = rounded_inside(state_h[i][1][r]);
+                uint32_t* to = sh_tile + (g + 8 * r) * f.row_words + x_words + 4 * octet + t;
+                to[0] = pair_of(a, b);
+                to[8 * f.h_tiles] = pair_of(rest_of(state_h[i][0][r], a), rest_of(state_h[i][1][r], b));
+            }
+        }
+    }
+    __syncthreads();  // x and h of the first step are written
+
+    uint32_t buffer = 0;
+    for (uint32_t s = params.from_step; s < params.to_step; s++) {
+        const bool more = s + 1 < params.to_step;
+        const uint32_t* now = sh_tile + buffer * 16 * f.row_words;
+        uint32_t* next = sh_tile + (buffer ^ 1) * 16 * f.row_words;
+        const Stored* x_next = x_at + (size_t)step_of(params, more ? s + 1 : s, x_sequence.length) * n;
+        uint32_t ahead[AHEAD];
+#pragma unroll
+        for (uint32_t e = 0; e < AHEAD; e++) {
+            const uint32_t w = x_first + e * x_threads;
+            ahead[e] = live && more && w < x_words ? word_of(x_next, w, n, whole_x) : 0;
+        }
+        if (live) {
+            bool fresh[2];
+#pragma unroll
+            for (uint32_t r = 0; r < 2; r++) {
+                fresh[r] = more && resets_at(params, resets, s + 1, rows[r].b, rows[r].length);
+            }
+            float sums[OCTETS][4][4];
+#pragma unroll
+            for (uint32_t i = 0; i < OCTETS; i++) {
+                const uint32_t octet = min(first + i * WARPS, f.octets - 1);
+#pragma unroll
+                for (uint32_t p = 0; p < 2; p++) {
+                    const float4 b = biases[8 * octet + 2 * t + p];
+                    sums[i][2 * p][0] = b.x, sums[i][2 * p][1] = b.y, sums[i][2 * p][2] = b.x, sums[i][2 * p][3] = b.y;
+                    sums[i][2 * p + 1][0] = b.z, sums[i][2 * p + 1][1] = b.w, sums[i][2 * p + 1][2] = b.z, sums[i][2 * p + 1][3] = b.w;
+                }
+            }
+            const uint32_t *top = now + g * f.row_words, *low = top + 8 * f.row_words;
+#pragma unroll
+            for (uint32_t k = 0; k < DEPTH; k++) {
+                if (k < depth) {
+                    add_depth(sums, f, top, low, k, first, t, [&](uint32_t i, uint32_t, uint32_t p) { return kept_weights[i][k][p]; });
+                }
+            }
+#pragma unroll 1
+            for (uint32_t k = DEPTH; k < depth; k++) {
+                add_depth(sums, f, top, low, k, first, t, [&](uint32_t, uint32_t octet, uint32_t p) { return weights[((k * f.octets + octet) * 2 + p) * 32 + lane]; });
+            }
+#pragma unroll
+            for (uint32_t i = 0; i < OCTETS; i++) {
+                const uint32_t octet = first + i * WARPS, j = 8 * octet + 2 * t;
+                if (octet < f.octets) {
+                    const uint32_t count = j < h ? min(h - j, 2u) : 0;
+#pragma unroll
+                    for (uint32_t r = 0; r < 2; r++) {
+                        const bool valid = s < rows[r].length;
+                        float gate[4][2], h_last[2], c_last[2], h_next[2];
+#pragma unroll
+                        for (uint32_t p = 0; p < 2; p++) {
+                            h_last[p] = state_h[i][p][r];
+                            c_last[p] = state_c[i][p][r];
+                            float c_next = c_last[p];
+                            gate[0][p] = gate_sigmoid(sums[i][2 * p][2 * r]);
+                            gate[1][p] = gate_sigmoid(sums[i][2 * p][2 * r + 1]);
+                            const float a2 = sums[i][2 * p + 1][2 * r], a3 = sums[i][2 * p + 1][2 * r + 1];
+                            if (IS_GRU) {
+                                gate[2][p] = tanhf(a2 + gate[0][p] * a3);
+                                gate[3][p] = a3;
+                                h_next[p] = (1.0f - gate[1][p]) * gate[2][p] + gate[1][p] * h_last[p];
+                            } else {
+                                gate[2][p] = tanhf(a2);
+                                gate[3][p] = gate_sigmoid(a3);
+                                c_next = gate[1][p] * c_last[p] + gate[0][p] * gate[2][p];
+                                h_next[p] = gate[3][p] * tanhf(c_next);
+                            }
+                            if (valid) {
+                                state_h[i][p][r] = h_next[p];
+                                state_c[i][p][r] = c_next;
+                            }
+                        }
+                        if (rows[r].there) {
+                            const size_t at = (size_t)rows[r].q * params.time + step_of(params, s, rows[r].length);
+                            put_two(y + at * params.y_stride + params.y_offset + j, valid ? h_next[0] : 0.0f, valid ? h_next[1] : 0.0f, count, whole_y);
+                            if (has(params, STATES) && valid) {
+                                float* kept = saved + at * width(params) + j;
+                                if (has(params, GATES)) {
+#pragma unroll
+                                    for (uint32_t q = 0; q < 4; q++) {
+                                        put_two(kept + q * h, gate[q][0], gate[q][1], count, whole_saved);
+                                    }
+                                }
+                                kept += kept_h(params);
+                                put_two(kept, h_last[0], h_last[1], count, whole_saved);
+                                if (!IS_GRU) {
+                                    put_two(kept + h, c_last[0], c_last[1], count, whole_saved);
+                                }
+                            }
+                        }
+                        if (fresh[r]) {
+#pragma unroll
+                            for (uint32_t p = 0; p < 2; p++) {
+                                state_h[i][p][r] = p < count ? start_of(params, state, 0, model, rows[r].b, j + p) : 0.0f;
+                                state_c[i][p][r] = p < count ? start_of(params, state, 1, model, rows[r].b, j + p) : 0.0f;
+                            }
+                        }
+                        const float a = rounded_inside(state_h[i][0][r]), b = rounded_inside(state_h[i][1][r]);
+                        uint32_t* to = next + (g + 8 * r) * f.row_words + x_words + 4 * octet + t;
+                        to[0] = pair_of(a, b);
+                        to[8 * f.h_tiles] = pair_of(rest_of(state_h[i][0][r], a), rest_of(state_h[i][1][r], b));
+                    }
+                }
+            }
+            uint32_t* x_to = next + x_row * f.row_words;
+#pragma unroll
+            for (uint32_t e = 0; e < AHEAD; e++) {
+                const uint32_t w = x_first + e * x_threads;
+                if (w < x_words) {
+                    x_to[w] = ahead[e];
+                }
+            }
+            for (uint32_t w = x_first + AHEAD * x_threads; more && w < x_words; w += x_threads) {
+                x_to[w] = word_of(x_next, w, n, whole_x);
+            }
+        }
+        buffer ^= 1;
+        __syncthreads();  // x and h of the next step are written
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < OCTETS; i++) {
+#pragma unroll
+        for (uint32_t p = 0; p < 2; p++) {
+            const uint32_t j = 8 * (first + i * WARPS) + 2 * t + p;
+#pragma unroll
+            for (uint32_t r = 0; r < 2; r++) {
+                if (live && j < h && rows[r].there) {
+                    const uint32_t at = (2 * all + model * params.batch + rows[r].b) * h + j;
+                    state[at] = state_h[i][p][r];
+                    state[at + all * h] = state_c[i][p][r];
+                }
+            }
+        }
+    }
+}
+
+#if OCTETS == 1
+extern "C" __global__ void __launch_bounds__(WG)
+    lstm_forward_mma(const Stored* __restrict__ x, const float* __restrict__ packed, const uint32_t* __restrict__ lengths,
+                     const uint32_t* __restrict__ resets, float* __restrict__ state, Stored* __restrict__ y, float* __restrict__ saved,
+                     RecurrentParams params) {
+    forward_octets<false>(x, packed, lengths, resets, state, y, saved, params);
+}
+
+extern "C" __global__ void __launch_bounds__(WG)
+    gru_forward_mma(const Stored* __restrict__ x, const float* __restrict__ packed, const uint32_t* __restrict__ lengths,
+                    const uint32_t* __restrict__ resets, float* __restrict__ state, Stored* __restrict__ y, float* __restrict__ saved,
+                    RecurrentParams params) {
+    forward_octets<true>(x, packed, lengths, resets, state, y, saved, params);
+}
+#elif OCTETS == 2
+extern "C" __global__ void __launch_bounds__(WG)
+    lstm_forward_mma_wide(const Stored* __restrict__ x, const float* __restrict__ packed, const uint32_t* __restrict__ lengths,
+                          const uint32_t* __restrict__ resets, float* __restrict__ state, Stored* __restrict__ y, float* __restrict__ saved,
+                          RecurrentParams params) {
+    forward_octets<false>(x, packed, lengths, resets, state, y, saved, params);
+}
+
+extern "C" __global__ void __launch_bounds__(WG)
+    gru_forward_mma_wide(const Stored* __restrict__ x, const float* __restrict__ packed, const uint32_t* __restrict__ lengths,
+                         const uint32_t* __restrict__ resets, float* __restrict__ state, Stored* __restrict__ y, float* __restrict__ saved,
+                         RecurrentParams params) {
+    forward_octets<true>(x, packed, lengths, resets, state, y, saved, params);
+}
+#elif OCTETS == 4
+extern "C" __global__ void __launch_bounds__(WG)
+    lstm_forward_mma_large(const Stored* __restrict__ x, const float* __restrict__ packed, const uint32_t* __restrict__ lengths,
+                           const uint32_t* __restrict__ resets, float* __restrict__ state, Stored* __restrict__ y, float* __restrict__ saved,
+                           RecurrentParams params) {
+    forward_octets<false>(x, packed, lengths, resets, state, y, saved, params);
+}
+
+extern "C" __global__ void __launch_bounds__(WG)
+    gru_forward_mma_large(const Stored* __restrict__ x, const float* __restrict__ packed, const uint32_t* __restrict__ lengths,
+                          const uint32_t* __restrict__ resets, float* __restrict__ state, Stored* __restrict__ y, float* __restrict__ saved,
+                          RecurrentParams params) {
+    forward_octets<true>(x, packed, lengths, resets, state, y, saved, params);
+}
+#endif
+#else
 // ---- packing ----------------------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(WG)
@@ -101,7 +547,7 @@ extern "C" __global__ void __launch_bounds__(WG)
     reinterpret_cast<float4*>(packed)[at] = w;
 }
 
-// ---- which sequences --------------------------------------------------------------------------------------------
+// ---- forward, four sequences a thread ------------------------------------------------------------------------------
 
 // The four sequences of a thread.
 struct Tile {
@@ -130,27 +576,6 @@ __device__ __forceinline__ Tile tile_of(const RecurrentParams& p, const uint32_t
         tile.length[r] = has(p, LENGTHS) ? min(lengths[tile.b[r]], p.time) : p.time;
     }
     return tile;
-}
-
-// The time index of processing step s.
-__device__ __forceinline__ uint32_t step_of(const RecurrentParams& p, uint32_t s, uint32_t length) {
-    return has(p, REVERSE) && s < length ? length - 1 - s : s;
-}
-
-// Whether the state goes back to its start before processing step s.
-__device__ __forceinline__ bool resets_at(const RecurrentParams& p, const uint32_t* __restrict__ resets, uint32_t s, uint32_t b, uint32_t length) {
-    return has(p, RESETS) && s < length && resets[b * p.time + step_of(p, s, length)] != 0;
-}
-
-// ---- forward ----------------------------------------------------------------------------------------------------
-
-// h (which = 0) or c (1) that a sequence starts from.
-__device__ __forceinline__ float start_of(const RecurrentParams& p, const float* state, uint32_t which, uint32_t model, uint32_t b, uint32_t j) {
-    if (!has(p, which == 0 ? H0 : C0)) {
-        return 0.0f;
-    }
-    const uint32_t of = has(p, LEARNED) ? model : model * p.batch + b;
-    return state[(which * p.models * p.batch + of) * p.hidden + j];
 }
 
 __device__ __forceinline__ void add_input(float (&a)[4][4], float4 w, float4 v) {
@@ -704,3 +1129,4 @@ extern "C" __global__ void __launch_bounds__(WG) recurrent_reduce(float* __restr
         sums[4 * all + at] = sum;
     }
 }
+#endif

@@ -18,6 +18,7 @@ mod cpu;
 mod cuda;
 #[cfg(feature = "cuda-host")]
 mod cuda_host;
+pub(crate) mod prefetch;
 #[cfg(any(feature = "cuda", feature = "cuda-host"))]
 mod unit_cache;
 #[cfg(feature = "wgpu")]

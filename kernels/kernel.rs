@@ -290,6 +290,11 @@ pub const HALF_WGSL: Source = Source { file: "shaders/half.wgsl", text: include_
 /// What CUDA units with 16-bit storage use besides; placed after the common helpers.
 pub const HALF_CUDA: Source = Source { file: "cuda/half.cuh", text: include_str!("../cuda/half.cuh") };
 
+/// The path generator (kernels/paths.rs): appended to WGSL units of kernels whose constants name `MODEL`.
+pub const PATHS_WGSL: Source = Source { file: "shaders/paths_generator.wgsl", text: include_str!("../shaders/paths_generator.wgsl") };
+/// The path generator: placed before the text of CUDA units of kernels whose constants name `MODEL`.
+pub const PATHS_CUDA: Source = Source { file: "cuda/paths.cuh", text: include_str!("../cuda/paths.cuh") };
+
 /// What one launch moves and computes, as a constant per unit of work.
 #[derive(Debug, Clone, Copy)]
 pub struct Cost {
@@ -413,8 +418,17 @@ impl Kernel {
         self.args.iter().map(|arg| arg.elem).find(|elem| elem.is_half()).unwrap_or(Elem::F32)
     }
 
-    /// Name of the entry in WGSL and CUDA: the kernel's without its storage, so that one text serves every storage.
+    /// Whether it simulates paths of the market model that its constant `MODEL` names, its name ending in the model's.
+    pub fn simulates(&self) -> bool {
+        self.constants.iter().any(|(name, _)| *name == "MODEL")
+    }
+
+    /// Name of the entry in WGSL and CUDA: the kernel's without its storage or its market model, so that one text serves them all.
     pub fn entry(&self) -> &'static str {
+        if self.simulates() {
+            let name = self.name.strip_suffix("_futures").unwrap_or(self.name);
+            return name.rsplit_once('_').map_or(name, |(entry, _)| entry);
+        }
         match self.stored() {
             Elem::F16 => self.name.strip_suffix("_f16").unwrap_or(self.name),
             Elem::Bf16 => self.name.strip_suffix("_bf16").unwrap_or(self.name),
@@ -428,6 +442,7 @@ impl Kernel {
         self.wgsl.map(|Source { text, .. }| {
             let common = COMMON_WGSL.text;
             match self.stored() {
+                Elem::F32 if self.simulates() => format!("{text}\n{common}\n{}", PATHS_WGSL.text),
                 Elem::F32 if !text.contains("Stored") => format!("{text}\n{common}"),
                 Elem::F32 => format!("alias Stored = f32; fn stored(x: f32) -> f32 {{ return x; }} {text}\n{common}"),
                 _ => format!("enable f16; alias Stored = f16; {text}\n{common}\n{}", HALF_WGSL.text),
@@ -451,6 +466,9 @@ impl Kernel {
         } else if source.text.contains("Stored") {
             unit += "typedef float Stored;\n";
         }
+        if self.simulates() {
+            unit += &format!("#line 1 \"{}\"\n{}\n", PATHS_CUDA.file, PATHS_CUDA.text);
+        }
         unit += &format!("#line 1 \"{}\"\n{}\n", source.file, source.text);
         unit += &format!("#line 1 \"layout of {}\"\n", self.params.name);
         // NVRTC 12 has no offsetof: field i of the struct is the one that the i-th value initialises.
@@ -470,11 +488,11 @@ impl Kernel {
         let mut rest = line;
         for source in self.wgsl.into_iter().chain([COMMON_WGSL]) {
             let own = source.text.lines().count() as u32 + u32::from(source.text.ends_with('\n'));
-            if rest <= own || source == COMMON_WGSL && !self.stored().is_half() {
+            if rest <= own || source == COMMON_WGSL && !self.stored().is_half() && !self.simulates() {
                 return (source.file, rest);
             }
             rest -= own;
         }
-        (HALF_WGSL.file, rest)
+        (if self.simulates() { PATHS_WGSL.file } else { HALF_WGSL.file }, rest)
     }
 }

@@ -16,6 +16,7 @@ pub mod backtest;
 mod backtest_lanes;
 pub mod backtest_sweep;
 pub mod backtest_tiles;
+pub mod black_scholes;
 pub mod block_bootstrap;
 pub mod cast;
 pub mod ceilings;
@@ -23,10 +24,17 @@ pub mod conformance;
 pub mod conv1d;
 pub mod device;
 pub mod error;
+pub mod exotic_price;
 pub mod fixed;
 pub mod gather;
 mod gemm_lanes;
 pub mod half;
+pub mod hedge;
+mod hedge_lanes;
+pub mod hedge_risk;
+pub mod hedge_rollout;
+mod hedge_rollout_lanes;
+pub mod heston_price;
 pub mod hmm;
 pub mod hmm_baum_welch;
 mod hmm_expectation;
@@ -38,16 +46,20 @@ mod hmm_pack;
 pub mod hmm_sample;
 pub mod hmm_scan;
 pub mod hmm_viterbi;
+pub mod implied_volatility;
 pub mod indicators;
 mod lanes;
 pub mod layer_norm;
 pub mod linear;
 pub mod loss;
 pub mod map;
+pub mod minimum_variance_hedge_ratio;
 pub mod multiple_testing;
 pub mod normalise;
 pub mod objective;
 pub mod optimiser;
+pub mod paths;
+mod paths_lanes;
 pub mod performance;
 pub mod philox;
 pub mod pool;
@@ -84,8 +96,32 @@ pub struct Op {
 }
 
 /// Every op, in the order that data flows.
-pub static OPS: [Op; 27] = [
+pub static OPS: [Op; 35] = [
     Op { name: "philox", about: "counter-based random numbers", kernels: &[&philox::PHILOX], differentiable: false, verify: philox::verify },
+    Op {
+        name: "paths",
+        about: "random paths of market models",
+        kernels: &[
+            &paths::PATHS_GBM,
+            &paths::PATHS_MERTON,
+            &paths::PATHS_HESTON,
+            &paths::PATHS_BATES,
+            &paths::PATHS_REGIMES,
+            &paths::PATHS_BOOTSTRAP,
+            &paths::PATHS_REPLAY,
+            &paths::PATHS_GBM_FUTURES,
+            &paths::PATHS_MERTON_FUTURES,
+            &paths::PATHS_HESTON_FUTURES,
+            &paths::PATHS_BATES_FUTURES,
+            &paths::PATHS_REGIMES_FUTURES,
+            &paths::PATHS_BOOTSTRAP_FUTURES,
+            &paths::PATHS_ASSETS_REGIMES,
+            &paths::PATHS_ASSETS_BOOTSTRAP,
+            &paths::PATHS_MOMENTS,
+        ],
+        differentiable: false,
+        verify: paths::verify,
+    },
     Op { name: "performance", about: "statistics of return series", kernels: &[&performance::PERFORMANCE], differentiable: false, verify: performance::verify },
     Op {
         name: "walk_forward_sharpe",
@@ -114,6 +150,13 @@ pub static OPS: [Op; 27] = [
         kernels: &[&portfolio::PORTFOLIO_SIMULATE, &portfolio::PORTFOLIO_SCORE, &portfolio::SIGNAL_SCORE],
         differentiable: false,
         verify: portfolio_sweep::verify,
+    },
+    Op {
+        name: "hedge_paths",
+        about: "hedges of options with costs, over many paths and set-ups at once",
+        kernels: &hedge::HEDGE_KERNELS,
+        differentiable: false,
+        verify: hedge::verify,
     },
     Op {
         name: "hmm_forward_backward",
@@ -236,6 +279,7 @@ pub static OPS: [Op; 27] = [
             &recurrent::RECURRENT_GRADIENTS,
             &recurrent::RECURRENT_GRADIENTS_BLOCKS,
             &recurrent::RECURRENT_REDUCE,
+            &recurrent::RECURRENT_BACKWARD_MODELS,
             &recurrent::RECURRENT_PACK_F16,
             &recurrent::RECURRENT_PACK_BF16,
             &recurrent::LSTM_FORWARD_F16,
@@ -246,6 +290,14 @@ pub static OPS: [Op; 27] = [
             &recurrent::LSTM_BACKWARD_BF16,
             &recurrent::RECURRENT_GRADIENTS_F16,
             &recurrent::RECURRENT_GRADIENTS_BF16,
+            &recurrent::RECURRENT_PACK_MMA_F16,
+            &recurrent::RECURRENT_PACK_MMA_BF16,
+            &recurrent::LSTM_FORWARD_MMA_F16,
+            &recurrent::LSTM_FORWARD_MMA_BF16,
+            &recurrent::LSTM_FORWARD_MMA_WIDE_F16,
+            &recurrent::LSTM_FORWARD_MMA_WIDE_BF16,
+            &recurrent::LSTM_FORWARD_MMA_LARGE_F16,
+            &recurrent::LSTM_FORWARD_MMA_LARGE_BF16,
         ],
         differentiable: true,
         verify: recurrent::verify_lstm,
@@ -263,6 +315,7 @@ pub static OPS: [Op; 27] = [
             &recurrent::RECURRENT_GRADIENTS,
             &recurrent::RECURRENT_GRADIENTS_BLOCKS,
             &recurrent::RECURRENT_REDUCE,
+            &recurrent::RECURRENT_BACKWARD_MODELS,
             &recurrent::RECURRENT_PACK_F16,
             &recurrent::RECURRENT_PACK_BF16,
             &recurrent::GRU_FORWARD_F16,
@@ -273,6 +326,14 @@ pub static OPS: [Op; 27] = [
             &recurrent::GRU_BACKWARD_BF16,
             &recurrent::RECURRENT_GRADIENTS_F16,
             &recurrent::RECURRENT_GRADIENTS_BF16,
+            &recurrent::RECURRENT_PACK_MMA_F16,
+            &recurrent::RECURRENT_PACK_MMA_BF16,
+            &recurrent::GRU_FORWARD_MMA_F16,
+            &recurrent::GRU_FORWARD_MMA_BF16,
+            &recurrent::GRU_FORWARD_MMA_WIDE_F16,
+            &recurrent::GRU_FORWARD_MMA_WIDE_BF16,
+            &recurrent::GRU_FORWARD_MMA_LARGE_F16,
+            &recurrent::GRU_FORWARD_MMA_LARGE_BF16,
         ],
         differentiable: true,
         verify: recurrent::verify_gru,
@@ -461,6 +522,22 @@ pub static OPS: [Op; 27] = [
         verify: map::verify,
     },
     Op {
+        name: "hedge_rollout",
+        about: "neural hedging policies rolled out over price paths, forward and backward",
+        kernels: &[
+            &hedge_rollout::HEDGE_ROLLOUT,
+            &hedge_rollout::HEDGE_ROLLOUT_CACHED,
+            &hedge_rollout::HEDGE_ROLLOUT_HOLDINGS,
+            &hedge_rollout::HEDGE_ROLLOUT_REVERSE,
+            &hedge_rollout::HEDGE_ROLLOUT_REVERSE_CACHED,
+            &hedge_rollout::HEDGE_ROLLOUT_WEIGHTS,
+            &hedge_rollout::HEDGE_ROLLOUT_BACKWARD,
+            &split_sum::SPLIT_SUM,
+        ],
+        differentiable: true,
+        verify: hedge_rollout::verify,
+    },
+    Op {
         name: "objective",
         about: "Sharpe, Sortino, Calmar, drawdown, expected shortfall and mean-variance of returns, with exact gradients over epochs",
         kernels: &[
@@ -491,11 +568,62 @@ pub static OPS: [Op; 27] = [
         differentiable: true,
         verify: conv1d::verify,
     },
+    Op {
+        name: "black_scholes",
+        about: "Black-Scholes price and greeks of calls, puts and digitals",
+        kernels: &[&black_scholes::BLACK_SCHOLES, &black_scholes::BLACK_SCHOLES_PRICE, &black_scholes::BLACK_SCHOLES_BACKWARD],
+        differentiable: true,
+        verify: black_scholes::verify,
+    },
+    Op {
+        name: "implied_volatility",
+        about: "volatility at which the Black-Scholes price is the quoted one",
+        kernels: &[&implied_volatility::IMPLIED_VOLATILITY],
+        differentiable: false,
+        verify: implied_volatility::verify,
+    },
+    Op {
+        name: "heston_price",
+        about: "calls and puts under Heston's, Bates' and Merton's models",
+        kernels: &[&heston_price::HESTON_PRICE, &heston_price::MERTON_PRICE],
+        differentiable: false,
+        verify: heston_price::verify,
+    },
+    Op {
+        name: "exotic_price",
+        about: "barrier and Asian options by simulation, with controls and standard errors",
+        kernels: &[&exotic_price::EXOTIC_PRICE_GBM, &exotic_price::EXOTIC_PRICE_MERTON, &exotic_price::EXOTIC_PRICE_HESTON, &exotic_price::EXOTIC_PRICE_BATES],
+        differentiable: false,
+        verify: exotic_price::verify,
+    },
+    Op {
+        name: "minimum_variance_hedge_ratio",
+        about: "hedge ratios of spots by futures, by regime and for the mixture",
+        kernels: &[&minimum_variance_hedge_ratio::HEDGE_COVARIANCES, &minimum_variance_hedge_ratio::HEDGE_MIXTURE, &minimum_variance_hedge_ratio::HEDGE_SOLVE],
+        differentiable: false,
+        verify: minimum_variance_hedge_ratio::verify,
+    },
 ];
 
 /// Every kernel: those of the ops, then the ceiling that `forback bench` measures.
-pub static KERNELS: [&Kernel; 256] = [
+pub static KERNELS: [&Kernel; 346] = [
     &philox::PHILOX,
+    &paths::PATHS_GBM,
+    &paths::PATHS_MERTON,
+    &paths::PATHS_HESTON,
+    &paths::PATHS_BATES,
+    &paths::PATHS_REGIMES,
+    &paths::PATHS_BOOTSTRAP,
+    &paths::PATHS_REPLAY,
+    &paths::PATHS_GBM_FUTURES,
+    &paths::PATHS_MERTON_FUTURES,
+    &paths::PATHS_HESTON_FUTURES,
+    &paths::PATHS_BATES_FUTURES,
+    &paths::PATHS_REGIMES_FUTURES,
+    &paths::PATHS_BOOTSTRAP_FUTURES,
+    &paths::PATHS_ASSETS_REGIMES,
+    &paths::PATHS_ASSETS_BOOTSTRAP,
+    &paths::PATHS_MOMENTS,
     &performance::PERFORMANCE,
     &walk_forward_sharpe::SEGMENT_MOMENTS,
     &walk_forward_sharpe::WALK_FORWARD_SHARPE,
@@ -521,6 +649,45 @@ pub static KERNELS: [&Kernel; 256] = [
     &multiple_testing::CSCV_BEST,
     &multiple_testing::CSCV_RANK,
     &block_bootstrap::BLOCK_BOOTSTRAP,
+    &hedge::HEDGE_GIVEN,
+    &hedge::HEDGE_DELTA_GBM,
+    &hedge::HEDGE_BAND_GBM,
+    &hedge::HEDGE_GAMMA_GBM,
+    &hedge::HEDGE_FUTURES_GBM,
+    &hedge::HEDGE_DELTA_MERTON,
+    &hedge::HEDGE_BAND_MERTON,
+    &hedge::HEDGE_GAMMA_MERTON,
+    &hedge::HEDGE_FUTURES_MERTON,
+    &hedge::HEDGE_DELTA_HESTON,
+    &hedge::HEDGE_BAND_HESTON,
+    &hedge::HEDGE_GAMMA_HESTON,
+    &hedge::HEDGE_FUTURES_HESTON,
+    &hedge::HEDGE_DELTA_BATES,
+    &hedge::HEDGE_BAND_BATES,
+    &hedge::HEDGE_GAMMA_BATES,
+    &hedge::HEDGE_FUTURES_BATES,
+    &hedge::HEDGE_DELTA_REGIMES,
+    &hedge::HEDGE_BAND_REGIMES,
+    &hedge::HEDGE_GAMMA_REGIMES,
+    &hedge::HEDGE_FUTURES_REGIMES,
+    &hedge::HEDGE_DELTA_BOOTSTRAP,
+    &hedge::HEDGE_BAND_BOOTSTRAP,
+    &hedge::HEDGE_GAMMA_BOOTSTRAP,
+    &hedge::HEDGE_FUTURES_BOOTSTRAP,
+    &hedge::HEDGE_DELTA_REPLAY,
+    &hedge::HEDGE_BAND_REPLAY,
+    &hedge::HEDGE_GAMMA_REPLAY,
+    &hedge::HEDGE_SINGLE_GBM,
+    &hedge::HEDGE_SINGLE_MERTON,
+    &hedge::HEDGE_SINGLE_HESTON,
+    &hedge::HEDGE_SINGLE_BATES,
+    &hedge::HEDGE_SINGLE_REGIMES,
+    &hedge::HEDGE_SINGLE_BOOTSTRAP,
+    &hedge::HEDGE_SINGLE_REPLAY,
+    &hedge_risk::HEDGE_MOMENTS,
+    &hedge_risk::HEDGE_COUNT,
+    &hedge_risk::HEDGE_SUM_COUNTS,
+    &hedge_risk::HEDGE_TAIL,
     &portfolio::PORTFOLIO_SIMULATE,
     &portfolio::PORTFOLIO_SCORE,
     &portfolio::SIGNAL_SCORE,
@@ -587,6 +754,7 @@ pub static KERNELS: [&Kernel; 256] = [
     &recurrent::GRU_BACKWARD,
     &recurrent::RECURRENT_GRADIENTS,
     &recurrent::RECURRENT_REDUCE,
+    &recurrent::RECURRENT_BACKWARD_MODELS,
     &recurrent::LSTM_FORWARD_BLOCKS,
     &recurrent::GRU_FORWARD_BLOCKS,
     &recurrent::LSTM_BACKWARD_BLOCKS,
@@ -606,6 +774,20 @@ pub static KERNELS: [&Kernel; 256] = [
     &recurrent::GRU_BACKWARD_BF16,
     &recurrent::RECURRENT_GRADIENTS_F16,
     &recurrent::RECURRENT_GRADIENTS_BF16,
+    &recurrent::RECURRENT_PACK_MMA_F16,
+    &recurrent::RECURRENT_PACK_MMA_BF16,
+    &recurrent::LSTM_FORWARD_MMA_F16,
+    &recurrent::LSTM_FORWARD_MMA_BF16,
+    &recurrent::LSTM_FORWARD_MMA_WIDE_F16,
+    &recurrent::LSTM_FORWARD_MMA_WIDE_BF16,
+    &recurrent::LSTM_FORWARD_MMA_LARGE_F16,
+    &recurrent::LSTM_FORWARD_MMA_LARGE_BF16,
+    &recurrent::GRU_FORWARD_MMA_F16,
+    &recurrent::GRU_FORWARD_MMA_BF16,
+    &recurrent::GRU_FORWARD_MMA_WIDE_F16,
+    &recurrent::GRU_FORWARD_MMA_WIDE_BF16,
+    &recurrent::GRU_FORWARD_MMA_LARGE_F16,
+    &recurrent::GRU_FORWARD_MMA_LARGE_BF16,
     &attention::ATTENTION_FORWARD_8,
     &attention::ATTENTION_FORWARD_16,
     &attention::ATTENTION_FORWARD_32,
@@ -750,5 +932,25 @@ pub static KERNELS: [&Kernel; 256] = [
     &conv1d::CONV1D_GRAD_X_RAGGED,
     &conv1d::CONV1D_GRAD_WEIGHT,
     &conv1d::CONV1D_GRAD_WEIGHT_RAGGED,
+    &black_scholes::BLACK_SCHOLES,
+    &black_scholes::BLACK_SCHOLES_PRICE,
+    &black_scholes::BLACK_SCHOLES_BACKWARD,
+    &implied_volatility::IMPLIED_VOLATILITY,
+    &heston_price::HESTON_PRICE,
+    &heston_price::MERTON_PRICE,
+    &exotic_price::EXOTIC_PRICE_GBM,
+    &exotic_price::EXOTIC_PRICE_MERTON,
+    &exotic_price::EXOTIC_PRICE_HESTON,
+    &exotic_price::EXOTIC_PRICE_BATES,
+    &minimum_variance_hedge_ratio::HEDGE_COVARIANCES,
+    &minimum_variance_hedge_ratio::HEDGE_MIXTURE,
+    &minimum_variance_hedge_ratio::HEDGE_SOLVE,
+    &hedge_rollout::HEDGE_ROLLOUT,
+    &hedge_rollout::HEDGE_ROLLOUT_CACHED,
+    &hedge_rollout::HEDGE_ROLLOUT_HOLDINGS,
+    &hedge_rollout::HEDGE_ROLLOUT_REVERSE,
+    &hedge_rollout::HEDGE_ROLLOUT_REVERSE_CACHED,
+    &hedge_rollout::HEDGE_ROLLOUT_WEIGHTS,
+    &hedge_rollout::HEDGE_ROLLOUT_BACKWARD,
     &ceilings::CEILING_MULTIPLY_ADD,
 ];

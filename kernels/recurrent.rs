@@ -8,11 +8,14 @@
 //!          past them; resets [B,T]: the state goes back to its start before a step; `reverse` runs each sequence from its last valid step.
 //! Launch   forward  `recurrent_pack` (weights of one unit's four gates side by side), then `lstm_forward` or `gru_forward`: a workgroup
 //!          owns ⌊WG / H⌋ (model, 4 sequences), a thread one unit (or every WG-th) of four sequences; all steps inside.
+//!          In 16 bits on CUDA up to 256 units forward is `recurrent_pack_mma` (fragments), then `*_forward_mma`, `_wide` (beyond 64 units) or
+//!          `_large` (beyond 128): a workgroup owns 16 sequences of one model, or as many times 16 as fit, and multiplies by `mma.sync`.
 //!          backward [`recurrent_gates` where gates were not kept], `lstm_backward` or `gru_backward`, `recurrent_gradients` (32 × 32
 //!          tiles of grad_x and of the weights' gradients over slices of B·T), [`recurrent_reduce` where there is more than one slice].
 //!          Two and at most three launches; four if gates are recomputed and a model has more than 131,072 steps. Only where a device
 //!          bounds loops (llvmpipe) or a binding is too small are there more: time and batch are split, no bit changes.
-//!          Software adapters (H a multiple of 4 up to 128, I ≥ 4) run the `_blocks` kernels: a thread owns four sequences, their states in
+//!          On a CPU with 16 models or more, δ of each within 2^17 reals, all of backward is one launch, `recurrent_backward_models`.
+//!          Software adapters (H, y_stride, y_offset multiples of 4, H ≤ 128, I ≥ 4) run the `_blocks` kernels: a thread owns four sequences, their states in
 //!          memory, or 8 × 8 of a product; no barrier, no staging. Training (64,63,30,64) on llvmpipe, forward + backward + gradients, ms:
 //!          tiles 110 + 105 + 330; 8 × 8 products 40; eight sequences a tile with barriers 45 + 41; two a thread 86 + 59; four 35 + 30.
 //! Scratch  forward: packed weights and states; backward: δ [M,B,T,4H], and states with partial sums.
@@ -20,7 +23,8 @@
 //! Floor    LSTM forward 8·B·T·H·(I+H) flops, training 3×; bytes 4·B·T·(I + H·(1 to 7)).
 //! Stored   x, weights, biases, start and last states, y and their gradients in f32, f16 or bf16, all in one; what is kept, packed or scratch is
 //!          f32, and so are all sums: results are rounded once.
-//! Numerics f32 sums in the order of k; gates through exp with clamped arguments; no atomics, a fixed order everywhere.
+//! Numerics f32 sums in the order of k (`mma.sync`: in its own, h(t−1) as a value of 16 bits and its rest, so that no column rounds it: 22 bits
+//!          in f16, 16 in bf16); gates through exp with clamped arguments; no atomics, a fixed order everywhere.
 //! Source   Hochreiter & Schmidhuber 1997; Cho et al. 2014, with the reset gate after the product as in cuDNN.
 //! Files    shaders/recurrent.wgsl, recurrent_blocks.wgsl · cuda/recurrent.cu · recurrent_lanes.rs (f32 on the CPU) · reference: the `_cpu` functions
 
@@ -100,12 +104,21 @@ const ROWS: u64 = 4;
 const TILE: u64 = 32;
 /// Most hidden units of the WGSL and CUDA columns: four sequences' states fill 16 KiB.
 const MAX_HIDDEN: u64 = 1024;
+/// Models from which on every thread of a CPU has some of its own …
+const MANY_MODELS: u64 = 16;
+/// … and most reals of a model's δ that they work so: half of a second-level cache.
+const MODEL_DELTA: u64 = 1 << 17;
 /// Most steps that one slice of a weight gradient sums.
 const SLICE: u64 = 131_072;
 /// Most elements of an argument, so that indices fit 32 bits.
 const ELEMENTS: u64 = 1 << 31;
 /// Units that packed weights are padded to.
 pub(crate) const PAD: usize = 16;
+/// Threads of a workgroup of the kernels that multiply on tensor cores, …
+const MMA_WG: u32 = 256;
+/// … sequences of their tiles, and units that a warp works on at once.
+const MMA_ROWS: u64 = 16;
+const MMA_UNITS: u64 = 8;
 
 impl RecurrentParams {
     const NONE: RecurrentParams = RecurrentParams {
@@ -314,6 +327,115 @@ recurrent_kernel! {
     |words| reduce_items(&RecurrentParams::of(words)).div_ceil(u64::from(WG)), recurrent_reduce_cpu, recurrent_reduce_cpu, 1.0
 }
 
+/// Gates where they were not kept, δ, grad_x and the weights' gradients, a model at a time: the CPU's way with many small models, whose δ
+/// then stays in a cache.
+pub static RECURRENT_BACKWARD_MODELS: Kernel = Kernel {
+    name: "recurrent_backward_models",
+    about: "a recurrent layer backward, a model at a time, on the CPU",
+    args: &[
+        reads("x"),
+        reads("saved"),
+        reads("w_ih"),
+        reads("w_hh"),
+        reads("b_ih"),
+        reads("b_hh"),
+        reads_u32("lengths"),
+        reads_u32("resets"),
+        reads("grad_y"),
+        writes("grad_x"),
+        writes("sums"),
+    ],
+    groups: |words| u64::from(RecurrentParams::of(words).models),
+    wgsl: None,
+    cuda: None,
+    cpu: Some(Cpu { f32: lanes::backward_models, f64: recurrent_backward_models_cpu }),
+    cost: Cost { unit: "unit-input-step", units: steps, bytes: 0.5, flops: 24.0 },
+    ..LSTM_BACKWARD
+};
+
+// ---- forward on tensor cores ----------------------------------------------------------------------------------------------------
+
+/// Sizes of a forward kernel on tensor cores.
+#[derive(Clone, Copy)]
+struct Fragments {
+    /// Times eight units that a warp owns, at most.
+    octets: u64,
+    /// Tiles of 16 inputs or units whose weights lie in registers; those of further ones come from memory at every step.
+    depth: u64,
+    /// Words of shared memory.
+    words: u64,
+}
+
+const MMA: Fragments = Fragments { octets: 1, depth: 5, words: 6144 };
+const MMA_WIDE: Fragments = Fragments { octets: 2, depth: 7, words: 6144 };
+const MMA_LARGE: Fragments = Fragments { octets: 4, depth: 1, words: 12288 };
+
+impl Fragments {
+    const fn constants(&self) -> [(&'static str, u32); 3] {
+        [("OCTETS", self.octets as u32), ("DEPTH", self.depth as u32), ("WORDS", self.words as u32)]
+    }
+
+    /// Words of one tile: two buffers of 16 rows of x, and of h as a value and its rest.
+    fn tile(inputs: u64, hidden: u64) -> u64 {
+        2 * MMA_ROWS * (8 * inputs.div_ceil(16) + 16 * hidden.div_ceil(16) + 4)
+    }
+
+    fn takes(&self, inputs: u64, hidden: u64) -> bool {
+        let warps = u64::from(MMA_WG / 32);
+        hidden.div_ceil(MMA_UNITS) <= self.octets * warps && Fragments::tile(inputs, hidden) <= self.words
+    }
+
+    fn groups(&self, words: &[u32]) -> u64 {
+        let p = RecurrentParams::of(words);
+        let (inputs, hidden, warps) = (u64::from(p.inputs), u64::from(p.hidden).max(1), u64::from(MMA_WG / 32));
+        let slots = (warps / hidden.div_ceil(MMA_UNITS).min(warps)).min(self.words / Fragments::tile(inputs, hidden)).max(1);
+        (u64::from(p.models) * (p.own() as u64).div_ceil(MMA_ROWS)).div_ceil(slots)
+    }
+}
+
+/// Reals of one model's weights as fragments, and of its biases.
+fn mma_packed(inputs: u64, hidden: u64) -> u64 {
+    hidden.div_ceil(MMA_UNITS) * (256 * (inputs.div_ceil(16) + hidden.div_ceil(16)) + 4 * MMA_UNITS)
+}
+
+static RECURRENT_PACK_MMA: Kernel = Kernel {
+    name: "recurrent_pack_mma",
+    about: "weights as fragments of tensor cores",
+    workgroup: MMA_WG,
+    constants: &MMA.constants(),
+    groups: |words| {
+        let p = RecurrentParams::of(words);
+        (u64::from(p.models) * mma_packed(u64::from(p.inputs), u64::from(p.hidden)) / 4).div_ceil(u64::from(MMA_WG))
+    },
+    wgsl: None,
+    cpu: None,
+    ..RECURRENT_PACK
+};
+
+macro_rules! mma_kernel {
+    ($($value:ident = $name:literal, $about:literal, $of:ident, $sizes:ident;)*) => { $(
+        static $value: Kernel = Kernel {
+            name: $name,
+            about: $about,
+            workgroup: MMA_WG,
+            constants: &$sizes.constants(),
+            groups: |words| $sizes.groups(words),
+            wgsl: None,
+            cpu: None,
+            ..$of
+        };
+    )* };
+}
+
+mma_kernel! {
+    LSTM_FORWARD_MMA = "lstm_forward_mma", "all steps of an LSTM layer on tensor cores", LSTM_FORWARD, MMA;
+    LSTM_FORWARD_MMA_WIDE = "lstm_forward_mma_wide", "the same for more hidden units", LSTM_FORWARD, MMA_WIDE;
+    LSTM_FORWARD_MMA_LARGE = "lstm_forward_mma_large", "the same for up to 256 hidden units", LSTM_FORWARD, MMA_LARGE;
+    GRU_FORWARD_MMA = "gru_forward_mma", "all steps of a GRU layer on tensor cores", GRU_FORWARD, MMA;
+    GRU_FORWARD_MMA_WIDE = "gru_forward_mma_wide", "the same for more hidden units", GRU_FORWARD, MMA_WIDE;
+    GRU_FORWARD_MMA_LARGE = "gru_forward_mma_large", "the same for up to 256 hidden units", GRU_FORWARD, MMA_LARGE;
+}
+
 // ---- kernels of software adapters ----------------------------------------------------------------------------------------------
 
 const BLOCK_WG: u32 = 8;
@@ -363,10 +485,17 @@ stored_kernels! {
     LSTM_BACKWARD_F16 "lstm_backward_f16", LSTM_BACKWARD_BF16 "lstm_backward_bf16" = LSTM_BACKWARD[7];
     GRU_BACKWARD_F16 "gru_backward_f16", GRU_BACKWARD_BF16 "gru_backward_bf16" = GRU_BACKWARD[7];
     RECURRENT_GRADIENTS_F16 "recurrent_gradients_f16", RECURRENT_GRADIENTS_BF16 "recurrent_gradients_bf16" = RECURRENT_GRADIENTS[7];
+    RECURRENT_PACK_MMA_F16 "recurrent_pack_mma_f16", RECURRENT_PACK_MMA_BF16 "recurrent_pack_mma_bf16" = RECURRENT_PACK_MMA[5];
+    LSTM_FORWARD_MMA_F16 "lstm_forward_mma_f16", LSTM_FORWARD_MMA_BF16 "lstm_forward_mma_bf16" = LSTM_FORWARD_MMA[7];
+    LSTM_FORWARD_MMA_WIDE_F16 "lstm_forward_mma_wide_f16", LSTM_FORWARD_MMA_WIDE_BF16 "lstm_forward_mma_wide_bf16" = LSTM_FORWARD_MMA_WIDE[7];
+    LSTM_FORWARD_MMA_LARGE_F16 "lstm_forward_mma_large_f16", LSTM_FORWARD_MMA_LARGE_BF16 "lstm_forward_mma_large_bf16" = LSTM_FORWARD_MMA_LARGE[7];
+    GRU_FORWARD_MMA_F16 "gru_forward_mma_f16", GRU_FORWARD_MMA_BF16 "gru_forward_mma_bf16" = GRU_FORWARD_MMA[7];
+    GRU_FORWARD_MMA_WIDE_F16 "gru_forward_mma_wide_f16", GRU_FORWARD_MMA_WIDE_BF16 "gru_forward_mma_wide_bf16" = GRU_FORWARD_MMA_WIDE[7];
+    GRU_FORWARD_MMA_LARGE_F16 "gru_forward_mma_large_f16", GRU_FORWARD_MMA_LARGE_BF16 "gru_forward_mma_large_bf16" = GRU_FORWARD_MMA_LARGE[7];
 }
 
 /// The kernels with arguments in 16 bits.
-const STORED: [&Kernel; 14] = [
+const STORED: [&Kernel; 28] = [
     &RECURRENT_PACK_F16,
     &RECURRENT_PACK_BF16,
     &LSTM_FORWARD_F16,
@@ -381,6 +510,20 @@ const STORED: [&Kernel; 14] = [
     &GRU_BACKWARD_BF16,
     &RECURRENT_GRADIENTS_F16,
     &RECURRENT_GRADIENTS_BF16,
+    &RECURRENT_PACK_MMA_F16,
+    &RECURRENT_PACK_MMA_BF16,
+    &LSTM_FORWARD_MMA_F16,
+    &LSTM_FORWARD_MMA_BF16,
+    &LSTM_FORWARD_MMA_WIDE_F16,
+    &LSTM_FORWARD_MMA_WIDE_BF16,
+    &LSTM_FORWARD_MMA_LARGE_F16,
+    &LSTM_FORWARD_MMA_LARGE_BF16,
+    &GRU_FORWARD_MMA_F16,
+    &GRU_FORWARD_MMA_BF16,
+    &GRU_FORWARD_MMA_WIDE_F16,
+    &GRU_FORWARD_MMA_WIDE_BF16,
+    &GRU_FORWARD_MMA_LARGE_F16,
+    &GRU_FORWARD_MMA_LARGE_BF16,
 ];
 
 // ---- the plain column -------------------------------------------------------------------------------------------------------
@@ -543,7 +686,11 @@ pub(crate) fn recurrent_gates_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Resu
     let p: RecurrentParams = launch.params()?;
     let (x, saved) = (launch.real()?, launch.real()?);
     let weights = [launch.real()?, launch.real()?, launch.real()?, launch.real()?];
-    let gates = launch.real_mut()?;
+    gates_rows(p, x, saved, weights, launch.real_mut()?);
+    Ok(())
+}
+
+fn gates_rows<R: Real>(p: RecurrentParams, x: &[R], saved: &[R], weights: [&[R]; 4], gates: &mut [R]) {
     let (t, h, i, own) = (p.time as usize, p.hidden as usize, p.inputs as usize, p.own());
     gates.par_chunks_mut(t * 4 * h).enumerate().take(p.rows as usize).for_each(|(q, out)| {
         let (m, b) = (q / own, p.row0 as usize + q % own);
@@ -558,7 +705,6 @@ pub(crate) fn recurrent_gates_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Resu
             }
         }
     });
-    Ok(())
 }
 
 /// Gates as forward had them: kept, or from their pre-activations.
@@ -578,8 +724,12 @@ fn gates_again<R: Real>(p: &RecurrentParams, saved: &[R], own: &[R], j: usize) -
 
 pub(crate) fn recurrent_backward_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
     let p: RecurrentParams = launch.params()?;
-    let (saved, w_hh, lengths, resets, grad_y) = (launch.real()?, launch.real()?, launch.word()?, launch.word()?, launch.real()?);
-    let (gates, sums) = (launch.real_mut()?, launch.real_mut()?);
+    let (saved, w_hh, words, grad_y) = (launch.real()?, launch.real()?, [launch.word()?, launch.word()?], launch.real()?);
+    backward_rows(p, saved, w_hh, words, grad_y, launch.real_mut()?, launch.real_mut()?);
+    Ok(())
+}
+
+fn backward_rows<R: Real>(p: RecurrentParams, saved: &[R], w_hh: &[R], [lengths, resets]: [&[u32]; 2], grad_y: &[R], gates: &mut [R], sums: &mut [R]) {
     let (t, h, own, first) = (p.time as usize, p.hidden as usize, p.own(), p.row0 as usize);
     let all = (p.models * p.batch) as usize * h;
     let (grad_h, rest) = sums.split_at_mut(all);
@@ -654,13 +804,16 @@ pub(crate) fn recurrent_backward_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> R
             }
         }
     });
-    Ok(())
 }
 
 pub(crate) fn recurrent_gradients_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
     let p: RecurrentParams = launch.params()?;
     let (x, saved, lengths, w_ih, gates) = (launch.real()?, launch.real()?, launch.word()?, launch.real()?, launch.real()?);
-    let (grad_x, sums) = (launch.real_mut()?, launch.real_mut()?);
+    gradients_rows(p, x, saved, lengths, w_ih, gates, launch.real_mut()?, launch.real_mut()?);
+    Ok(())
+}
+
+fn gradients_rows<R: Real>(p: RecurrentParams, x: &[R], saved: &[R], lengths: &[u32], w_ih: &[R], gates: &[R], grad_x: &mut [R], sums: &mut [R]) {
     let (t, h, i, own, g) = (p.time as usize, p.hidden as usize, p.inputs as usize, p.own(), p.gates());
     if p.has(flag::GRAD_X) && t > 0 {
         grad_x.par_chunks_mut(t * i).enumerate().take(p.rows as usize).for_each(|(q, out)| {
@@ -675,7 +828,7 @@ pub(crate) fn recurrent_gradients_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> 
         });
     }
     if !p.has(flag::GRAD_W) {
-        return Ok(());
+        return;
     }
     let each = p.models as usize * p.weights();
     let slices = sums[p.partials()..].chunks_mut(each).enumerate().skip(p.slice0 as usize).take(p.slice_count as usize);
@@ -713,6 +866,21 @@ pub(crate) fn recurrent_gradients_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> 
             }
         }
     }
+}
+
+/// Gates where they were not kept, δ and all gradients.
+pub(crate) fn recurrent_backward_models_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
+    let p: RecurrentParams = launch.params()?;
+    let (x, saved) = (launch.real()?, launch.real()?);
+    let weights = [launch.real()?, launch.real()?, launch.real()?, launch.real()?];
+    let (words, grad_y) = ([launch.word()?, launch.word()?], launch.real()?);
+    let (grad_x, sums) = (launch.real_mut()?, launch.real_mut()?);
+    let mut gates = vec![R::ZERO; p.rows as usize * p.time as usize * 4 * p.hidden as usize];
+    if !p.has(flag::GATES) && p.time > 0 {
+        gates_rows(p, x, saved, weights, &mut gates);
+    }
+    backward_rows(p, saved, weights[1], words, grad_y, &mut gates, sums);
+    gradients_rows(p, x, saved, words[0], weights[0], &gates, grad_x, sums);
     Ok(())
 }
 
@@ -952,7 +1120,9 @@ impl Recurrent {
     /// Reals of forward's two scratch buffers: packed weights, states.
     pub fn scratch(&self) -> [u64; 2] {
         let padded = self.hidden.next_multiple_of(PAD as u64);
-        [self.models * (self.inputs + self.hidden + 1) * 4 * padded, 4 * self.models * self.batch * self.hidden]
+        let rows = (self.inputs + self.hidden + 1) * 4 * padded;
+        let fragments = if MMA_LARGE.takes(self.inputs, self.hidden) { mma_packed(self.inputs, self.hidden) } else { 0 };
+        [self.models * rows.max(fragments), 4 * self.models * self.batch * self.hidden]
     }
 
     fn weights(&self) -> u64 {
@@ -1029,9 +1199,37 @@ impl Recurrent {
     /// Whether the kernels of software adapters take these sizes on this device.
     fn blocks(&self, device: &Device) -> bool {
         let (slice_rows, time_parts, _) = self.slices();
-        let sizes = self.hidden.is_multiple_of(4) && self.hidden <= BLOCK_HIDDEN && self.inputs >= 4;
+        let quads = [self.hidden, self.y_stride, self.y_offset].iter().all(|n| n.is_multiple_of(4));
+        let sizes = quads && self.hidden <= BLOCK_HIDDEN && self.inputs >= 4;
         let info = device.info();
         info.kind == crate::DeviceKind::Wgpu && info.software && sizes && slice_rows * (self.time.div_ceil(time_parts) + 2) <= BLOCK_SLICE
+    }
+
+    /// Whether [`RECURRENT_BACKWARD_MODELS`] takes these sizes: models for every thread, δ of one within half of a second-level cache.
+    fn model_by_model(&self, device: &Device) -> bool {
+        use crate::DeviceKind::{Cpu, Reference};
+        let delta = self.batch * self.time * 4 * self.hidden;
+        matches!(device.info().kind, Cpu | Reference) && self.models >= MANY_MODELS && self.slices().2 == 1 && (1..=MODEL_DELTA).contains(&delta)
+    }
+
+    /// The kernels that take a forward pass: weights packed, and all steps.
+    fn forward_kernels(&self, device: &Device, stored: Elem) -> Result<[&'static Kernel; 2]> {
+        let lstm = self.cell == Cell::Lstm;
+        let of = |[if_lstm, if_gru]: [&'static Kernel; 2]| if lstm { if_lstm } else { if_gru };
+        let half = stored.is_half();
+        let mma = half && matches!(device.info().kind, crate::DeviceKind::Cuda | crate::DeviceKind::CudaHost);
+        let on_tensor_cores = [
+            (MMA, [&LSTM_FORWARD_MMA, &GRU_FORWARD_MMA]),
+            (MMA_WIDE, [&LSTM_FORWARD_MMA_WIDE, &GRU_FORWARD_MMA_WIDE]),
+            (MMA_LARGE, [&LSTM_FORWARD_MMA_LARGE, &GRU_FORWARD_MMA_LARGE]),
+        ];
+        let fitting = on_tensor_cores.into_iter().find(|(sizes, _)| mma && sizes.takes(self.inputs, self.hidden));
+        let [pack, forward] = match fitting {
+            Some((_, kernels)) => [&RECURRENT_PACK_MMA, of(kernels)],
+            None if self.blocks(device) && !half && self.time > 0 => [&RECURRENT_PACK, of([&LSTM_FORWARD_BLOCKS, &GRU_FORWARD_BLOCKS])],
+            None => [&RECURRENT_PACK, of([&LSTM_FORWARD, &GRU_FORWARD])],
+        };
+        Ok([in_storage(&STORED, pack, stored)?, in_storage(&STORED, forward, stored)?])
     }
 
     /// Rounds of a step of those kernels' loops, forward and backward.
@@ -1160,6 +1358,7 @@ pub fn recurrent(pass: &mut Pass, op: &Recurrent, args: &RecurrentArgs<'_>) -> R
     let rounds = if blocks { op.block_rounds().0 } else { units * (op.inputs.div_ceil(4) + op.hidden.div_ceil(4) + 8) + 1 };
     let runs = op.time_runs(&device, rounds)?;
     let (lengths, resets) = words(&device, args.lengths, args.resets)?;
+    let [pack, forward] = op.forward_kernels(&device, stored)?;
     for chunk in op.chunks(&device)? {
         let models = chunk.models.end - chunk.models.start;
         let (m0, rows) = (chunk.models.start, chunk.rows.clone());
@@ -1187,30 +1386,22 @@ pub fn recurrent(pass: &mut Pass, op: &Recurrent, args: &RecurrentArgs<'_>) -> R
         let b_ih = pass.input(args.b_ih.unwrap_or(args.w_ih), of_models(if args.b_ih.is_some() { g } else { 0 }))?;
         let b_hh = pass.input(args.b_hh.unwrap_or(args.w_ih), of_models(if args.b_hh.is_some() { g } else { 0 }))?;
         let [w_ih, w_hh] = weights;
-        pass.launch(in_storage(&STORED, &RECURRENT_PACK, stored)?, &p, &[w_ih, w_hh, b_ih, b_hh, packed.clone()])?;
+        pass.launch(pack, &p, &[w_ih, w_hh, b_ih, b_hh, packed.clone()])?;
         if op.time > 0 {
             let x = pass.input(args.x, x_range(op, &chunk, shared))?;
             let y = Bound::new(pass, args.y, of_rows(op.time * op.y_stride))?;
             let saved = Bound::new(pass, args.saved, of_rows(op.time * op.width()))?;
             for run in &runs {
                 let p = RecurrentParams { from_step: run.start as u32, to_step: run.end as u32, ..p };
-                let kernel = match (lstm, blocks) {
-                    (true, false) => &LSTM_FORWARD,
-                    (true, true) => &LSTM_FORWARD_BLOCKS,
-                    (false, false) => &GRU_FORWARD,
-                    (false, true) => &GRU_FORWARD_BLOCKS,
-                };
-                let kernel = in_storage(&STORED, kernel, stored)?;
                 let args = [x.clone(), packed.clone(), lengths.clone(), resets.clone(), state.clone(), y.view.clone(), saved.view.clone()];
-                pass.launch(kernel, &p, &args)?;
+                pass.launch(forward, &p, &args)?;
             }
             y.finish(pass)?;
             saved.finish(pass)?;
         } else {
             let p = RecurrentParams { to_step: 0, ..p };
-            let kernel = in_storage(&STORED, if lstm { &LSTM_FORWARD } else { &GRU_FORWARD }, stored)?;
             let x = pass.input(args.x, 0..0)?;
-            pass.launch(kernel, &p, &[x, packed, lengths.clone(), resets.clone(), state.clone(), args.y.part(0..0), args.saved.part(0..0)])?;
+            pass.launch(forward, &p, &[x, packed, lengths.clone(), resets.clone(), state.clone(), args.y.part(0..0), args.saved.part(0..0)])?;
         }
         let (at, len) = (rows.start * op.hidden, (count) * op.hidden);
         for (to, which) in [(args.hn, 2), (args.cn, 3)] {
@@ -1324,6 +1515,7 @@ pub fn recurrent_backward(pass: &mut Pass, op: &Recurrent, args: &RecurrentGrads
         ]);
     let units = op.hidden.div_ceil(u64::from(WG));
     let blocks = op.blocks(&device) && !stored.is_half();
+    let whole = op.model_by_model(&device) && !stored.is_half();
     let rounds = if blocks { op.block_rounds().1 } else { units * (op.hidden.div_ceil(2) + 8) + 1 };
     let runs = op.time_runs(&device, rounds)?;
     op.check_tiles(&device, op.inputs + op.hidden + 1)?;
@@ -1342,6 +1534,7 @@ pub fn recurrent_backward(pass: &mut Pass, op: &Recurrent, args: &RecurrentGrads
         let models = chunk.models.end - chunk.models.start;
         let (m0, rows) = (chunk.models.start, chunk.rows.clone());
         let shared = op.x_models == 1 && models > 1;
+        let whole = whole && rows == (0..op.batch);
         let (count, first) = (models * (rows.end - rows.start), m0 * op.batch + rows.start);
         let slice0 = rows.start / slice_rows * time_parts;
         let p = RecurrentParams {
@@ -1366,39 +1559,42 @@ pub fn recurrent_backward(pass: &mut Pass, op: &Recurrent, args: &RecurrentGrads
         let w_hh = pass.input(args.w_hh, of_models(g * op.hidden))?;
         let x = pass.input(args.x, x_range(op, chunk, shared))?;
         let saved = pass.input(args.saved, of_rows(op.time * op.width()))?;
-        if op.keep == Keep::States && op.time > 0 {
-            let b_ih = pass.input(args.b_ih.unwrap_or(args.w_ih), of_models(if args.b_ih.is_some() { g } else { 0 }))?;
-            let b_hh = pass.input(args.b_hh.unwrap_or(args.w_ih), of_models(if args.b_hh.is_some() { g } else { 0 }))?;
-            pass.launch(
-                in_storage(&STORED, &RECURRENT_GATES, stored)?,
-                &p,
-                &[x.clone(), saved.clone(), w_ih.clone(), w_hh.clone(), b_ih, b_hh, gates.clone()],
-            )?;
-        }
-        let grad_y = match args.grad_y {
-            Some(view) => pass.input(view, of_rows(op.time * op.y_stride))?,
-            None => w_hh.clone(),
-        };
-        let kernel = match (lstm, blocks) {
-            (true, false) => &LSTM_BACKWARD,
-            (true, true) => &LSTM_BACKWARD_BLOCKS,
-            (false, false) => &GRU_BACKWARD,
-            (false, true) => &GRU_BACKWARD_BLOCKS,
-        };
-        let kernel = in_storage(&STORED, kernel, stored)?;
-        let whole: Vec<Range<u64>> = std::iter::once(0..0).collect();
-        for run in if op.time == 0 { &whole } else { &runs }.iter().rev() {
-            let p = RecurrentParams { from_step: run.start as u32, to_step: run.end as u32, ..p };
-            pass.launch(kernel, &p, &[saved.clone(), w_hh.clone(), lengths.clone(), resets.clone(), grad_y.clone(), gates.clone(), sums.clone()])?;
-        }
         let grad_x = match (args.grad_x, &nothing) {
             (Some(view), _) => Bound::new(pass, view, of_rows(op.time * op.inputs))?,
             (None, Some(view)) => Bound { view: view.clone(), target: None },
             (None, None) => return Err(Error::Internal("recurrent_backward: no place for grad_x".into())),
         };
-        if wanted || (args.grad_x.is_some() && op.time > 0) {
-            let kernel = if blocks { &RECURRENT_GRADIENTS_BLOCKS } else { in_storage(&STORED, &RECURRENT_GRADIENTS, stored)? };
-            pass.launch(kernel, &p, &[x, saved, lengths.clone(), w_ih, gates, grad_x.view.clone(), sums.clone()])?;
+        let grad_y = match args.grad_y {
+            Some(view) => pass.input(view, of_rows(op.time * op.y_stride))?,
+            None => w_hh.clone(),
+        };
+        let b_ih = pass.input(args.b_ih.unwrap_or(args.w_ih), of_models(if args.b_ih.is_some() { g } else { 0 }))?;
+        let b_hh = pass.input(args.b_hh.unwrap_or(args.w_ih), of_models(if args.b_hh.is_some() { g } else { 0 }))?;
+        if whole {
+            let inputs = [x, saved, w_ih, w_hh, b_ih, b_hh, lengths.clone(), resets.clone(), grad_y];
+            let outputs = [grad_x.view.clone(), sums.clone()];
+            pass.launch(&RECURRENT_BACKWARD_MODELS, &p, &[&inputs[..], &outputs[..]].concat())?;
+        } else {
+            if op.keep == Keep::States && op.time > 0 {
+                let args = [x.clone(), saved.clone(), w_ih.clone(), w_hh.clone(), b_ih, b_hh, gates.clone()];
+                pass.launch(in_storage(&STORED, &RECURRENT_GATES, stored)?, &p, &args)?;
+            }
+            let kernel = match (lstm, blocks) {
+                (true, false) => &LSTM_BACKWARD,
+                (true, true) => &LSTM_BACKWARD_BLOCKS,
+                (false, false) => &GRU_BACKWARD,
+                (false, true) => &GRU_BACKWARD_BLOCKS,
+            };
+            let kernel = in_storage(&STORED, kernel, stored)?;
+            let none: Vec<Range<u64>> = std::iter::once(0..0).collect();
+            for run in if op.time == 0 { &none } else { &runs }.iter().rev() {
+                let p = RecurrentParams { from_step: run.start as u32, to_step: run.end as u32, ..p };
+                pass.launch(kernel, &p, &[saved.clone(), w_hh.clone(), lengths.clone(), resets.clone(), grad_y.clone(), gates.clone(), sums.clone()])?;
+            }
+            if wanted || (args.grad_x.is_some() && op.time > 0) {
+                let kernel = if blocks { &RECURRENT_GRADIENTS_BLOCKS } else { in_storage(&STORED, &RECURRENT_GRADIENTS, stored)? };
+                pass.launch(kernel, &p, &[x, saved, lengths.clone(), w_ih, gates, grad_x.view.clone(), sums.clone()])?;
+            }
         }
         grad_x.finish(pass)?;
         if rows.end < op.batch {

@@ -6,12 +6,15 @@
 //! Backward δ(t)·w_hh in tiles of six sequences × four vectors of units, w_hh copied to whole vectors once per task.
 //! Weights  δᵀ·[x, h(t−1), 1] over runs of valid steps: tiles of six inputs × four vectors of gates, 256 steps at a time, so that a
 //!          run stays in the second-level cache.
+//! Models   where there are many small ones, a task is a model: its δ stays in the second-level cache, so that a training step of 1,024 models
+//!          (B 8, T 32, I 8, H 16) moves 370 MB instead of 590 and takes 42 ms instead of 67 (two busy Zen 4 cores, interleaved).
 //! Ragged   a sequence that has ended leaves its tile, and the tiles of a step are as even as can be: a valid step costs 1.02 to 1.08 of a
 //!          dense one, forward and training, lengths of 25 to 100 % (`forback bench lstm_ragged lstm_train_ragged`).
 //! Numerics products fused (FMA), summed in the order of inputs; exp within 0.9 ulp, σ = 1/(1 + e^−x), tanh = 1 − 2/(1 + e^2x).
 //! Bits     a sequence's bits depend neither on its neighbours nor on the number of threads.
 
 use crate::Result;
+use crate::device::prefetch::prefetch;
 use crate::kernel::CpuLaunch;
 use crate::recurrent::{PAD, RecurrentParams, chunks, flag, hidden_row, input_row, start_of, weight_of};
 use pulp::{Arch, Simd, WithSimd};
@@ -25,6 +28,8 @@ const TILE: usize = 6;
 const TASK: usize = 48;
 /// Steps of a run of a weight gradient.
 const RUN: usize = 256;
+/// Steps that memory is asked for ahead of its use.
+const AHEAD: usize = 2;
 /// Memory that a thread keeps from one call to the next: 4 M reals.
 const KEPT: usize = 1 << 22;
 
@@ -373,6 +378,13 @@ impl WithSimd for Forward<'_, '_> {
                     start(sequence, &mut hs[r * padded..][..padded], &mut cs[r * padded..][..padded]);
                 }
                 active.push((r, step, (p.x_row(sequence.q, sequence.b) * t + step) * i));
+                if s + AHEAD < p.to_step as usize {
+                    let early = p.step(s + AHEAD, sequence.length);
+                    prefetch(&sequence.y[early * p.y_stride as usize + p.y_offset as usize..][..h]);
+                    if p.has(flag::STATES) {
+                        prefetch(&sequence.saved[early * p.width()..][..p.width()]);
+                    }
+                }
             }
             for (index, w) in S::as_simd_f32s(packed).0.chunks_exact(block).take(padded / S::F32_LANES).enumerate() {
                 let j = index * S::F32_LANES;
@@ -610,12 +622,17 @@ impl WithSimd for Backward<'_, '_> {
             active.clear();
             for (r, sequence) in sequences.iter_mut().enumerate() {
                 let step = p.step(s, sequence.length);
-                let out = &mut sequence.gates[step * 4 * h..][..4 * h];
                 if s >= sequence.length {
-                    out.fill(0.0);
+                    sequence.gates[step * 4 * h..][..4 * h].fill(0.0);
                     continue;
                 }
                 active.push((r, step));
+                if s >= p.from_step as usize + AHEAD {
+                    let early = p.step(s - AHEAD, sequence.length);
+                    prefetch(&saved[(sequence.q * t + early) * p.width()..][..p.width()]);
+                    prefetch(&sequence.gates[early * 4 * h..][..4 * h]);
+                }
+                let out = &mut sequence.gates[step * 4 * h..][..4 * h];
                 let slot = sequence.q * t + step;
                 let kept = &saved[slot * p.width()..][..p.width()];
                 let up = if p.has(flag::GRAD_Y) { &grad_y[slot * p.y_stride as usize + p.y_offset as usize..][..h] } else { &[] };
@@ -745,9 +762,10 @@ struct GradW<'a> {
     c0: usize,
     columns: usize,
     x: &'a [f32],
+    /// What the model's sequences kept, and their δ.
     saved: &'a [f32],
-    lengths: &'a [u32],
     gates: &'a [f32],
+    lengths: &'a [u32],
     out: &'a mut [f32],
 }
 
@@ -773,10 +791,10 @@ impl WithSimd for GradW<'_> {
                 n = end;
                 continue;
             }
-            let q = self.m * p.own() + b - p.row0 as usize;
-            let x = &self.x[(p.x_row(q, b) * t + step) * i..];
-            let saved = &self.saved[(q * t + step) * p.width() + p.kept_h()..];
-            let gates = &self.gates[(q * t + step) * 4 * h + self.c0..];
+            let row = b - p.row0 as usize;
+            let x = &self.x[(p.x_row(self.m * p.own() + row, b) * t + step) * i..];
+            let saved = &self.saved[(row * t + step) * p.width() + p.kept_h()..];
+            let gates = &self.gates[(row * t + step) * 4 * h + self.c0..];
             let run = Run { steps: valid - n, gates, stride: 4 * h, columns: self.columns, ld };
             let (of_x, rest) = out.split_at_mut(i * ld);
             let (of_h, of_one) = rest.split_at_mut(h * ld);
@@ -911,6 +929,7 @@ pub(crate) fn gradients(mut launch: CpuLaunch<'_, f32>) -> Result<()> {
         let models = w_ih.par_chunks_mut(g * i).zip(w_hh.par_chunks_mut(g * h)).zip(b_ih.par_chunks_mut(g).zip(b_hh));
         models.enumerate().for_each(|(m, ((w_ih, w_hh), (b_ih, b_hh)))| {
             let mut out = Weights { p: &p, w_ih, w_hh, b_ih, b_hh };
+            let (saved, gates) = (&saved[m * own * t * p.width()..], &gates[m * own * t * 4 * h..]);
             let sum = |c0: usize| {
                 let columns = COLUMNS.min(4 * h - c0);
                 let len = (i + h + 1) * COLUMNS;
@@ -958,4 +977,91 @@ impl Weights<'_> {
             }
         }
     }
+}
+
+// ---- a model at a time ------------------------------------------------------------------------------------------------------
+
+/// δ and all gradients of one model after the other: δ stays in the second-level cache and never reaches memory.
+pub(crate) fn backward_models(mut launch: CpuLaunch<'_, f32>) -> Result<()> {
+    let p: RecurrentParams = launch.params()?;
+    let (x, saved) = (launch.real()?, launch.real()?);
+    let weights = [launch.real()?, launch.real()?, launch.real()?, launch.real()?];
+    let (lengths, resets, grad_y) = (launch.word()?, launch.word()?, launch.real()?);
+    let (grad_x, sums) = (launch.real_mut()?, launch.real_mut()?);
+    let (t, h, i, own, g, models) = (p.time as usize, p.hidden as usize, p.inputs as usize, p.own(), p.gates(), p.models as usize);
+    let (states, partials) = sums.split_at_mut(p.partials());
+    let [grad_h, grad_c, grad_h0, grad_c0] = quarters(&mut states[..4 * models * own * h]);
+    let [_, at_hh, at_b, at_bh] = p.parts();
+    let (w_ih, rest) = partials.split_at_mut(at_hh);
+    let (w_hh, rest) = rest.split_at_mut(at_b - at_hh);
+    let (b_ih, b_hh) = rest.split_at_mut(at_bh - at_b);
+    let wanted = |bit: u32, n: usize| if p.has(bit) { n } else { 0 };
+    let outs = chunks(w_ih, g * i, models).into_iter().zip(chunks(w_hh, g * h, models)).zip(chunks(b_ih, g, models).into_iter().zip(chunks(
+        b_hh,
+        if p.gru() { g } else { 0 },
+        models,
+    )));
+    let states = grad_h.chunks_mut(own * h).zip(grad_c.chunks_mut(own * h)).zip(grad_h0.chunks_mut(own * h).zip(grad_c0.chunks_mut(own * h)));
+    let tasks: Vec<_> = outs.zip(states).zip(chunks(grad_x, wanted(flag::GRAD_X, own * t * i), models)).collect();
+    let arch = Arch::new();
+    let lanes = arch.dispatch(Lanes);
+    let (padded, padded_i, rows) = (h.next_multiple_of(lanes), i.next_multiple_of(lanes), own.min(TASK));
+    let packed = if p.has(flag::GATES) { 0 } else { (i + h + 1) * 4 * padded };
+    let sizes =
+        [own * t * 4 * h, packed, 4 * h * padded, rows * padded, rows * padded, wanted(flag::GRAD_X, g * padded_i), TASK * padded_i, (i + h + 1) * COLUMNS];
+    tasks.into_par_iter().enumerate().for_each(|(m, ((weight_grads, state_grads), grad_x))| {
+        let ((w_ih, w_hh), (b_ih, b_hh)) = weight_grads;
+        let ((grad_h, grad_c), (grad_h0, grad_c0)) = state_grads;
+        let mut out = Weights { p: &p, w_ih, w_hh, b_ih, b_hh };
+        in_memory(sizes, |[gates, packed, w, dh, dc, w_x, results, sum]| {
+            let of_model = &saved[m * own * t * p.width()..][..own * t * p.width()];
+            if !p.has(flag::GATES) {
+                pack_model(&p, weights, m, lanes, packed);
+                for (row, (out, saved)) in gates.chunks_mut(t * 4 * h).zip(of_model.chunks(t * p.width())).enumerate() {
+                    let x = &x[p.x_row(m * own + row, row) * t * i..][..t * i];
+                    arch.dispatch(Gates { p: &p, packed, x, saved, out });
+                }
+            }
+            let states = grad_h.chunks_mut(h).zip(grad_c.chunks_mut(h)).zip(grad_h0.chunks_mut(h).zip(grad_c0.chunks_mut(h)));
+            let of = |(b, (((grad_h, grad_c), (grad_h0, grad_c0)), gates))| Reversed {
+                q: m * own + b,
+                m,
+                b,
+                length: p.length(lengths, b),
+                gates,
+                grad_h,
+                grad_c,
+                grad_h0,
+                grad_c0,
+            };
+            let mut sequences: Vec<Reversed<'_>> = states.zip(gates.chunks_mut(t * 4 * h)).enumerate().map(of).collect();
+            let w_hh = &weights[1][m * g * h..][..g * h];
+            for sequences in sequences.chunks_mut(TASK) {
+                let n = sequences.len() * padded;
+                let memory = [&mut *w, &mut dh[..n], &mut dc[..n]];
+                arch.dispatch(Backward { p: &p, saved, w_hh, resets, grad_y, sequences, memory });
+            }
+            if p.has(flag::GRAD_X) {
+                let w_ih = &weights[0][m * g * i..][..g * i];
+                arch.dispatch(GradX { p: &p, w_ih, gates, out: grad_x, memory: [w_x, results] });
+            }
+            if p.has(flag::GRAD_W) {
+                for c0 in (0..4 * h).step_by(COLUMNS) {
+                    let columns = COLUMNS.min(4 * h - c0);
+                    sum.fill(0.0);
+                    arch.dispatch(GradW { p: &p, m, slice: 0, c0, columns, x, saved: of_model, lengths, gates, out: sum });
+                    out.put(c0, columns, sum);
+                }
+            }
+        });
+    });
+    Ok(())
+}
+
+fn quarters(x: &mut [f32]) -> [&mut [f32]; 4] {
+    let n = x.len() / 4;
+    let (a, rest) = x.split_at_mut(n);
+    let (b, rest) = rest.split_at_mut(n);
+    let (c, d) = rest.split_at_mut(n);
+    [a, b, c, d]
 }

@@ -386,6 +386,31 @@ fn log_1p(x: f32) -> f32 {
     return log_f32(1.0 + x);
 }
 
+// e^x − 1 without cancellation.
+fn exp_minus_one(x: f32) -> f32 {
+    let small = x * (1.0 + x * (0.5 + x * (0.16666667 + x * (0.041666667 + x * (0.008333334 + x * (0.0013888889 + x * 0.0001984127))))));
+    return select(exp_f32(x) - 1.0, small, abs(x) < 0.5);
+}
+
+// ln(a/b) for normal a, b > 0, also where a/b is next to 1: a − b is exact there.
+fn log_ratio(a: f32, b: f32) -> f32 {
+    let raw = bitcast<u32>(a / b) + 0x4afb0du;
+    let e = f32(i32(raw >> 23u) - 127);
+    let m = bitcast<f32>((raw & 0x7fffffu) + 0x3f3504f3u);
+    let s = select((m - 1.0) / (m + 1.0), (a - b) / (a + b), e == 0.0);
+    return e * 0.693359375 + (twice_artanh(s) - e * 2.12194440e-4);
+}
+
+// Black-Scholes price of a call or a put from spot and strike, each already discounted, ln of their ratio, and volatility·√maturity.
+fn option_price(spot: f32, strike: f32, log_moneyness: f32, sd: f32, call: bool) -> f32 {
+    let side = select(-1.0, 1.0, call);
+    if sd <= 1e-12 {
+        return max(side * (spot - strike), 0.0);
+    }
+    let d = log_moneyness / sd;
+    return max(side * (spot * normal_cdf_f32(side * (d + 0.5 * sd)) - strike * normal_cdf_f32(side * (d - 0.5 * sd))), 0.0);
+}
+
 // ---- activations (kernels/activation.rs) ------------------------------------------------------------------------------
 
 fn sigmoid_f32(x: f32) -> f32 {

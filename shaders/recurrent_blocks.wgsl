@@ -1,6 +1,7 @@
 // LSTM and GRU over whole sequences on software adapters, where an invocation is a lane of the processor's vector: a load is a loop over
-// the lanes that costs ten multiply-adds, and a shader with barriers keeps its variables in memory. So there are none: a thread owns
-// whole sequences, its states in memory. Maths, shapes and source: kernels/recurrent.rs; H a multiple of 4 up to 128, I at least 4.
+// the lanes that costs ten multiply-adds (four reals in one such loop cost two of four reals alone), and a shader with barriers keeps its
+// variables in memory. So there are none, and loads are whole vectors: a thread owns whole sequences, its states in memory. Maths, shapes
+// and source: kernels/recurrent.rs; H, y_stride and y_offset multiples of 4, H up to 128, I at least 4.
 //   lstm_forward_blocks, gru_forward_blocks    grid ⌈M·⌈B/4⌉ / WG⌉   thread = four sequences: 4 units × 4 gates of them at a time
 //   lstm_backward_blocks, gru_backward_blocks  as forward            thread = four sequences: 8 units of them at a time
 //   recurrent_gradients_blocks                 grid tiles of grad_x, of grad w_ih, of grad w_hh and the bias; thread = 8 × 8 of a product
@@ -126,46 +127,37 @@ fn resets_at(s: u32, sq: Sequence) -> bool {
 // ---- forward ----------------------------------------------------------------------------------------------------
 
 @group(0) @binding(1) var<storage, read> x: array<f32>;
-@group(0) @binding(2) var<storage, read> packed: array<f32>;
-@group(0) @binding(5) var<storage, read_write> state: array<f32>;
-@group(0) @binding(6) var<storage, read_write> y: array<f32>;
-@group(0) @binding(7) var<storage, read_write> saved: array<f32>;
+@group(0) @binding(2) var<storage, read> packed: array<vec4<f32>>;
+@group(0) @binding(5) var<storage, read_write> state: array<vec4<f32>>;
+@group(0) @binding(6) var<storage, read_write> y: array<vec4<f32>>;
+@group(0) @binding(7) var<storage, read_write> saved: array<vec4<f32>>;
 
 fn x_quad(at: u32) -> vec4<f32> {
     return vec4<f32>(x[at], x[at + 1u], x[at + 2u], x[at + 3u]);
 }
 
 fn state_quad(at: u32) -> vec4<f32> {
-    return vec4<f32>(state[at], state[at + 1u], state[at + 2u], state[at + 3u]);
+    return state[at / 4u];
 }
 
 fn packed_quad(at: u32) -> vec4<f32> {
-    return vec4<f32>(packed[at], packed[at + 1u], packed[at + 2u], packed[at + 3u]);
+    return packed[at / 4u];
 }
 
 fn put_state(at: u32, v: vec4<f32>) {
-    state[at] = v.x;
-    state[at + 1u] = v.y;
-    state[at + 2u] = v.z;
-    state[at + 3u] = v.w;
+    state[at / 4u] = v;
 }
 
 fn put_y(at: u32, v: vec4<f32>) {
-    y[at] = v.x;
-    y[at + 1u] = v.y;
-    y[at + 2u] = v.z;
-    y[at + 3u] = v.w;
+    y[at / 4u] = v;
 }
 
 fn y_quad(at: u32) -> vec4<f32> {
-    return vec4<f32>(y[at], y[at + 1u], y[at + 2u], y[at + 3u]);
+    return y[at / 4u];
 }
 
 fn put_saved(at: u32, v: vec4<f32>) {
-    saved[at] = v.x;
-    saved[at + 1u] = v.y;
-    saved[at + 2u] = v.z;
-    saved[at + 3u] = v.w;
+    saved[at / 4u] = v;
 }
 
 // h (which = 0) or c (1) that a sequence starts from, four units from j on.
@@ -331,18 +323,18 @@ fn gru_forward_blocks(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgr
 
 // ---- backward ---------------------------------------------------------------------------------------------------
 
-@group(0) @binding(1) var<storage, read> saved_first: array<f32>;
-@group(0) @binding(2) var<storage, read> w_hh: array<f32>;
-@group(0) @binding(5) var<storage, read> grad_y: array<f32>;
-@group(0) @binding(6) var<storage, read_write> gates_moving: array<f32>;
-@group(0) @binding(7) var<storage, read_write> sums: array<f32>;
+@group(0) @binding(1) var<storage, read> saved_first: array<vec4<f32>>;
+@group(0) @binding(2) var<storage, read> w_hh: array<vec4<f32>>;
+@group(0) @binding(5) var<storage, read> grad_y: array<vec4<f32>>;
+@group(0) @binding(6) var<storage, read_write> gates_moving: array<vec4<f32>>;
+@group(0) @binding(7) var<storage, read_write> moving_sums: array<vec4<f32>>;
 
 fn saved_quad(at: u32) -> vec4<f32> {
-    return vec4<f32>(saved_first[at], saved_first[at + 1u], saved_first[at + 2u], saved_first[at + 3u]);
+    return saved_first[at / 4u];
 }
 
 fn w_hh_quad(at: u32) -> vec4<f32> {
-    return vec4<f32>(w_hh[at], w_hh[at + 1u], w_hh[at + 2u], w_hh[at + 3u]);
+    return w_hh[at / 4u];
 }
 
 // Four rows of w_hh from `at` on, a column each.
@@ -352,29 +344,23 @@ fn w_hh_rows(at: u32) -> mat4x4<f32> {
 }
 
 fn grad_y_quad(at: u32) -> vec4<f32> {
-    return vec4<f32>(grad_y[at], grad_y[at + 1u], grad_y[at + 2u], grad_y[at + 3u]);
+    return grad_y[at / 4u];
 }
 
 fn gates_quad(at: u32) -> vec4<f32> {
-    return vec4<f32>(gates_moving[at], gates_moving[at + 1u], gates_moving[at + 2u], gates_moving[at + 3u]);
+    return gates_moving[at / 4u];
 }
 
 fn sums_quad(at: u32) -> vec4<f32> {
-    return vec4<f32>(sums[at], sums[at + 1u], sums[at + 2u], sums[at + 3u]);
+    return moving_sums[at / 4u];
 }
 
 fn put_gates(at: u32, v: vec4<f32>) {
-    gates_moving[at] = v.x;
-    gates_moving[at + 1u] = v.y;
-    gates_moving[at + 2u] = v.z;
-    gates_moving[at + 3u] = v.w;
+    gates_moving[at / 4u] = v;
 }
 
 fn put_sums(at: u32, v: vec4<f32>) {
-    sums[at] = v.x;
-    sums[at + 1u] = v.y;
-    sums[at + 2u] = v.z;
-    sums[at + 3u] = v.w;
+    moving_sums[at / 4u] = v;
 }
 
 // Gates of four units as forward had them: kept, or from their pre-activations.
@@ -564,13 +550,14 @@ fn gru_backward_blocks(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workg
 
 // ---- products ---------------------------------------------------------------------------------------------------
 
-@group(0) @binding(2) var<storage, read> saved_in: array<f32>;
+@group(0) @binding(2) var<storage, read> saved_in: array<vec4<f32>>;
 @group(0) @binding(4) var<storage, read> w_ih_fourth: array<f32>;
-@group(0) @binding(5) var<storage, read> gates_in: array<f32>;
+@group(0) @binding(5) var<storage, read> gates_in: array<vec4<f32>>;
 @group(0) @binding(6) var<storage, read_write> grad_x: array<f32>;
+@group(0) @binding(7) var<storage, read_write> sums: array<f32>;
 
 fn saved_in_quad(at: u32) -> vec4<f32> {
-    return vec4<f32>(saved_in[at], saved_in[at + 1u], saved_in[at + 2u], saved_in[at + 3u]);
+    return saved_in[at / 4u];
 }
 
 fn w_ih_quad(at: u32) -> vec4<f32> {
@@ -578,7 +565,7 @@ fn w_ih_quad(at: u32) -> vec4<f32> {
 }
 
 fn delta_quad(at: u32) -> vec4<f32> {
-    return vec4<f32>(gates_in[at], gates_in[at + 1u], gates_in[at + 2u], gates_in[at + 3u]);
+    return gates_in[at / 4u];
 }
 
 // Eight columns of a product as two quads: where each begins, so that it lies inside `columns` ≥ 4, and from which column on it counts.

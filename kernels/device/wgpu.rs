@@ -311,7 +311,7 @@ impl WgpuBackend {
     fn bind(&self, launch: &Launch, pipeline: &Pipeline, params: &wgpu::Buffer, (offset, size): (u64, u64)) -> Result<wgpu::BindGroup> {
         let mut entries = vec![wgpu::BindGroupEntry { binding: 0, resource: binding(params, offset, size) }];
         for (i, view) in launch.args.iter().enumerate() {
-            let size = view.bytes().next_multiple_of(4).max(4);
+            let size = view.bytes().next_multiple_of(4).max(LEAST);
             let resource = binding(view.storage::<wgpu::Buffer>()?, view.elem().bytes() * view.range.start, size);
             entries.push(wgpu::BindGroupEntry { binding: 1 + i as u32, resource });
         }
@@ -331,6 +331,8 @@ impl WgpuBackend {
     }
 }
 
+/// Bytes of the least binding, and what buffers are padded to: one `vec4<f32>`, the largest element that shaders declare.
+const LEAST: u64 = 16;
 /// Timed launches per pass: a query set holds 4,096 entries at least.
 const MAX_TIMED: usize = 2048;
 
@@ -368,8 +370,8 @@ fn binding(buffer: &wgpu::Buffer, offset: u64, size: u64) -> wgpu::BindingResour
 impl Backend for WgpuBackend {
     fn alloc(&self, label: &str, elem: Elem, len: u64, data: Option<Cow<'_, [u32]>>) -> Result<Box<dyn Any + Send + Sync>> {
         self.scoped(&format!("allocating '{label}'"), || {
-            let buffer =
-                self.buffer(label, (elem.bytes() * len.max(1)).next_multiple_of(4), BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST);
+            let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST;
+            let buffer = self.buffer(label, (elem.bytes() * len.max(1)).next_multiple_of(LEAST), usage);
             if let Some(data) = data.filter(|d| !d.is_empty()) {
                 self.queue.write_buffer(&buffer, 0, bytemuck::cast_slice(&data));
             }
