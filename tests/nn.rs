@@ -14,6 +14,10 @@ mod gather;
 mod gradients;
 #[path = "nn/half.rs"]
 mod half;
+#[path = "nn/hedge_rollout.rs"]
+mod hedge_rollout;
+#[path = "nn/hedgers.rs"]
+mod hedgers;
 #[path = "nn/layer_norm.rs"]
 mod layer_norm;
 #[path = "nn/linear.rs"]
@@ -34,6 +38,8 @@ mod ops;
 mod optimiser;
 #[path = "nn/pool.rs"]
 mod pool;
+#[path = "nn/pricing.rs"]
+mod pricing;
 #[path = "nn/recurrent.rs"]
 mod recurrent;
 #[path = "nn/reduce.rs"]

@@ -6,6 +6,10 @@
 #![cfg(feature = "cli")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
 
+#[path = "stories/hedge.rs"]
+mod hedge;
+#[path = "stories/options.rs"]
+mod options;
 #[path = "stories/regimes.rs"]
 mod regimes;
 #[path = "common/signals.rs"]

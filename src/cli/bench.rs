@@ -9,6 +9,7 @@
 //!            sweep_walk_forward also chooses a set per window and asset (train 756, test 63, step 21) and replays it.
 //! Prices     geometric Brownian motion, drift 3e-4 and volatility 1 % a bar.
 
+mod hedge;
 mod hmm;
 mod nn;
 
@@ -94,7 +95,7 @@ static SWEEPS: [Sweeps; 8] = [
 
 /// All of them, in the order of their rows.
 fn workloads() -> impl Iterator<Item = &'static dyn Workload> {
-    SWEEPS.iter().map(|w| w as &dyn Workload).chain(hmm::WORKLOADS).chain(nn::WORKLOADS)
+    SWEEPS.iter().map(|w| w as &dyn Workload).chain(hmm::WORKLOADS).chain(nn::WORKLOADS).chain(hedge::WORKLOADS)
 }
 
 /// What a run did.

@@ -1,4 +1,4 @@
-//! `--config FILE`: the options of a sweep or a training as TOML, under their long names. The command line wins over the file.
+//! `--config FILE`: the options of a sweep, a training or a hedge as TOML, under their long names. The command line wins over the file.
 //!
 //! ```toml
 //! strategy = "sma_cross"
@@ -34,10 +34,10 @@ impl From<clap::Error> for Refusal {
 }
 
 /// Options that say how to run and not what: they are not written back.
-const NOT_WRITTEN: [&str; 10] = ["config", "out", "json", "resume", "shard", "plan", "part_sets", "replay", "help", "version"];
+const NOT_WRITTEN: [&str; 11] = ["config", "out", "json", "resume", "shard", "plan", "part_sets", "replay", "setup", "help", "version"];
 
 /// Commands that take a config file.
-const COMMANDS: [&str; 2] = ["sweep", "train"];
+const COMMANDS: [&str; 3] = ["sweep", "train", "hedge"];
 
 /// The price files, which the command line takes without a name.
 const FILES: &str = "files";
@@ -187,7 +187,10 @@ fn grid<'a>(entries: impl Iterator<Item = (&'a str, &'a DeValue<'a>)>) -> Option
 /// What a command was asked for, defaults included.
 fn written(name: &str, matches: &ArgMatches) -> String {
     let command = command_named(name);
-    let what = if name == "sweep" { "sweep" } else { "training" };
+    let what = match name {
+        "train" => "training",
+        other => other,
+    };
     let mut lines = vec![format!("# forback {name} --config FILE repeats this {what}.")];
     for arg in command.get_arguments().filter(|arg| !NOT_WRITTEN.contains(&arg.get_id().as_str())) {
         let (id, key) = (arg.get_id().as_str(), arg.get_long().unwrap_or(FILES));

@@ -1,7 +1,8 @@
-//! `forback kernels`: the list, as a table for people, as Markdown for the README, as JSON, or as CUDA units for a compiler.
+//! `forback kernels`: the list, as a table for people, as JSON, or as CUDA units for a compiler; its ops as Markdown for the README.
 
 use super::say;
-use crate::kernels::{KERNELS, Kernel, OPS};
+use crate::kernels::kernel::Elem;
+use crate::kernels::{KERNELS, Kernel, OPS, Op};
 use crate::{Error, Result};
 use serde_json::json;
 use std::path::PathBuf;
@@ -13,7 +14,7 @@ pub(super) struct Args {
     /// Machine-readable results on stdout, one object a line.
     #[arg(long)]
     json: bool,
-    /// The table of the README.
+    /// The table of the README: a line per op.
     #[arg(long, conflicts_with = "json")]
     markdown: bool,
     /// Write every kernel's whole CUDA unit into a folder, for a compiler.
@@ -30,9 +31,13 @@ fn op_of(kernel: &Kernel) -> &'static str {
     OPS.iter().find(|op| op.kernels.iter().any(|k| k.name == kernel.name)).map_or("", |op| op.name)
 }
 
-/// Whether this is another kernel with its arguments in 16 bits: the README names it there.
-fn stored_apart(kernel: &Kernel) -> bool {
-    kernel.entry() != kernel.name
+/// The README's line of an op: what its kernels are stored in besides f32, and how many there are in each column.
+fn markdown(op: &Op) -> String {
+    let count = |has: fn(&Kernel) -> bool| op.kernels.iter().filter(|k| has(k)).count();
+    let kernels = [count(|k| k.cpu.is_some()), count(|k| k.wgsl.is_some()), count(|k| k.cuda.is_some())];
+    let halves = op.kernels.iter().any(|kernel| kernel.stored() != Elem::F32);
+    let ticks = [op.differentiable, halves].map(|there| if there { "✓" } else { "" });
+    format!("| `{}` | {} | {} | {} |", op.name, op.about, ticks.join(" | "), kernels.map(|n| n.to_string()).join(" | "))
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
@@ -40,9 +45,12 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         return write_units(dir);
     }
     if args.markdown {
-        say("| op | kernel | what it computes | CPU | WGSL | CUDA | cost |");
+        say("| op | what it computes | backward | f16, bf16 | kernels: CPU | WGSL | CUDA |");
         say("|---|---|---|---|---|---|---|");
-    } else if !args.json {
+        OPS.iter().for_each(|op| say(&markdown(op)));
+        return Ok(ExitCode::SUCCESS);
+    }
+    if !args.json {
         say(&format!("{:<20} {:<29} {:<15} {:>9}  {:<34} about", "op", "kernel", "columns", "workgroup", "cost"));
     }
     for kernel in KERNELS {
@@ -54,14 +62,6 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
                     "cuda": kernel.cuda.is_some(), "workgroup": kernel.workgroup, "args": kernel.args.iter().map(arg).collect::<Vec<_>>(),
                     "params": kernel.params.name, "unit": kernel.cost.unit, "bytes": kernel.cost.bytes, "flops": kernel.cost.flops })
             .to_string());
-        } else if args.markdown {
-            if stored_apart(kernel) {
-                continue;
-            }
-            let halves = KERNELS.iter().any(|other| stored_apart(other) && other.entry() == kernel.name);
-            let storage = if halves { "; also stored in f16, bf16" } else { "" };
-            let tick = columns(kernel).map(|(_, there)| if there { "✓" } else { "" }).join(" | ");
-            say(&format!("| {} | `{}` | {}{storage} | {tick} | {cost} |", op_of(kernel), kernel.name, kernel.about));
         } else {
             say(&format!("{:<20} {:<29} {:<15} {:>9}  {cost:<34} {}", op_of(kernel), kernel.name, has.join(" "), kernel.workgroup, kernel.about));
         }

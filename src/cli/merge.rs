@@ -45,7 +45,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         return Err(refused(first, "its options are not those of a sweep".into()));
     };
     if !args.data.is_empty() {
-        sweep.files.clone_from(&args.data);
+        sweep.prices.files.clone_from(&args.data);
     }
     if let Some(device) = &args.device {
         sweep.common.device.clone_from(device);

@@ -4,9 +4,11 @@
 mod bench;
 mod config;
 mod devices;
+mod hedge;
 mod kernels;
 mod merge;
 mod plan;
+mod price_files;
 mod print;
 mod regime_files;
 mod regime_filter;
@@ -42,6 +44,8 @@ enum Command {
     Regimes(Box<regimes::Args>),
     /// Train neural models walk-forward, and say what their forecasts are worth out of sample.
     Train(Box<train::Args>),
+    /// Hedge an option over simulated or historical paths with many policies at once: cost against risk.
+    Hedge(Box<hedge::Args>),
     /// Put the shards of a sweep together.
     Merge(merge::Args),
     /// List the devices of this machine, and why the missing ones are missing.
@@ -125,6 +129,7 @@ pub fn main() -> ExitCode {
         Command::Sweep(args) => sweep::run(args, &options),
         Command::Regimes(args) => regimes::run(args),
         Command::Train(args) => train::run(args, &options),
+        Command::Hedge(args) => hedge::run(args, &options),
         Command::Merge(args) => merge::run(args),
         Command::Devices(args) => devices::run(args),
         Command::Kernels(args) => kernels::run(args),

@@ -43,7 +43,7 @@ impl Printed<'_> {
         let time = |t: Option<&i64>| t.map(|t| prices.format_time(*t)).unwrap_or_default();
         say(&format!("device   {}", self.prepared.device.info()));
         say(&format!("data     {}: {} × {} bars, {} to {}", prices.sources.join(", "), assets(prices), report.bars, time(first), time(last)));
-        let derived = if self.args.periods_per_year.is_some() { "as given" } else { "derived from the dates" };
+        let derived = if self.args.prices.columns.periods_per_year.is_some() { "as given" } else { "derived from the dates" };
         say(&format!("         {:.1} periods per year ({derived})", self.prepared.config.periods_per_year));
         self.notes();
         say(&format!(

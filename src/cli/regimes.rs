@@ -3,10 +3,11 @@
 //! options → prices (and other columns) → models over the whole sample → refits out of sample → files (`regime_files.rs`, the page) → what is
 //! printed.
 
+use super::price_files::PriceFiles;
 use super::print::{number, percent};
-use super::sweep::{duration, synthetic_prices, unknown};
+use super::sweep::{duration, unknown};
 use super::{Common, regime_files, results, say};
-use crate::data::{Missing, Prices, ReadOptions, read_prices};
+use crate::data::{Prices, ReadOptions, read_prices};
 use crate::regimes::{
     Candidate, Causal, Criterion, Emission, Feature, NextBar, OutOfSample, Panel, Refits, RegimeConfig, RegimeModel, Regimes, Scale, StateSummary, Train,
     regimes, rolling, state_name,
@@ -23,9 +24,8 @@ use std::time::{Duration, Instant};
 /// Arguments of `forback regimes`.
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// Price files: CSV, CSV.gz or Parquet, wide (date,AAA,BBB,…) or long (date,symbol,open,high,low,close,volume).
-    /// Without one, a seeded regime-switching market.
-    pub(super) files: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(super) prices: PriceFiles,
     /// Numbers of states: one, such as 2, or a range to choose from, such as 2..5.
     #[arg(long, default_value = "2")]
     states: String,
@@ -60,39 +60,12 @@ pub(super) struct Args {
     /// Most iterations of a fit.
     #[arg(long, default_value_t = 300)]
     iterations: usize,
-    /// Symbols to use, comma-separated.
-    #[arg(long, value_delimiter = ',')]
-    symbols: Option<Vec<String>>,
-    /// First date to use.
-    #[arg(long)]
-    from: Option<String>,
-    /// Last date to use.
-    #[arg(long)]
-    to: Option<String>,
-    /// Price column of a long file (default close).
-    #[arg(long)]
-    price: Option<String>,
-    /// Time column, where its name does not tell.
-    #[arg(long)]
-    time_column: Option<String>,
-    /// Missing cells: error, drop (the asset) or fill[:N] (carry the last price over at most N bars).
-    #[arg(long, default_value = "error")]
-    missing: String,
-    /// Return periods per year; derived from the dates otherwise.
-    #[arg(long, allow_negative_numbers = true)]
-    periods_per_year: Option<f64>,
     /// Assets to print in full; more are printed a line each.
     #[arg(long, default_value_t = 5)]
     top: usize,
     /// Write report.html, probabilities.parquet, probabilities.csv and regimes.json into this folder.
     #[arg(long, value_name = "DIR")]
     pub(super) out: Option<PathBuf>,
-    /// Bars of the synthetic market.
-    #[arg(long, default_value_t = 2520)]
-    bars: usize,
-    /// Assets of the synthetic market.
-    #[arg(long, default_value_t = 1)]
-    assets: usize,
     #[command(flatten)]
     common: Common,
 }
@@ -117,7 +90,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let (refits, asked) = refits_of(args)?;
     let device = args.common.open()?;
     let (prices, columns) = read(args, &config.features)?;
-    config.periods_per_year = args.periods_per_year.map_or_else(|| prices.periods_per_year(), Ok)?;
+    config.periods_per_year = args.prices.columns.periods_per_year(&prices)?;
     if let Some(dir) = &args.out {
         results::folder(dir)?;
     }
@@ -179,9 +152,7 @@ fn bad(name: &str, value: &str, help: &str) -> Error {
 }
 
 fn config_of(args: &Args) -> Result<RegimeConfig> {
-    if let Some(p) = args.periods_per_year.filter(|p| !(p.is_finite() && *p > 0.0)) {
-        return Err(bad("--periods-per-year", &p.to_string(), "give the number of bars per year, 252 for daily equities"));
-    }
+    args.prices.columns.check("regimes")?;
     if args.iterations == 0 {
         return Err(bad("--iterations", "0", "give at least one"));
     }
@@ -256,19 +227,13 @@ fn refits_of(args: &Args) -> Result<(Option<Refits>, bool)> {
 type Columns = Vec<(String, Prices)>;
 
 fn read(args: &Args, features: &[Feature]) -> Result<(Prices, Columns)> {
-    if args.files.is_empty() {
-        return synthetic(args, features).map(|prices| (prices, Vec::new()));
+    let columned = |f: &&Feature| matches!(f, Feature::Column(_));
+    if let Some(feature) = features.iter().find(columned).filter(|_| args.prices.files.is_empty()) {
+        return Err(bad("--features", &feature.to_string(), "needs a price file: forback regimes prices.csv"));
     }
-    let options = ReadOptions {
-        time_column: args.time_column.clone(),
-        price: args.price.clone(),
-        symbols: args.symbols.clone(),
-        from: args.from.clone(),
-        to: args.to.clone(),
-        missing: args.missing.parse::<Missing>()?,
-        any_sign: !features.iter().any(Feature::needs_positive),
-    };
-    let prices = read_prices(&args.files, &options)?;
+    let any_sign = !features.iter().any(Feature::needs_positive);
+    let prices = args.prices.read("regimes", any_sign, args.common.seed)?;
+    let options = args.prices.columns.options(any_sign)?;
     let mut columns = Vec::new();
     for feature in features {
         let Feature::Column(name) = feature else { continue };
@@ -283,31 +248,16 @@ fn column(args: &Args, prices: &Prices, name: &str, options: &ReadOptions) -> Re
         let file = prices.sources.join(", ");
         Err(Error::Data { file, row: None, column: Some(name.into()), value: None, message, help: help.into() })
     };
-    if prices.price_column == "price" && args.price.is_none() {
+    if prices.price_column == "price" && args.prices.columns.price.is_none() {
         return refused("a wide file has one column per asset".into(), "columns are read from long files, with a symbol column or of a single asset");
     }
     let options = ReadOptions { price: Some(name.into()), symbols: Some(prices.symbols.clone()), any_sign: true, ..options.clone() };
-    let values = read_prices(&args.files, &options)?;
+    let values = read_prices(&args.prices.files, &options)?;
     if values.symbols != prices.symbols || values.times != prices.times {
         let message = format!("it covers {} assets × {} bars, the prices {} × {}", values.n_assets(), values.n_bars(), prices.n_assets(), prices.n_bars());
         return refused(message, "use --missing fill:N, or cut the range with --from and --to so that both are there");
     }
     Ok(values)
-}
-
-fn synthetic(args: &Args, features: &[Feature]) -> Result<Prices> {
-    let file_only = [
-        ("--symbols", args.symbols.is_some()),
-        ("--from", args.from.is_some()),
-        ("--to", args.to.is_some()),
-        ("--price", args.price.is_some()),
-        ("--time-column", args.time_column.is_some()),
-        ("--features column", features.iter().any(|f| matches!(f, Feature::Column(_)))),
-    ];
-    if let Some((name, _)) = file_only.iter().find(|(_, given)| *given) {
-        return Err(bad(name, "given", "needs a price file: forback regimes prices.csv"));
-    }
-    synthetic_prices(args.bars, args.assets, args.common.seed)
 }
 
 // ---- what is printed --------------------------------------------------------------------------------------------------
@@ -351,7 +301,7 @@ impl Found<'_> {
         let (first, last) = (time(prices.times.first()), time(prices.times.last()));
         say(&format!("device   {}", self.device.info()));
         say(&format!("data     {}: {assets} × {} bars, {first} to {last}", prices.sources.join(", "), prices.n_bars()));
-        let derived = if self.args.periods_per_year.is_some() { "as given" } else { "derived from the dates" };
+        let derived = if self.args.prices.columns.periods_per_year.is_some() { "as given" } else { "derived from the dates" };
         say(&format!("         {:.1} periods per year ({derived})", self.config.periods_per_year));
         prices.notes.iter().for_each(|note| say(&format!("note     {note}")));
         if let Some(first) = prices.dropped.first() {

@@ -4,11 +4,12 @@
 //! (`results.rs`) → what is printed (`print.rs`). `merge.rs` enters at the report with the parts of several shards.
 
 use super::plan::{Cutter, Estimate, Progress};
+use super::price_files::PriceFiles;
 use super::print::{Printed, json_of_set};
 use super::results::{Rows, Subject};
 use super::store::{Job, Store, difference, hex, sha256};
 use super::{Common, catch_interrupts, is_interrupted, regime_filter, replay, results, say, signals};
-use crate::data::{Missing, Prices, ReadOptions, read_prices};
+use crate::data::Prices;
 use crate::kernels::backtest_sweep::{Execution, Strategy};
 use crate::kernels::multiple_testing::expected_max_sharpe;
 use crate::kernels::portfolio_sweep::Scheme;
@@ -16,7 +17,6 @@ use crate::kernels::{Device, DeviceKind};
 use crate::report;
 use crate::sim::grid::Grid;
 use crate::sim::luck::{Evidence, Luck, LuckConfig, TrialRatios, luck};
-use crate::sim::market;
 use crate::sim::parts::{Fold, shard};
 use crate::sim::sweep::{MOST_SETS, Random, RankBy, Select, SweepConfig, SweepReport, SweepRun};
 use crate::sim::walk_forward::WalkForward;
@@ -32,9 +32,8 @@ use std::time::Instant;
 /// Arguments of `forback sweep`.
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// Price files: CSV, CSV.gz or Parquet, wide (date,AAA,BBB,…) or long (date,symbol,open,high,low,close,volume).
-    /// Without one, a seeded regime-switching market.
-    pub(super) files: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(super) prices: PriceFiles,
     /// sma_cross, ema_cross, macd, rsi_reversion, bollinger_reversion, donchian_breakout or ts_momentum.
     #[arg(long, default_value = "sma_cross")]
     strategy: String,
@@ -53,27 +52,6 @@ pub(super) struct Args {
     /// Choose per window: per_asset, pooled (one set for all assets) or both.
     #[arg(long, default_value = "per_asset")]
     select: String,
-    /// Symbols to use, comma-separated.
-    #[arg(long, value_delimiter = ',')]
-    symbols: Option<Vec<String>>,
-    /// First date to use.
-    #[arg(long)]
-    from: Option<String>,
-    /// Last date to use.
-    #[arg(long)]
-    to: Option<String>,
-    /// Price column of a long file (default close).
-    #[arg(long)]
-    price: Option<String>,
-    /// Time column, where its name does not tell.
-    #[arg(long)]
-    time_column: Option<String>,
-    /// Missing cells: error, drop (the asset) or fill[:N] (carry the last price over at most N bars).
-    #[arg(long, default_value = "error")]
-    missing: String,
-    /// Return periods per year; derived from the dates otherwise.
-    #[arg(long, allow_negative_numbers = true)]
-    pub(super) periods_per_year: Option<f64>,
     /// How many sets to print.
     #[arg(long, default_value_t = 10)]
     pub(super) top: usize,
@@ -105,12 +83,6 @@ pub(super) struct Args {
     /// Read options from a TOML file; the command line wins.
     #[arg(long, value_name = "FILE")]
     pub(super) config: Option<PathBuf>,
-    /// Bars of the synthetic market.
-    #[arg(long, default_value_t = 2520)]
-    bars: usize,
-    /// Assets of the synthetic market.
-    #[arg(long, default_value_t = 1)]
-    assets: usize,
     /// Also pool what the walk-forward chose into portfolios with shared capital and drifting weights: equal, inverse_vol or inverse_vol:WINDOW,
     /// traded as --rebalance-band, --rebalance-every and --rebalance-to say.
     #[arg(long, value_name = "SHARES", value_delimiter = ',', conflicts_with = "file")]
@@ -140,13 +112,12 @@ impl Prepared {
         let rank_by = RankBy::named(&args.rank_by)?;
         let select = select(&args.select)?;
         let scheme = walk_forward(args.walk_forward.as_deref())?;
-        let missing = args.missing.parse::<Missing>()?;
         if args.part_sets == Some(0) {
             return Err(Error::Parameter { op: "sweep", name: "--part-sets".into(), value: "0".into(), help: "give at least one set".into() });
         }
         let portfolios = args.portfolio.iter().map(|text| portfolio(text)).collect::<Result<Vec<_>>>()?;
         let rebalance = args.signals.rebalance_of(portfolios.len())?;
-        let (device, prices, periods_per_year) = open(args, missing)?;
+        let (device, prices, periods_per_year) = open(args)?;
         refuse_absurd(&grid, &device, &prices, args)?;
         let regimes = args.regimes.gates(&device, &prices, args.common.seed, periods_per_year)?;
         let random = args.random.map(|sets| Random { sets, seed: args.common.seed });
@@ -505,14 +476,11 @@ const MOST_SAMPLED: usize = 500;
 const SAMPLE_BARS: usize = 50_000_000;
 
 /// The device, the prices and their periods per year.
-fn open(args: &Args, missing: Missing) -> Result<(Device, Prices, f64)> {
-    if let Some(p) = args.periods_per_year.filter(|p| !(p.is_finite() && *p > 0.0)) {
-        let help = "give the number of bars per year, 252 for daily equities".into();
-        return Err(Error::Parameter { op: "sweep", name: "--periods-per-year".into(), value: p.to_string(), help });
-    }
+fn open(args: &Args) -> Result<(Device, Prices, f64)> {
+    args.prices.columns.check("sweep")?;
     let device = args.common.open()?;
-    let prices = if args.files.is_empty() { synthetic(args)? } else { read(args, missing)? };
-    let periods_per_year = args.periods_per_year.map_or_else(|| prices.periods_per_year(), Ok)?;
+    let prices = args.prices.read("sweep", false, args.common.seed)?;
+    let periods_per_year = args.prices.columns.periods_per_year(&prices)?;
     Ok((device, prices, periods_per_year))
 }
 
@@ -532,13 +500,13 @@ pub(super) fn opens(prices: &Prices, execution: Execution) -> Result<Option<Arra
 /// Given weights instead of a strategy.
 fn given(args: &Args, file: &Path) -> Result<ExitCode> {
     let (execution, rank_by) = (execution(&args.execution)?, RankBy::named(&args.rank_by)?);
-    let (device, prices, periods_per_year) = open(args, args.missing.parse()?)?;
+    let (device, prices, periods_per_year) = open(args)?;
     signals::run(&signals::Request {
         args: &args.signals,
         file,
         device: &device,
         prices: &prices,
-        some_symbols: args.symbols.is_some(),
+        some_symbols: args.prices.columns.symbols.is_some(),
         cost_bps: &args.cost_bps,
         execution,
         periods_per_year,
@@ -613,52 +581,6 @@ fn fitting((scheme, asked): (Option<WalkForward>, bool), config: &SweepConfig, p
         },
         None => Ok(None),
     }
-}
-
-fn read(args: &Args, missing: Missing) -> Result<Prices> {
-    let options = ReadOptions {
-        time_column: args.time_column.clone(),
-        price: args.price.clone(),
-        symbols: args.symbols.clone(),
-        from: args.from.clone(),
-        to: args.to.clone(),
-        missing,
-        any_sign: false,
-    };
-    read_prices(&args.files, &options)
-}
-
-fn synthetic(args: &Args) -> Result<Prices> {
-    let file_only = [
-        ("--symbols", args.symbols.is_some()),
-        ("--from", args.from.is_some()),
-        ("--to", args.to.is_some()),
-        ("--price", args.price.is_some()),
-        ("--time-column", args.time_column.is_some()),
-    ];
-    if let Some((name, _)) = file_only.iter().find(|(_, given)| *given) {
-        let help = "needs a price file: forback sweep prices.csv".into();
-        return Err(Error::Parameter { op: "sweep", name: (*name).into(), value: "given".into(), help });
-    }
-    synthetic_prices(args.bars, args.assets, args.common.seed)
-}
-
-/// A seeded market without a file.
-pub(super) fn synthetic_prices(bars: usize, assets: usize, seed: u64) -> Result<Prices> {
-    let market = market::synthetic(bars, assets, seed)?;
-    Ok(Prices {
-        symbols: market.symbols,
-        times: market.dates,
-        has_time_of_day: false,
-        close: market.close,
-        open: None,
-        sources: vec![format!("synthetic regime-switching market, seed {seed}")],
-        sha256: String::new(),
-        dropped: Vec::new(),
-        filled: Vec::new(),
-        price_column: "close".into(),
-        notes: Vec::new(),
-    })
 }
 
 /// Set-bars a second that a first guess may count on.

@@ -3,10 +3,11 @@
 //! options → prices → samples (`train/market.rs`) → all folds × seeds × learning rates of a width train together → the choice of each fold, on
 //! validation rows inside its training window → predictions out of sample → figures, what they earn, a verdict → files (`train_files.rs`).
 
+use super::price_files::PriceFiles;
 use super::store::difference;
-use super::sweep::{opens, synthetic_prices, unknown};
+use super::sweep::{opens, unknown};
 use super::{Common, catch_interrupts, is_interrupted, results, say, train_files};
-use crate::data::{Missing, Prices, ReadOptions, read_prices};
+use crate::data::Prices;
 use crate::kernels::backtest_sweep::Execution;
 use crate::kernels::loss::Criterion;
 use crate::kernels::objective::Goal;
@@ -36,9 +37,8 @@ use std::time::{Duration, Instant};
 /// Arguments of `forback train`.
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// Price files: CSV, CSV.gz or Parquet, wide (date,AAA,BBB,…) or long (date,symbol,open,high,low,close,volume).
-    /// Without one, a seeded regime-switching market.
-    pub(super) files: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(super) prices: PriceFiles,
     /// lstm, gru, transformer or mlp.
     #[arg(long, default_value = "lstm")]
     model: String,
@@ -121,27 +121,6 @@ pub(super) struct Args {
     /// same_close (earns the next bar; optimistic), next_open (traded at the next open) or next_close (traded one close later).
     #[arg(long, default_value = "next_close")]
     execution: String,
-    /// Symbols to use, comma-separated.
-    #[arg(long, value_delimiter = ',')]
-    symbols: Option<Vec<String>>,
-    /// First date to use.
-    #[arg(long)]
-    from: Option<String>,
-    /// Last date to use.
-    #[arg(long)]
-    to: Option<String>,
-    /// Price column of a long file (default close).
-    #[arg(long)]
-    price: Option<String>,
-    /// Time column, where its name does not tell.
-    #[arg(long)]
-    time_column: Option<String>,
-    /// Missing cells: error, drop (the asset) or fill[:N] (carry the last price over at most N bars).
-    #[arg(long, default_value = "error")]
-    missing: String,
-    /// Return periods per year; derived from the dates otherwise.
-    #[arg(long, allow_negative_numbers = true)]
-    periods_per_year: Option<f64>,
     /// Assets to print.
     #[arg(long, default_value_t = 10)]
     top: usize,
@@ -157,12 +136,6 @@ pub(super) struct Args {
     /// Read options from a TOML file; the command line wins.
     #[arg(long, value_name = "FILE")]
     pub(super) config: Option<PathBuf>,
-    /// Bars of the synthetic market.
-    #[arg(long, default_value_t = 2520)]
-    bars: usize,
-    /// Assets of the synthetic market.
-    #[arg(long, default_value_t = 1)]
-    assets: usize,
     #[command(flatten)]
     common: Common,
 }
@@ -223,9 +196,7 @@ impl Options {
         if !(args.cost_bps.is_finite() && args.cost_bps >= 0.0) {
             return Err(bad("--cost-bps", &args.cost_bps.to_string(), "give basis points, 0 or more"));
         }
-        if let Some(p) = args.periods_per_year.filter(|p| !(p.is_finite() && *p > 0.0)) {
-            return Err(bad("--periods-per-year", &p.to_string(), "give the number of bars per year, 252 for daily equities"));
-        }
+        args.prices.columns.check("train")?;
         if !["epoch", "batch"].contains(&args.per.as_str()) {
             return Err(unknown("--per", &args.per, ["epoch", "batch"]));
         }
@@ -300,34 +271,6 @@ fn average(text: &str) -> Result<Average> {
     })
 }
 
-// ---- prices -----------------------------------------------------------------------------------------------------------
-
-fn read(args: &Args) -> Result<Prices> {
-    if args.files.is_empty() {
-        let file_only = [
-            ("--symbols", args.symbols.is_some()),
-            ("--from", args.from.is_some()),
-            ("--to", args.to.is_some()),
-            ("--price", args.price.is_some()),
-            ("--time-column", args.time_column.is_some()),
-        ];
-        if let Some((name, _)) = file_only.iter().find(|(_, given)| *given) {
-            return Err(bad(name, "given", "needs a price file: forback train prices.csv"));
-        }
-        return synthetic_prices(args.bars, args.assets, args.common.seed);
-    }
-    let options = ReadOptions {
-        time_column: args.time_column.clone(),
-        price: args.price.clone(),
-        symbols: args.symbols.clone(),
-        from: args.from.clone(),
-        to: args.to.clone(),
-        missing: args.missing.parse::<Missing>()?,
-        any_sign: false,
-    };
-    read_prices(&args.files, &options)
-}
-
 // ---- training ---------------------------------------------------------------------------------------------------------
 
 /// Everything that is trained, and on what.
@@ -353,8 +296,8 @@ const MARK: &str = "training.json";
 pub(super) fn run(args: &Args, config: &str) -> Result<ExitCode> {
     let options = Options::of(args)?;
     let device = args.common.open()?;
-    let prices = read(args)?;
-    let periods_per_year = args.periods_per_year.map_or_else(|| prices.periods_per_year(), Ok)?;
+    let prices = args.prices.read("train", false, args.common.seed)?;
+    let periods_per_year = args.prices.columns.periods_per_year(&prices)?;
     let fill = fills(prices.close.view(), opens(&prices, options.execution)?).into_owned();
     let fill = Array2::from_shape_vec(prices.close.dim(), fill).map_err(|e| Error::Internal(e.to_string()))?;
     let delay = usize::from(options.execution == Execution::NextClose);
@@ -604,7 +547,7 @@ impl Job<'_> {
         let assets = if let [one] = p.symbols.as_slice() { one.clone() } else { format!("{} assets", p.n_assets()) };
         say(&format!("device   {}", self.device.info()));
         say(&format!("data     {}: {assets} × {} bars, {} to {}", p.sources.join(", "), p.n_bars(), time(p.times.first()), time(p.times.last())));
-        let derived = if a.periods_per_year.is_some() { "as given" } else { "derived from the dates" };
+        let derived = if a.prices.columns.periods_per_year.is_some() { "as given" } else { "derived from the dates" };
         say(&format!("         {:.1} periods per year ({derived})", self.periods_per_year));
         p.notes.iter().for_each(|note| say(&format!("note     {note}")));
         if let Some(first) = p.dropped.first() {

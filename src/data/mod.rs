@@ -13,10 +13,13 @@
 mod calendar;
 mod columns;
 mod csv;
+pub mod options;
 mod panel;
 mod parquet;
 mod series;
 pub mod signals;
+pub mod spot_futures;
+mod table;
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
 mod tests;

@@ -5,6 +5,7 @@
 //!
 //! Sources  Vaswani et al. 2017 (encoder layer); Xiong et al. 2020, arXiv:2002.04745 (normalisation before or after); PyTorch's layouts.
 
+pub mod hedge;
 mod parameters;
 mod pooling;
 

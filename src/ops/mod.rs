@@ -4,10 +4,12 @@
 //! Errors name the op, the argument, what was expected and what came.
 
 mod attention;
+mod black_scholes;
 mod cast;
 mod conv1d;
 mod dense;
 mod gather;
+mod hedge;
 mod loss;
 mod map;
 mod objective;
@@ -16,6 +18,7 @@ mod recurrent;
 
 pub use attention::AttentionOptions;
 pub use conv1d::Conv1dOptions;
+pub use hedge::{HedgeRisk, RolloutInputs, RolloutSpot};
 pub use objective::ObjectiveOptions;
 pub use recurrent::{Layer, RecurrentOptions, RecurrentOutput};
 

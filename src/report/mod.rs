@@ -9,10 +9,11 @@
 //! Library  plotly.js, cartesian bundle 3.7.0 (MIT, plotly-LICENSE.txt), as published on npm (plotly.js-cartesian-dist-min). The crate
 //!          `plotly` embeds the complete bundle and a formula typesetter: 6.8 MB a page.
 //! Files    report.html · report.css · page.js (what all pages share) · report.js · plotly-cartesian.min.js; regimes.html and regimes.js are the
-//!          page of `forback regimes`
+//!          page of `forback regimes`, hedge.html and hedge.js that of `forback hedge`
 
 mod aggregate;
 mod data;
+pub mod hedge;
 pub mod regimes;
 mod replay;
 

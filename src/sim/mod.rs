@@ -1,6 +1,9 @@
 //! Simulation: grids of strategies, walk-forward windows, a synthetic market, sweeps whole and in parts.
 
+pub mod calibrate;
 pub mod grid;
+pub mod hedge;
+pub mod hedge_frequency;
 pub mod luck;
 pub mod market;
 pub mod parts;

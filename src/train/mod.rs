@@ -16,6 +16,7 @@
 pub mod checkpoint;
 pub mod data;
 pub mod forecaster;
+pub mod hedge;
 pub mod log;
 pub mod market;
 pub mod objective;

@@ -6,6 +6,7 @@ use crate::common::{Rng, open_all};
 use forback::kernels::activation::Activation;
 use forback::kernels::attention::Dropout;
 use forback::kernels::half;
+use forback::kernels::hedge_rollout::{Claim, HedgeRollout, Network};
 use forback::kernels::kernel::Elem;
 use forback::kernels::loss::Criterion;
 use forback::kernels::map::{BinaryFunction, Unary};
@@ -288,13 +289,49 @@ fn gradients_of_casts_over_sizes() {
 }
 
 #[test]
+fn gradients_of_hedges_over_sizes() {
+    let networks = [
+        (Network::Mlp { widths: vec![1], activation: Activation::Tanh }, 1, 1, 1),
+        (Network::Mlp { widths: vec![5, 3], activation: Activation::Silu }, 2, 131, 4),
+        (Network::Lstm { layers: 1, hidden: 3 }, 3, 7, 5),
+        (Network::Lstm { layers: 2, hidden: 4 }, 1, 129, 3),
+    ];
+    for (i, (network, m, p, t)) in networks.into_iter().enumerate() {
+        let op = HedgeRollout { claim: Claim::Given, strike: 2.0, ..HedgeRollout::new(network, m as u64, p as u64, t as u64) };
+        let mut rng = Rng::new(700 + i as u32);
+        let mut normals = |n: usize, scale: f32, shift: f32| (0..n).map(|_| scale * rng.normal() as f32 + shift).collect::<Vec<f32>>();
+        let (risk, spot, claim) = (vec![0.002; 4 * m], normals(p * (t + 1), 0.1, 2.0), normals(p, 1.0, 0.0));
+        check(&format!("rollout {:?}", op.network), leaves(710, &[&[m, op.weights() as usize]]), 1e-4, |tape, x| {
+            let device = tape.device().clone();
+            let mut input = |data: &[f32], shape: &[usize]| tape.input(&device.upload("market", data)?, shape);
+            let (risk, spot, claim) = (input(&risk, &[m, 4])?, input(&spot, &[p, t + 1])?, input(&claim, &[p])?);
+            let weights = tape.affine(x[0], 0.3, 0.0)?;
+            let [pnl, _] = tape.hedge_rollout(&op, &RolloutInputs { weights, risk, spot: RolloutSpot::Given(spot), extra: None, claim: Some(claim) })?;
+            Ok(vec![pnl])
+        });
+    }
+    let risks = [
+        HedgeRisk::Variance,
+        HedgeRisk::MeanVariance { risk_aversion: 2.0 },
+        HedgeRisk::Cvar { alpha: 0.3 },
+        HedgeRisk::Entropic { risk_aversion: 1.5 },
+        HedgeRisk::QuadraticCvar { lambda: 3.0 },
+    ];
+    for (risk, shape) in risks.into_iter().flat_map(|risk| [[1, 2], [3, 7], [2, 131], [1, 1031]].map(|shape| (risk, shape))) {
+        check(&format!("{risk:?} {shape:?}"), leaves(720, &[&shape]), 1e-4, |tape, x| Ok(vec![tape.hedge_risk(risk, x[0])?]));
+    }
+}
+
+#[test]
 fn every_op_has_a_gradient_test() {
     let ops = [
         include_str!("../../src/ops/attention.rs"),
+        include_str!("../../src/ops/black_scholes.rs"),
         include_str!("../../src/ops/cast.rs"),
         include_str!("../../src/ops/conv1d.rs"),
         include_str!("../../src/ops/dense.rs"),
         include_str!("../../src/ops/gather.rs"),
+        include_str!("../../src/ops/hedge.rs"),
         include_str!("../../src/ops/loss.rs"),
         include_str!("../../src/ops/map.rs"),
         include_str!("../../src/ops/objective.rs"),
@@ -303,7 +340,7 @@ fn every_op_has_a_gradient_test() {
     ];
     let modules = include_str!("../../src/ops/mod.rs").lines().filter(|line| line.starts_with("mod ")).count();
     assert_eq!(modules, ops.len(), "a file of src/ops is not in this list");
-    let tests: Vec<&str> = [include_str!("gradients.rs"), include_str!("ops.rs"), include_str!("tape.rs")]
+    let tests: Vec<&str> = [include_str!("gradients.rs"), include_str!("ops.rs"), include_str!("pricing.rs"), include_str!("tape.rs")]
         .into_iter()
         .flat_map(|file| file.split("#[test]\n").filter(|test| test.starts_with("fn gradients_")))
         .collect();

@@ -1,5 +1,6 @@
 //! LSTM and GRU: gradients against finite differences, every device against the reference, splits, NaN, errors.
 
+use forback::kernels::kernel::Elem;
 use forback::kernels::philox::{normals, philox4x32};
 use forback::kernels::recurrent::{Cell, Keep, Recurrent, RecurrentArgs, RecurrentGrads, recurrent, recurrent_backward};
 use forback::kernels::{Device, Error, OpenOptions, Result, Schedule, View};
@@ -16,6 +17,7 @@ struct Layer {
     op: Recurrent,
     reals: BTreeMap<&'static str, Vec<f32>>,
     words: BTreeMap<&'static str, Vec<u32>>,
+    stored: Elem,
 }
 
 const BIAS: u32 = 1;
@@ -61,7 +63,7 @@ impl Layer {
         if options & RESETS != 0 {
             words.insert("resets", random(batch * time, 11, 1.0).iter().map(|&z| u32::from(z > 0.8)).collect());
         }
-        Layer { op, reals, words }
+        Layer { op, reals, words, stored: Elem::F32 }
     }
 
     fn run(&self, device: &Device, passes: &mut Vec<usize>) -> Result<BTreeMap<&'static str, Vec<f64>>> {
@@ -69,18 +71,18 @@ impl Layer {
         let all = op.models * op.batch;
         let mut views: BTreeMap<&'static str, View> = BTreeMap::new();
         for (name, data) in &self.reals {
-            views.insert(name, View::from(&device.upload(name, data)?));
+            views.insert(name, View::from(&device.upload_as(name, self.stored, data)?));
         }
         for (name, data) in &self.words {
             views.insert(name, View::from(&device.upload_u32(name, data)?));
         }
-        let zeros = |name: &str, len: u64| -> Result<View> { Ok(View::from(&device.zeros(name, len)?)) };
+        let zeros = |name: &str, len: u64| -> Result<View> { Ok(View::from(&device.zeros_as(name, self.stored, len)?)) };
         // y starts as guards: columns of other layers must stay
-        let y = View::from(&device.upload("y", &vec![7.0; (all * op.time * op.y_stride) as usize])?);
+        let y = View::from(&device.upload_as("y", self.stored, &vec![7.0; (all * op.time * op.y_stride) as usize])?);
         let (hn, cn) = (zeros("hn", all * op.hidden)?, zeros("cn", all * op.hidden)?);
         let saved = View::from(&device.upload("saved", &vec![f32::NAN; op.saved() as usize])?);
-        let garbage = |name: &str, len: u64| -> Result<View> { Ok(View::from(&device.upload(name, &vec![f32::NAN; len as usize])?)) };
-        let scratch = [garbage("packed", op.scratch()[0])?, garbage("state", op.scratch()[1])?];
+        let garbage = |name: &str, elem: Elem, len: u64| -> Result<View> { Ok(View::from(&device.upload_as(name, elem, &vec![f32::NAN; len as usize])?)) };
+        let scratch = [garbage("packed", Elem::F32, op.scratch()[0])?, garbage("state", Elem::F32, op.scratch()[1])?];
         let get = |name: &str| views.get(name);
         let lstm = op.cell == Cell::Lstm;
         let mut pass = device.pass("recurrent");
@@ -108,7 +110,7 @@ impl Layer {
         }
         let mut grads: BTreeMap<&'static str, View> = BTreeMap::new();
         if op.keep != Keep::Nothing {
-            let scratch = [garbage("gates", op.scratch_backward()[0])?, garbage("sums", op.scratch_backward()[1])?];
+            let scratch = [garbage("gates", Elem::F32, op.scratch_backward()[0])?, garbage("sums", Elem::F32, op.scratch_backward()[1])?];
             let names = [
                 ("grad_x", "x"),
                 ("grad_w_ih", "w_ih"),
@@ -122,7 +124,7 @@ impl Layer {
                 if let Some(view) = views.get(name)
                     && (grad != "grad_x" || op.x_models == op.models)
                 {
-                    grads.insert(grad, garbage(grad, view.len())?);
+                    grads.insert(grad, garbage(grad, self.stored, view.len())?);
                 }
             }
             let grads = &grads;
@@ -260,6 +262,51 @@ fn every_device_agrees_with_the_reference() {
     eprintln!("worst errors: {worst:?}");
 }
 
+/// Layers stored in 16 bits: the forward kernels on tensor cores, at the edges of their tiles, and those that multiply otherwise.
+#[test]
+fn sixteen_bits_agree_with_the_reference() {
+    let reference = Device::open("reference").unwrap();
+    let schedules = [Schedule::Forward, Schedule::Reverse, Schedule::Random(7)];
+    let on_host = schedules.map(|schedule| Device::open_with("cuda-host", &OpenOptions { schedule: Some(schedule), ..OpenOptions::default() }).unwrap());
+    let devices: Vec<Device> = on_host.into_iter().chain([Device::open("cpu").unwrap()]).collect();
+    let sizes = [
+        [1, 1, 1, 1, 1],
+        [3, 15, 4, 2, 5],
+        [1, 17, 5, 3, 8],
+        [3, 16, 3, 16, 16],
+        [1, 40, 3, 7, 33],
+        [3, 17, 2, 40, 64],
+        [2, 5, 3, 16, 128],
+        [1, 16, 3, 5, 130],
+        [1, 3, 2, 9, 256],
+        [2, 2, 2, 170, 33],
+        [1, 2, 2, 700, 3],
+        [1, 2, 2, 2, 257],
+    ];
+    let mut worst: BTreeMap<(&str, &str), f64> = BTreeMap::new();
+    for mut layer in layers(&sizes) {
+        for (stored, name, tiny) in [(Elem::F16, "f16", 2f64.powi(-24)), (Elem::Bf16, "bf16", 0.0)] {
+            layer.stored = stored;
+            let want = layer.results(&reference);
+            for device in &devices {
+                let got = layer.results(device);
+                for (result, want) in &want {
+                    let scale = want.iter().fold(1.0, |m: f64, w| m.max(w.abs()));
+                    for (i, (g, w)) in got[result].iter().zip(want).enumerate() {
+                        // stored on both sides; the rest are sums, and in bf16 h as 16 bits and a rest of 16
+                        let error = ((g - w).abs() - 2.0 * stored.roundoff() * w.abs() - tiny).max(0.0) / scale;
+                        let limit = if stored == Elem::F16 { 5e-6 } else { 2e-5 };
+                        assert!(error < limit, "{} {name}: {result}[{i}]: got {g}, expected {w}; {:?}", device.info(), layer.op);
+                        let worst = worst.entry((name, *result)).or_default();
+                        *worst = worst.max(error);
+                    }
+                }
+            }
+        }
+    }
+    eprintln!("worst errors: {worst:?}");
+}
+
 #[test]
 fn wide_layers_agree_with_the_reference() {
     let reference = Device::open("reference").unwrap();
@@ -289,7 +336,10 @@ fn splitting_changes_no_bit() {
     let bits = |out: &BTreeMap<&'static str, Vec<f64>>| -> Vec<u64> { out.values().flatten().map(|x| x.to_bits()).collect() };
     for name in ["cpu", "wgpu", "cuda-host"] {
         let whole = Device::open(name).unwrap();
-        for layer in &kinds {
+        // tensor cores
+        let stored = if name == "cuda-host" { vec![Elem::F16, Elem::Bf16] } else { Vec::new() };
+        let halves = stored.into_iter().flat_map(|stored| kinds.iter().map(move |kind| Layer { stored, ..kind.clone() }));
+        for layer in kinds.iter().cloned().chain(halves) {
             let want = bits(&layer.results(&whole));
             // two models, then some sequences of one; one model or slice; few steps
             let some = if layer.op.models > 1 { [9000, 2400] } else { [70_000, 25_000] };
@@ -308,6 +358,35 @@ fn splitting_changes_no_bit() {
                     Err(error) => panic!("{name}: options {i}: {error}"),
                 }
             }
+        }
+    }
+}
+
+/// On the CPU many small models go one at a time, the gradients of each in one launch; one model goes through the other kernels.
+#[test]
+fn many_models_have_the_bits_of_each_alone() {
+    let lstm = Recurrent { y_stride: 40, y_offset: 19, ..Recurrent::new(Cell::Lstm, 17, 50, 5, 3, 18) };
+    let kinds = [
+        Layer::new(lstm, EVERYTHING),
+        Layer::new(Recurrent { reverse: true, keep: Keep::States, learned_start: true, ..lstm }, EVERYTHING),
+        Layer::new(Recurrent { cell: Cell::Gru, keep: Keep::States, ..lstm }, EVERYTHING),
+        Layer::new(Recurrent { cell: Cell::Gru, reverse: true, ..lstm }, BIAS | RESETS),
+    ];
+    for name in ["cpu", "reference"] {
+        let device = Device::open(name).unwrap();
+        for layer in &kinds {
+            let (mut of_all, mut of_one) = (Vec::new(), Vec::new());
+            let all = layer.run(&device, &mut of_all).unwrap();
+            for m in [0, 16] {
+                let of_model = |x: &[f32]| x[m * x.len() / 17..(m + 1) * x.len() / 17].to_vec();
+                let reals = layer.reals.iter().map(|(name, x)| (*name, of_model(x))).collect();
+                let alone = Layer { op: Recurrent { models: 1, x_models: 1, ..layer.op }, reals, words: layer.words.clone(), stored: layer.stored };
+                for (result, want) in alone.run(&device, &mut of_one).unwrap() {
+                    let got = &all[result][m * want.len()..][..want.len()];
+                    assert!(got.iter().zip(&want).all(|(a, b)| a.to_bits() == b.to_bits()), "{name}: {result} of model {m}; {:?}", layer.op);
+                }
+            }
+            assert!(of_all[1] == 1 + usize::from(layer.op.learned_start) && of_one[1] > of_all[1], "{name}: {of_all:?} {of_one:?}; {:?}", layer.op);
         }
     }
 }
