@@ -4,7 +4,7 @@ Sweeps: timed is a peer's whole call with its tables of indicators made beforeha
 a second: sets x assets x returns / seconds. Peers run the workload's first sets (--sets), which are the same formula and the same work each.
 Hidden Markov models: a rate is sequence-steps a second (x iterations of a fit). hmmlearn gets its scaling implementation, the faster one,
 and fewer sequences (it runs one after the other, on one thread); dynamax gets jit and vmap over the whole batch.
-Neural layers, and many small models: nets.py.
+Neural layers, and many small models: nets.py. Delta hedging: hedges.py.
 """
 
 import argparse
@@ -43,6 +43,7 @@ import numpy as np
 import pyarrow.parquet
 
 import fused
+import hedges
 import nets
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -466,6 +467,7 @@ def net(workload, peer, shape, compare, prepare):
 
 
 ROWS += [net(*row) for row in nets.rows(verified, args.threads)]
+ROWS += [net(*row) for row in hedges.rows(verified, forback, args.threads)]
 
 
 def machine():
@@ -485,7 +487,7 @@ def versions():
     from importlib.metadata import version
 
     ours = subprocess.run([args.bin, "--version"], capture_output=True, text=True).stdout.strip()
-    return {"forback": ours, "python": platform.python_version()} | {name: version(name) for name in ("numba", "numpy", "pandas", "vectorbt", "hmmlearn", "dynamax", "jax", "torch")}
+    return {"forback": ours, "python": platform.python_version()} | {name: version(name) for name in ("numba", "numpy", "pandas", "vectorbt", "hmmlearn", "dynamax", "jax", "torch", "pfhedge")}
 
 
 def main():
@@ -513,7 +515,7 @@ def main():
     slug = "".join(c if c.isalnum() else "-" for c in head["machine"].lower()).strip("-")
     path = Path(args.out) if args.out else ROOT / "benches/results" / f"{head['date'][:10]}-peers-{slug}.jsonl"
     lines = []
-    print(f"{head['machine']}, {args.threads} threads, {head['date'][:10]}, commit {head['commit']}; set-bars, sequence-steps, flops or model-steps a second, medians of {args.rounds} rounds")
+    print(f"{head['machine']}, {args.threads} threads, {head['date'][:10]}, commit {head['commit']}; set-bars, sequence-steps, flops, model-steps or path-steps a second, medians of {args.rounds} rounds")
     print(f"{'workload':<20} {'peer':<9} {'forback':>10} {'peer':>10} {'ratio':>9}")
     for workload, peer, _, prepare, shape in rows:
         run, work, sets = prepare(workload)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Side by side in one run, interleaved, on equal threads: forback's standard sweeps against hand-fused numba, and vectorbt where it has
-# the strategy; hidden Markov models against hmmlearn and dynamax. Outputs are compared before anything is timed. Installs the peers into a
-# virtual environment of their own.
+# the strategy; hidden Markov models against hmmlearn and dynamax; delta hedging against PyTorch and pfhedge. Outputs are compared before
+# anything is timed. Installs the peers into a virtual environment of their own.
 #
 #   benches/peers/run.sh [BIN] [OPTIONS of peers.py]     BIN: the release binary of forback (default target/release/forback)
 #   benches/peers/run.sh target/release/forback --workloads sweep_sma,sweep_rsi --rounds 5 --device cuda
