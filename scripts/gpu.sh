@@ -98,6 +98,10 @@ if [ -f "$peers" ] && command -v python3 >/dev/null; then
     for device in cpu ${DEVICES:-cuda wgpu}; do
         peer sweep_sma "$device" numba numba
         peer sweep_sma "$device" vectorbt vectorbt
+        for workload in lstm lstm_train attention attention_train; do peer "$workload" "$device" torch torch; done
+        peer models_train "$device" torch-loop torch
+        peer hedge_delta "$device" torch torch
+        peer hedge_delta "$device" pfhedge pfhedge
     done
 else
     note peers "no python3 or no $peers"

@@ -1,6 +1,6 @@
 """Compiles CUDA units with every NVRTC of this environment and prints what ptxas makes of them. Called by nvrtc.sh.
 
-usage: nvrtc.py UNITS ARCH...      one <kernel>.cu per kernel in UNITS
+usage: nvrtc.py UNITS ARCH...      one <kernel>.cu per kernel in UNITS; an architecture such as 90, or 13:90 for that NVRTC alone
 """
 
 import ctypes
@@ -102,7 +102,7 @@ def compile_unit(nvrtc, assembler, name, source, arch):
 def main():
     if len(sys.argv) < 3:
         sys.exit(__doc__)
-    units, archs = Path(sys.argv[1]), [int(arch) for arch in sys.argv[2:]]
+    units, archs = Path(sys.argv[1]), [arch.rpartition(":") for arch in sys.argv[2:]]
     sources = {path.stem: path.read_text(encoding="utf-8") for path in sorted(units.glob("*.cu"))}
     if not sources:
         sys.exit(f"{units} holds no units")
@@ -111,7 +111,7 @@ def main():
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for library, assembler in TOOLCHAINS:
             nvrtc = Nvrtc(root / library)
-            for arch in archs:
+            for arch in [int(arch) for only, _, arch in archs if only in ("", nvrtc.version.split(".")[0])]:
                 if arch not in nvrtc.archs:
                     continue
                 # Kernels of one file and the same constants share a unit: it is compiled once.
@@ -133,6 +133,9 @@ def main():
                 continue
             # A unit with storage in 16 bits has its entry's name without the storage.
             entry = re.sub(r"_b?f16$", "", kernel) if "#define STORED_16\n" in sources[kernel] else kernel
+            # One that simulates a market model, without the model.
+            if "#define MODEL " in sources[kernel]:
+                entry = re.sub(r"_[a-z]+(_futures)?$", "", kernel)
             report = entry_report(assembled, entry) if ok else None
             verdict = "ok"
             if report is None:

@@ -1,4 +1,4 @@
-"""Runs forback and draws its terminal output as docs/sweep.svg, the picture of the README.
+"""Runs forback and draws its terminal output as docs/COMMAND.svg (docs/sweep.svg), a picture of the README.
 
 usage: scripts/picture.py [BINARY] [ARGUMENT...]     default: target/release/forback sweep
 """
@@ -39,8 +39,9 @@ def main():
 </svg>
 """
     (ROOT / "docs").mkdir(exist_ok=True)
-    (ROOT / "docs/sweep.svg").write_text(svg, encoding="utf-8")
-    print(f"docs/sweep.svg: {len(lines)} lines of {binary} {' '.join(arguments)}")
+    picture = f"docs/{arguments[0]}.svg"
+    (ROOT / picture).write_text(svg, encoding="utf-8")
+    print(f"{picture}: {len(lines)} lines of {binary} {' '.join(arguments)}")
 
 
 if __name__ == "__main__":

@@ -86,8 +86,8 @@ step "lints" cargo clippy "${all[@]}" --all-targets -- -D warnings
 step "library alone" cargo clippy --no-default-features -- -D warnings
 step "command line on the CPU alone" cargo clippy --no-default-features --features cli -- -D warnings
 step "tests" cargo test "${all[@]}" --no-fail-fast
-# tests/conformance.rs opens wgpu with and without run-time checks, and cuda-host in three schedules; the others ask the environment.
-step "shaders with run-time checks" env FORBACK_CHECKED=1 cargo test --all-features --no-fail-fast --test devices --test stories
+# tests/conformance.rs and tests/nn.rs open wgpu with and without run-time checks, and cuda-host in several schedules; the others ask the environment.
+step "shaders with run-time checks" env FORBACK_CHECKED=1 cargo test --all-features --no-fail-fast --test devices
 step "cuda-host, threads in reverse" env FORBACK_SCHEDULE=reverse cargo test --all-features --no-fail-fast --test devices
 step "cuda-host, threads at random" env FORBACK_SCHEDULE=7 cargo test --all-features --no-fail-fast --test devices
 step "examples" examples
