@@ -26,6 +26,7 @@ if ! cmp -s "$here/requirements.txt" "$venv/requirements.txt"; then
     echo "installing the peers into $venv" >&2
     "$python" -m venv --clear "$venv"
     "$venv/bin/pip" install --quiet --disable-pip-version-check -r "$here/requirements.txt"
+    "$venv/bin/pip" install --quiet --disable-pip-version-check --no-deps -r "$here/requirements-no-deps.txt"
     cp "$here/requirements.txt" "$venv/requirements.txt"
 fi
 exec "$venv/bin/python" "$here/peers.py" "$bin" "$@"
