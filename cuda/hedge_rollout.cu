@@ -45,6 +45,7 @@ struct HedgeRolloutParams {
     uint32_t weight_at;
     uint32_t bias_at;
     uint32_t lookback;
+    uint32_t ragged;
 };
 
 #define RESIDUAL 0u
@@ -75,6 +76,8 @@ struct Rollout {
     const float* __restrict__ spot;
     const float* __restrict__ extra;
     float* column;
+    // Steps of the path.
+    uint32_t length;
 
     __device__ __forceinline__ float& cell(uint32_t row) const {
         return column[(uint64_t)row * p.stride];
@@ -115,7 +118,21 @@ struct Rollout {
     }
 
     __device__ __forceinline__ float left(uint32_t t) const {
-        return p.maturity * ((float)(p.steps - t) / (float)p.steps);
+        return p.maturity * ((float)(length - t) / (float)p.steps);
+    }
+
+    // To the last price above 0.
+    __device__ __forceinline__ uint32_t length_of() const {
+        uint32_t low = p.ragged > 0 ? 1 : p.steps, high = p.steps;
+        while (low < high) {
+            const uint32_t middle = (low + high + 1) / 2;
+            if (spot_at(middle) > 0.0f) {
+                low = middle;
+            } else {
+                high = middle - 1;
+            }
+        }
+        return low;
     }
 
     __device__ __forceinline__ float growth(uint32_t t) const {
@@ -361,7 +378,7 @@ struct Rollout {
             cost = costs[2 * n];
             turnover = costs[2 * n + 1];
         }
-        for (uint32_t t = p.from_step; t < p.to_step; t++) {
+        for (uint32_t t = p.from_step; t < min(p.to_step, length); t++) {
             const uint32_t before = slot_of(t), after = slot_of(t + 1);
             const Prices q = prices_at(t);
             network(t, q, before, after, p.acts);
@@ -372,8 +389,8 @@ struct Rollout {
             turnover += fabsf(trade);
             cell(after) = hold;
         }
-        if (p.to_step == p.steps) {
-            const float last = cell(slot_of(p.steps)), price = spot_at(p.steps);
+        if (p.from_step < length && length <= p.to_step) {
+            const float last = cell(slot_of(length)), price = spot_at(length);
             if (p.unwind > 0) {
                 const float paid = charge(last, price);
                 total -= paid;
@@ -381,6 +398,9 @@ struct Rollout {
                 turnover += fabsf(last);
             }
             total -= p.claim == GIVEN ? claim[path] : fmaxf(p.claim == 1 ? p.strike - price : price - p.strike, 0.0f);
+        }
+        for (uint32_t t = max(p.from_step, length); t < p.to_step; t++) {
+            cell(slot_of(t + 1)) = cell(slot_of(t));
         }
         pnl[n] = total;
         costs[2 * n] = cost;
@@ -404,12 +424,18 @@ struct Rollout {
         for (uint32_t later = p.to_step; later > p.from_step; later--) {
             const uint32_t t = later - 1, before = t * p.state, after = before + p.state;
             const uint32_t acts = p.acts + (t - p.from_step) * p.step_rows, out = acts + gradients(p.layers);
+            if (t >= length) {
+                for (uint32_t i = 0; i < p.step_rows; i++) {
+                    cell(acts + i) = 0.0f;
+                }
+                continue;
+            }
             const Prices q = prices_at(t);
             network(t, q, before, after, acts);
             const float previous = cell(before), held = cell(after);
             const Holding decision = decide(q, previous, out);
             float next_trade = 0.0f;
-            if (later < p.steps) {
+            if (later < length) {
                 next_trade = cell(after + p.state) - held;
             } else if (p.unwind > 0) {
                 next_trade = -held;
@@ -450,12 +476,14 @@ __device__ __forceinline__ bool begin(Rollout& r, float* sh_weights, const float
         __syncthreads();
         r.w = sh_weights;
     }
-    return r.model < p.models && r.path < p.paths;
+    const bool live = r.model < p.models && r.path < p.paths;
+    r.length = live ? r.length_of() : 0;
+    return live;
 }
 
 __device__ __forceinline__ void roll_paths(const float* weights, const float* risk, const float* spot, const float* extra, const float* claim,
                                            float* scratch, float* pnl, float* costs, const HedgeRolloutParams& params, float* sh_weights) {
-    Rollout r = {params, 0, 0, nullptr, risk, spot, extra, nullptr};
+    Rollout r = {params, 0, 0, nullptr, risk, spot, extra, nullptr, 0};
     if (begin(r, sh_weights, weights, scratch)) {
         r.roll(claim, pnl, costs);
     }
@@ -463,7 +491,7 @@ __device__ __forceinline__ void roll_paths(const float* weights, const float* ri
 
 __device__ __forceinline__ void unroll_paths(const float* weights, const float* risk, const float* spot, const float* extra, const float* grad_pnl,
                                              float* scratch, const float* grad_costs, const HedgeRolloutParams& params, float* sh_weights) {
-    Rollout r = {params, 0, 0, nullptr, risk, spot, extra, nullptr};
+    Rollout r = {params, 0, 0, nullptr, risk, spot, extra, nullptr, 0};
     if (begin(r, sh_weights, weights, scratch)) {
         r.unroll(grad_pnl, grad_costs);
     }

@@ -8,6 +8,8 @@
 //! wide_band  the same with edges b − w·e^(range·tanh o₀), b + w·e^(range·tanh o₁), w = (1.5·e^(−rate·τ)·c·S·Γ²/risk_aversion)^⅓
 //! charge     k[t] = |h[t] − h[t−1]|·(c·S[t] + half_spread) + fixed·[h[t] ≠ h[t−1]],  h[−1] = 0; at T, if wanted, for h[T−1] → 0
 //! pnl        premium·e^(rate·maturity) + Σ h[t]·(F[t+1] − F[t]) − Σ k[t]·e^(rate·(maturity − t·dt)) − claim
+//! Ragged paths end at their last price above 0, after L ≥ 1 of the T steps: there their options mature (τ = (L − t)·maturity/T), and nothing
+//! changes behind it.
 //! A head of zeros gives exactly the baseline (Black-Scholes delta), or exactly the band of Whalley and Wilmott.
 //! backward   gradients of the weights from those of pnl, cost and turnover. |·| has slope 0 at 0; fixed costs have none; a holding at the
 //!            edge of its band follows the edge, inside it the previous holding. With a lookback L gradients do not pass through the state of
@@ -126,6 +128,8 @@ params! {
         bias_at: u32,
         /// Steps that gradients go back through an LSTM's state: 1 or more.
         lookback: u32,
+        /// 1: paths end at their last price above 0.
+        ragged: u32,
     }
 }
 
@@ -320,14 +324,19 @@ impl HedgeRolloutParams {
         all
     }
 
-    /// Years to maturity at step t.
-    pub(crate) fn left(&self, t: usize) -> f64 {
-        f64::from(self.maturity) * ((self.steps as usize - t) as f64 / f64::from(self.steps))
+    /// Years that so many steps take.
+    pub(crate) fn years(&self, steps: usize) -> f64 {
+        f64::from(self.maturity) * (steps as f64 / f64::from(self.steps))
     }
 
-    /// What one unit of cash at step t is worth at T.
-    pub(crate) fn growth(&self, t: usize) -> f64 {
-        (f64::from(self.rate) * self.left(t)).exp()
+    /// What one unit of cash becomes in so many steps.
+    pub(crate) fn growth(&self, steps: usize) -> f64 {
+        (f64::from(self.rate) * self.years(steps)).exp()
+    }
+
+    /// Steps of a path with these prices.
+    pub(crate) fn length<R: Real>(&self, spot: &[R]) -> usize {
+        if self.ragged == 0 { self.steps as usize } else { spot.partition_point(|&s| s > R::ZERO).saturating_sub(1).max(1) }
     }
 }
 
@@ -357,6 +366,8 @@ struct Rollout<'a, R> {
     risk: &'a [R],
     spot: &'a [R],
     extra: &'a [R],
+    /// Steps of the path.
+    length: usize,
 }
 
 fn sign<R: Real>(x: R) -> R {
@@ -377,7 +388,7 @@ impl<R: Real> Rollout<'_, R> {
     fn prices(&self, t: usize) -> Prices<R> {
         let (p, spot) = (self.p, self.spot[t]);
         let extra = &self.extra[t * p.columns as usize..];
-        let (left, volatility, rate) = (R::of(p.left(t)), R::of(p.volatility.into()), R::of(p.rate.into()));
+        let (left, volatility, rate) = (R::of(p.years(self.length - t)), R::of(p.volatility.into()), R::of(p.rate.into()));
         let (log_moneyness, root_left) = ((spot / R::of(p.strike.into())).ln(), left.sqrt());
         let spread = volatility * root_left;
         let d1 = (log_moneyness + rate * left) / spread + R::of(0.5) * spread;
@@ -482,9 +493,9 @@ impl<R: Real> Rollout<'_, R> {
 
     /// P&L, cost and turnover; `states` [T+1,S] are left behind.
     fn forward(&self, claim: R, states: &mut [R], acts: &mut [R]) -> [R; 3] {
-        let (p, steps, state) = (self.p, self.p.steps as usize, self.p.state as usize);
+        let (p, steps, state) = (self.p, self.length, self.p.state as usize);
         states[..state].fill(R::ZERO);
-        let growth = |t: usize| R::of(p.growth(t));
+        let growth = |t: usize| R::of(p.growth(steps - t));
         let (mut pnl, mut cost, mut turnover) = (R::of(p.premium.into()) * growth(0), R::ZERO, R::ZERO);
         for t in 0..steps {
             let (before, after) = states[t * state..].split_at_mut(state);
@@ -497,6 +508,9 @@ impl<R: Real> Rollout<'_, R> {
             cost += charge;
             turnover += trade.abs();
             after[0] = hold;
+        }
+        for t in steps..p.steps as usize {
+            states.copy_within(t * state..(t + 1) * state, (t + 1) * state);
         }
         let (last, spot) = (states[steps * state], self.spot[steps]);
         if p.unwind > 0 {
@@ -514,8 +528,8 @@ impl<R: Real> Rollout<'_, R> {
 
     /// Adds the gradient of the weights; `states` are those of [`Rollout::forward`].
     fn backward(&self, [grad_pnl, grad_cost, grad_turnover]: [R; 3], states: &mut [R], acts: &mut [R], adjoint: &mut [R], grad: &mut [R]) {
-        let (p, steps, state) = (self.p, self.p.steps as usize, self.p.state as usize);
-        let growth = |t: usize| R::of(p.growth(t));
+        let (p, steps, state) = (self.p, self.length, self.p.state as usize);
+        let growth = |t: usize| R::of(p.growth(steps - t));
         // What a unit traded at step t takes from the loss.
         let per_unit = |t: usize| self.unit_cost(self.spot[t]) * (grad_pnl * growth(t) - grad_cost) - grad_turnover;
         adjoint.fill(R::ZERO);
@@ -606,13 +620,15 @@ pub(crate) struct Batch<'a, R> {
 impl<'a, R: Real> Batch<'a, R> {
     fn rollout(&self, products: &'a [Product], m: usize, path: usize) -> Rollout<'a, R> {
         let (p, each) = (self.p, (self.p.steps * self.p.columns) as usize);
+        let spot = &self.spot[path * (p.steps as usize + 1)..][..p.steps as usize + 1];
         Rollout {
             p,
             products,
             weights: &self.weights[m * p.weights as usize..][..p.weights as usize],
             risk: &self.risk[4 * m..4 * m + 4],
-            spot: &self.spot[path * (p.steps as usize + 1)..][..p.steps as usize + 1],
+            spot,
             extra: &self.extra[path * each..],
+            length: p.length(spot),
         }
     }
 
@@ -785,6 +801,9 @@ pub struct HedgeRollout {
     pub unwind: bool,
     /// Steps that gradients go back through an LSTM's state (truncated back-propagation, windows from step 0 on); 0: all.
     pub lookback: u64,
+    /// Whether paths differ in length: each ends at its last price above 0, of at least two, and its option matures there; zeros follow. For given
+    /// prices alone.
+    pub ragged: bool,
 }
 
 /// Prices of a rollout.
@@ -842,6 +861,7 @@ impl HedgeRollout {
             premium: 0.0,
             unwind: false,
             lookback: 0,
+            ragged: false,
         }
     }
 
@@ -937,6 +957,7 @@ impl HedgeRollout {
         (p.strike, p.maturity, p.volatility, p.rate) = (self.strike as f32, self.maturity as f32, self.volatility as f32, self.rate as f32);
         (p.range, p.premium) = (self.range as f32, self.premium as f32);
         p.lookback = if self.lookback == 0 { p.steps.max(1) } else { self.lookback.min(self.steps.max(1)) as u32 };
+        p.ragged = u32::from(self.ragged);
         p
     }
 
@@ -1066,7 +1087,8 @@ impl HedgeRollout {
 
     /// Ranges of steps, each in one launch.
     fn spans(&self, device: &Device, most: u64) -> Vec<Range<u64>> {
-        let staging = u64::from(SHARED / WG) + 1;
+        // Weights are staged once, and the length of a path is searched.
+        let staging = u64::from(SHARED / WG) + 33;
         let span = (device.limits().loop_rounds.saturating_sub(staging) / self.rounds()).clamp(1, most.max(1));
         (0..self.steps.div_ceil(span)).map(|i| i * span..((i + 1) * span).min(self.steps)).collect()
     }
@@ -1076,6 +1098,7 @@ impl HedgeRollout {
         let (p, t) = (self.paths, self.steps);
         let spot = match args.spot {
             Spot::Given(spot) => (spot, p * (t + 1)),
+            Spot::Simulated(..) if self.ragged => return Err(wrong("spot", "given prices: drawn ones all have T steps", "a source of prices")),
             Spot::Simulated(source, _) if source.steps() != t => return Err(wrong("spot", format!("a source of {t} steps"), source.steps())),
             Spot::Simulated(_, slab) => (slab, self.slab(slab.device())?),
         };

@@ -4,6 +4,7 @@
 //!          the right operand as it lies, and weights [O,I] the left one.
 //! Backward states at the start of every 32 steps are kept; those 32 steps are rolled out again with all activations, then taken
 //!          backwards. Weights are turned once per task for Wᵀ·δ; δ·xᵀ packs x.
+//! Ragged   a path that has ended keeps its state and repeats its last price: its activations are finite, its gradients 0.
 //! Memory   per thread, in reals: B·(T + ⌈T/32⌉·S + 33·S + 32·(A+1)) + 2·W, whatever P is.
 //! Bits     a path's do not depend on its neighbours; gradients are sums over tiles in order.
 
@@ -38,6 +39,21 @@ struct Tile<'a> {
     /// Path of the first lane, and paths that there are from it on.
     first: usize,
     count: usize,
+}
+
+/// Growth of cash from two steps on, and the length of each path.
+struct At<S: Simd> {
+    now: S::f32s,
+    then: S::f32s,
+    length: S::f32s,
+}
+
+impl<S: Simd> At<S> {
+    /// x where step t is one of the path's, 0 behind it.
+    #[inline(always)]
+    fn within(&self, simd: S, t: usize, x: S::f32s) -> S::f32s {
+        simd.select_f32s(simd.less_than_f32s(simd.splat_f32s(t as f32), self.length), x, simd.splat_f32s(0.0))
+    }
 }
 
 /// A holding and its slopes.
@@ -127,11 +143,28 @@ impl Tile<'_> {
         self.first + lane.min(self.count - 1)
     }
 
-    fn growth(&self, t: usize) -> f32 {
-        self.p.growth(t) as f32
+    /// What cash at steps t and t + 1 is worth at the end of each path, and whether that comes after t.
+    #[inline(always)]
+    fn at<S: Simd>(&self, simd: S, t: usize, spots: &[f32], v: usize, flat: [f32; 2]) -> At<S> {
+        let [now, then] = flat.map(|x| simd.splat_f32s(x));
+        if self.p.ragged == 0 {
+            return At { now, then, length: simd.splat_f32s(self.p.steps as f32) };
+        }
+        let length = get::<S>(spots, self.p.steps as usize + 1, v);
+        let rate = simd.splat_f32s(self.p.rate * self.p.years(1) as f32);
+        let left = simd.sub_f32s(length, simd.splat_f32s(t as f32));
+        let now = lanes::exp(simd, simd.mul_f32s(rate, left));
+        let then = lanes::exp(simd, simd.mul_f32s(rate, simd.sub_f32s(left, simd.splat_f32s(1.0))));
+        At { now, then, length }
     }
 
-    /// Prices [T+1,B].
+    /// The same of paths of T steps.
+    fn flat(&self, t: usize) -> [f32; 2] {
+        let left = self.p.steps as usize - t;
+        [self.p.growth(left) as f32, self.p.growth(left.saturating_sub(1)) as f32]
+    }
+
+    /// Prices [T+1,B], a path's last one repeated behind it; then lengths [B].
     #[inline(always)]
     fn spots<S: Simd>(&self, out: &mut [f32]) {
         let (b, prices) = (width::<S>(), self.p.steps as usize + 1);
@@ -140,6 +173,11 @@ impl Tile<'_> {
             for (out, &price) in out.chunks_exact_mut(b).zip(row) {
                 out[lane] = price;
             }
+            let length = self.p.length(row);
+            for out in out.chunks_exact_mut(b).take(prices).skip(length + 1) {
+                out[lane] = row[length];
+            }
+            out[prices * b + lane] = length as f32;
         }
     }
 
@@ -148,10 +186,11 @@ impl Tile<'_> {
     fn inputs<S: Simd>(&self, simd: S, t: usize, spots: &[f32], before: &[f32], acts: &mut [f32]) {
         let (p, b) = (self.p, width::<S>());
         let (columns, inputs, given) = (p.columns as usize, p.inputs as usize, p.baseline == 2);
-        let row = |lane: usize| &self.extra[(self.path(lane) * p.steps as usize + t) * columns..][..columns];
         if columns > 0 {
             for lane in 0..b {
-                let values = row(lane);
+                // Behind its end a path is as before its last step: finite, and nobody's.
+                let step = t.min(spots[(p.steps as usize + 1) * b + lane] as usize - 1);
+                let values = &self.extra[(self.path(lane) * p.steps as usize + step) * columns..][..columns];
                 for (i, &x) in values[columns + 4 - inputs..].iter().enumerate() {
                     acts[(4 + i) * b + lane] = x;
                 }
@@ -164,27 +203,37 @@ impl Tile<'_> {
             }
         }
         let splat = |c: f32| simd.splat_f32s(c);
-        let left = p.left(t) as f32;
-        let root = left.sqrt();
-        let spread = p.volatility * root;
+        let flat = p.years(p.steps as usize - t) as f32;
+        if p.ragged > 0 {
+            for lane in 0..b {
+                let left = (spots[(p.steps as usize + 1) * b + lane] as usize).saturating_sub(t).max(1);
+                acts[b + lane] = (p.years(left) as f32).sqrt();
+            }
+        } else {
+            acts[b..2 * b].fill(flat.sqrt());
+        }
         for v in 0..b / S::F32_LANES {
             let spot = get::<S>(spots, t, v);
             let log_moneyness = ln_ratio(simd, spot, p.strike);
             put::<S>(acts, 0, v, log_moneyness);
-            put::<S>(acts, 1, v, splat(root));
             put::<S>(acts, 3, v, get::<S>(before, 0, v));
             if given {
                 continue;
             }
-            let forward = simd.add_f32s(log_moneyness, splat(p.rate * left));
-            let d1 = simd.mul_add_f32s(forward, splat(1.0 / spread), splat(0.5 * spread));
+            let root = get::<S>(acts, 1, v);
+            let left = if p.ragged > 0 { simd.mul_f32s(root, root) } else { splat(flat) };
+            let spread = simd.mul_f32s(splat(p.volatility), root);
+            let inverse = simd.div_f32s(splat(1.0), spread);
+            let forward = simd.mul_add_f32s(splat(p.rate), left, log_moneyness);
+            let d1 = simd.mul_add_f32s(forward, inverse, simd.mul_f32s(splat(0.5), spread));
             let (cdf, bell) = lanes::normal_cdf_and_bell(simd, d1);
             put::<S>(acts, 2, v, simd.sub_f32s(cdf, splat(p.baseline as f32)));
             if p.head > 1 {
-                let gamma = simd.div_f32s(simd.mul_f32s(bell, splat(0.398_942_3 / spread)), spot);
+                let gamma = simd.div_f32s(simd.mul_f32s(simd.mul_f32s(bell, splat(0.398_942_3)), inverse), spot);
                 let cost = simd.mul_add_f32s(spot, splat(self.risk[0]), splat(self.risk[1]));
-                let scale = 1.5 * (-p.rate * left).exp() / self.risk[3];
-                let cube = simd.mul_f32s(simd.mul_f32s(cost, splat(scale)), simd.mul_f32s(gamma, gamma));
+                let discount = lanes::exp(simd, simd.mul_f32s(splat(-p.rate), left));
+                let scale = simd.mul_f32s(splat(1.5 / self.risk[3]), discount);
+                let cube = simd.mul_f32s(simd.mul_f32s(cost, scale), simd.mul_f32s(gamma, gamma));
                 let root = lanes::exp(simd, simd.mul_f32s(ln(simd, simd.max_f32s(cube, splat(1e-37))), splat(1.0 / 3.0)));
                 let width = simd.select_f32s(simd.greater_than_f32s(cube, splat(1e-37)), root, splat(0.0));
                 put::<S>(acts, p.step_rows as usize, v, width);
@@ -234,6 +283,20 @@ impl Tile<'_> {
         }
         for v in 0..vectors {
             put::<S>(after, 0, v, self.decide(simd, v, acts).hold);
+        }
+        if p.ragged > 0 {
+            self.freeze(simd, t, spots, before, after);
+        }
+    }
+
+    /// States of paths that have ended stay as they are.
+    #[inline(always)]
+    fn freeze<S: Simd>(&self, simd: S, t: usize, spots: &[f32], before: &[f32], after: &mut [f32]) {
+        for v in 0..width::<S>() / S::F32_LANES {
+            let ended = simd.greater_than_or_equal_f32s(simd.splat_f32s(t as f32), get::<S>(spots, self.p.steps as usize + 1, v));
+            for row in 0..self.p.state as usize {
+                put::<S>(after, row, v, simd.select_f32s(ended, get::<S>(before, row, v), get::<S>(after, row, v)));
+            }
         }
     }
 
@@ -321,13 +384,14 @@ impl Tile<'_> {
     /// Adds a step to pnl, cost and turnover [3,B].
     #[inline(always)]
     fn earn<S: Simd>(&self, simd: S, t: usize, spots: &[f32], before: &[f32], after: &[f32], totals: &mut [f32]) {
-        let (now, then) = (simd.splat_f32s(self.growth(t)), simd.splat_f32s(self.growth(t + 1)));
+        let flat = self.flat(t);
         for v in 0..width::<S>() / S::F32_LANES {
+            let at = self.at(simd, t, spots, v, flat);
             let (spot, hold) = (get::<S>(spots, t, v), get::<S>(after, 0, v));
             let trade = simd.sub_f32s(hold, get::<S>(before, 0, v));
             let paid = self.charge(simd, trade, spot);
-            let earned = simd.sub_f32s(simd.mul_f32s(get::<S>(spots, t + 1, v), then), simd.mul_f32s(spot, now));
-            let gain = simd.sub_f32s(simd.mul_f32s(hold, earned), simd.mul_f32s(paid, now));
+            let earned = simd.sub_f32s(simd.mul_f32s(get::<S>(spots, t + 1, v), at.then), simd.mul_f32s(spot, at.now));
+            let gain = at.within(simd, t, simd.sub_f32s(simd.mul_f32s(hold, earned), simd.mul_f32s(paid, at.now)));
             put::<S>(totals, 0, v, simd.add_f32s(get::<S>(totals, 0, v), gain));
             put::<S>(totals, 1, v, simd.add_f32s(get::<S>(totals, 1, v), paid));
             put::<S>(totals, 2, v, simd.add_f32s(get::<S>(totals, 2, v), simd.abs_f32s(trade)));
@@ -440,10 +504,11 @@ impl Tile<'_> {
         [adjoint, pulled]: [&mut [f32]; 2],
     ) {
         let (p, b) = (self.p, width::<S>());
-        let (now, then) = (simd.splat_f32s(self.growth(t)), simd.splat_f32s(self.growth(t + 1)));
+        let (flat, behind) = (self.flat(t), simd.splat_f32s((t + 1) as f32));
         let out = p.gradients(p.layers as usize);
         let mut by_previous = [simd.splat_f32s(0.0); 8];
         for (v, by_previous) in by_previous.iter_mut().enumerate().take(b / S::F32_LANES) {
+            let at = self.at(simd, t, spots, v, flat);
             let (by_pnl, by_cost, by_turnover) = (get::<S>(seeds, 0, v), get::<S>(seeds, 1, v), get::<S>(seeds, 2, v));
             let (spot, later) = (get::<S>(spots, t, v), get::<S>(spots, t + 1, v));
             let per_unit = |spot: S::f32s, growth: S::f32s| {
@@ -451,10 +516,14 @@ impl Tile<'_> {
                 simd.sub_f32s(simd.mul_f32s(self.unit_cost(simd, spot), value), by_turnover)
             };
             let (previous, held) = (get::<S>(before, 0, v), get::<S>(after, 0, v));
-            let next_trade = if next.is_empty() { simd.splat_f32s(0.0) } else { simd.sub_f32s(get::<S>(next, 0, v), held) };
-            let earned = simd.mul_f32s(by_pnl, simd.sub_f32s(simd.mul_f32s(later, then), simd.mul_f32s(spot, now)));
-            let entry = simd.mul_f32s(sign(simd, simd.sub_f32s(held, previous)), per_unit(spot, now));
-            let exit = simd.mul_f32s(sign(simd, next_trade), per_unit(later, then));
+            let mut next_trade = if next.is_empty() { simd.splat_f32s(0.0) } else { simd.sub_f32s(get::<S>(next, 0, v), held) };
+            if p.ragged > 0 && p.unwind > 0 {
+                next_trade = simd.select_f32s(simd.equal_f32s(behind, at.length), simd.neg_f32s(held), at.within(simd, t + 1, next_trade));
+            }
+            let earned = simd.mul_f32s(by_pnl, simd.sub_f32s(simd.mul_f32s(later, at.then), simd.mul_f32s(spot, at.now)));
+            let earned = at.within(simd, t, earned);
+            let entry = simd.mul_f32s(sign(simd, simd.sub_f32s(held, previous)), per_unit(spot, at.now));
+            let exit = simd.mul_f32s(sign(simd, next_trade), per_unit(later, at.then));
             let by_hold = simd.add_f32s(get::<S>(adjoint, 0, v), simd.add_f32s(earned, simd.sub_f32s(exit, entry)));
             let decision = self.decide(simd, v, acts);
             for (k, &slope) in decision.by_output.iter().enumerate().take(p.outputs()) {
@@ -525,7 +594,7 @@ impl WithSimd for Forward<'_> {
     fn with_simd<S: Simd>(self, simd: S) {
         let (p, b) = (self.batch.p, width::<S>());
         let (state, rows, steps) = (p.state as usize * b, (p.step_rows as usize + 1) * b, p.steps as usize);
-        let sizes = [(steps + 1) * b, state, state, rows, 3 * b, b, p.weights as usize];
+        let sizes = [(steps + 2) * b, state, state, rows, 3 * b, b, p.weights as usize];
         let mut memory = lanes::take_memory(sizes.iter().sum());
         let [spots, mut before, mut after, acts, totals, claims, joined] = cut(memory.reals(), sizes);
         acts.fill(0.0);
@@ -542,7 +611,11 @@ impl WithSimd for Forward<'_> {
             }
             before.fill(0.0);
             totals.fill(0.0);
-            totals[..b].fill(p.premium * tile.growth(0));
+            totals[..b].fill(p.premium);
+            for v in 0..b / S::F32_LANES {
+                let grown = tile.at(simd, 0, spots, v, tile.flat(0)).now;
+                put::<S>(totals, 0, v, simd.mul_f32s(get::<S>(totals, 0, v), grown));
+            }
             for t in 0..steps {
                 tile.step(simd, t, spots, before, after, acts);
                 tile.earn(simd, t, spots, before, after, totals);
@@ -632,7 +705,7 @@ impl WithSimd for Backward<'_> {
         let segment = SEGMENT.min(steps);
         let widest = self.products.iter().map(|q| packed_len::<S>(b, q.x_rows)).max().unwrap_or(0);
         let sizes = [
-            (steps + 1) * b,
+            (steps + 2) * b,
             steps.div_ceil(segment) * state,
             (segment + 1) * state,
             segment * rows,

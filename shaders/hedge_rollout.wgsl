@@ -44,6 +44,7 @@ struct HedgeRolloutParams {
     weight_at: u32,
     bias_at: u32,
     lookback: u32,
+    ragged: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: HedgeRolloutParams;
@@ -72,9 +73,10 @@ const LEAK: f32 = 0.01;
 const BLOCK: u32 = 128u;
 
 var<workgroup> sh_weights: array<f32, SHARED>;
-// Model and path of this thread, and where row 0 of its scratch is.
+// Model and path of this thread, steps of the path, and where row 0 of its scratch is.
 var<private> model: u32;
 var<private> path: u32;
+var<private> length: u32;
 var<private> column: u32;
 
 struct Prices {
@@ -144,7 +146,22 @@ fn spot_at(t: u32) -> f32 {
 }
 
 fn left(t: u32) -> f32 {
-    return params.maturity * (f32(params.steps - t) / f32(params.steps));
+    return params.maturity * (f32(length - t) / f32(params.steps));
+}
+
+// Steps of this thread's path: to its last price above 0.
+fn length_of() -> u32 {
+    var low = select(params.steps, 1u, params.ragged > 0u);
+    var high = params.steps;
+    while low < high {
+        let middle = (low + high + 1u) / 2u;
+        if spot_at(middle) > 0.0 {
+            low = middle;
+        } else {
+            high = middle - 1u;
+        }
+    }
+    return low;
 }
 
 fn growth(t: u32) -> f32 {
@@ -326,7 +343,11 @@ fn begin(wid: vec3<u32>, nwg: vec3<u32>, tid: u32) -> bool {
         }
         workgroupBarrier();
     }
-    return model < params.models && path < params.paths;
+    let live = model < params.models && path < params.paths;
+    if live {
+        length = length_of();
+    }
+    return live;
 }
 
 fn roll() {
@@ -342,7 +363,7 @@ fn roll() {
     var total = pnl[n];
     var cost = costs[2u * n];
     var turnover = costs[2u * n + 1u];
-    for (var t = params.from_step; t < params.to_step; t++) {
+    for (var t = params.from_step; t < min(params.to_step, length); t++) {
         let before = slot_of(t);
         let after = slot_of(t + 1u);
         let q = prices_at(t);
@@ -356,9 +377,9 @@ fn roll() {
         turnover += abs(trade);
         scratch[cell(after)] = hold;
     }
-    if params.to_step == params.steps {
-        let last = scratch[cell(slot_of(params.steps))];
-        let price = spot_at(params.steps);
+    if params.from_step < length && length <= params.to_step {
+        let last = scratch[cell(slot_of(length))];
+        let price = spot_at(length);
         if params.unwind > 0u {
             let paid = charge(last, price);
             total -= paid;
@@ -370,6 +391,9 @@ fn roll() {
         } else {
             total -= max(select(price - params.strike, params.strike - price, params.claim == 1u), 0.0);
         }
+    }
+    for (var t = max(params.from_step, length); t < params.to_step; t++) {
+        scratch[cell(slot_of(t + 1u))] = scratch[cell(slot_of(t))];
     }
     pnl[n] = total;
     costs[2u * n] = cost;
@@ -483,6 +507,12 @@ fn unroll() {
         let before = t * params.state;
         let after = before + params.state;
         let acts = params.acts + (t - params.from_step) * params.step_rows;
+        if t >= length {
+            for (var i = 0u; i < params.step_rows; i++) {
+                scratch[cell(acts + i)] = 0.0;
+            }
+            continue;
+        }
         let q = prices_at(t);
         network(t, q, before, after, acts);
         let out = acts + gradients(params.layers);
@@ -490,7 +520,7 @@ fn unroll() {
         let held = scratch[cell(after)];
         let decision = decide(q, previous, out);
         var next_trade = 0.0;
-        if later < params.steps {
+        if later < length {
             next_trade = scratch[cell(after + params.state)] - held;
         } else if params.unwind > 0u {
             next_trade = -held;

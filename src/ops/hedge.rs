@@ -136,6 +136,9 @@ impl Tape {
         if let Some(spot) = spot {
             self.expect(NAME, "spot", spot, &[p, t + 1])?;
         }
+        if source.is_some() && op.ragged {
+            return Err(wrong(NAME, "spot", "given prices: drawn ones all have T steps", &[p, t + 1]));
+        }
         if let Some(source) = source.as_ref().filter(|source| source.steps() != op.steps) {
             return Err(wrong(NAME, "spot", format!("a source of {t} steps"), &[source.steps() as usize]));
         }

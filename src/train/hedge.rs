@@ -51,13 +51,15 @@ pub struct HedgeTrainConfig {
     pub weight_decay: f64,
     /// Largest norm of a model's gradient.
     pub max_grad_norm: Option<f64>,
+    /// n, assets of a portfolio: the P&L of n paths that follow each other is summed before its risk is taken. 1 unless given.
+    pub assets: usize,
     /// Decides how the weights start.
     pub seed: u64,
 }
 
 impl Default for HedgeTrainConfig {
     fn default() -> HedgeTrainConfig {
-        HedgeTrainConfig { risk: HedgeRisk::Variance, learning_rate: vec![1e-3], weight_decay: 0.0, max_grad_norm: Some(1.0), seed: 0 }
+        HedgeTrainConfig { risk: HedgeRisk::Variance, learning_rate: vec![1e-3], weight_decay: 0.0, max_grad_norm: Some(1.0), assets: 1, seed: 0 }
     }
 }
 
@@ -128,6 +130,10 @@ impl HedgeTrainer {
         let columns = op.columns() as usize;
         let extra = if columns > 0 { Some(device.zeros("extra", (p * t * columns) as u64)?) } else { None };
         let claim = if op.claim == Claim::Given { Some(device.zeros("claim", p as u64)?) } else { None };
+        if config.assets == 0 || p % config.assets != 0 {
+            let help = "give a divisor of the paths".into();
+            return Err(Error::Parameter { op: OP, name: "assets".into(), value: format!("{} of {p} paths", config.assets), help });
+        }
         let risk = device.upload("risk", &risk_rows(m, costs)?)?;
         let build = |tape: &mut Tape| -> Result<[Var; 2]> {
             let weights = policy.weights(tape, &parameters)?;
@@ -142,7 +148,11 @@ impl HedgeTrainer {
         };
         let step = {
             let mut tape = Tape::new(device);
-            let [pnl, _] = build(&mut tape)?;
+            let [mut pnl, _] = build(&mut tape)?;
+            if config.assets > 1 {
+                let portfolios = tape.reshape(pnl, &[m, p / config.assets, config.assets])?;
+                pnl = tape.sum(portfolios, &[2])?;
+            }
             let loss = tape.hedge_risk(config.risk, pnl)?;
             tape.backward(loss)?;
             let mut pass = device.pass("train hedge");
@@ -172,13 +182,18 @@ impl HedgeTrainer {
         &self.op
     }
 
-    /// Writes a batch: prices [P,T+1], extra [P,T,E] and claims [P] where the policy has them.
+    /// Writes a batch: prices [P,T+1], with zeros behind the last one of a shorter path where the rollout is ragged, extra [P,T,E] and claims [P]
+    /// where the policy has them.
     /// # Errors
-    /// `Shape` for another length; `NonFinite` as `Parameter` for a price that is not a finite number above 0.
+    /// `Shape` for another length; `Parameter` for a price that is not a finite number above 0, or a path that has fewer than two.
     pub fn write(&self, spot: &[f32], extra: &[f32], claim: &[f32]) -> Result<()> {
-        if let Some(i) = spot.iter().position(|s| !(s.is_finite() && *s > 0.0)) {
-            let help = "give finite prices above 0".into();
-            return Err(Error::Parameter { op: OP, name: format!("spot[{i}]"), value: spot[i].to_string(), help });
+        let prices = self.op.steps as usize + 1;
+        for (path, row) in spot.chunks(prices).enumerate() {
+            let ends = if self.op.ragged { row.iter().rposition(|s| *s != 0.0).map_or(0, |last| last + 1).max(2) } else { prices };
+            if let Some((i, s)) = row.iter().enumerate().take(ends).find(|(_, s)| !(s.is_finite() && **s > 0.0)) {
+                let help = if self.op.ragged { "give at least two finite prices above 0 a path, then zeros" } else { "give finite prices above 0" };
+                return Err(Error::Parameter { op: OP, name: format!("spot[{}]", path * prices + i), value: s.to_string(), help: help.into() });
+            }
         }
         for (name, values) in [("extra", extra), ("claim", claim)] {
             if let Some(i) = values.iter().position(|x| !x.is_finite()) {
@@ -300,18 +315,20 @@ fn optimise(device: &Device, pass: &mut crate::kernels::Pass, parameters: &Param
     optimiser_step(pass, &op, &args)
 }
 
-// ---- hedges of a position by a future -------------------------------------------------------------------------------------------
+// ---- hedges of positions by futures -------------------------------------------------------------------------------------------
 
-/// Paths of what is held and of what hedges it, with filtered probabilities.
+/// Paths of what is held and of what hedges it, asset by asset, with filtered probabilities.
 #[derive(Debug, Clone, PartialEq)]
 pub struct HedgeWorld {
     /// P.
     pub paths: usize,
+    /// n.
+    pub assets: usize,
     /// T.
     pub steps: usize,
-    /// Prices of what is held [P,T+1].
+    /// Prices of what is held [P,n,T+1].
     pub spot: Vec<f32>,
-    /// Prices of the hedge instrument [P,T+1].
+    /// Prices of the hedge instruments [P,n,T+1].
     pub futures: Vec<f32>,
     /// Filtered probabilities [P,T,K], known when the step's hedge is decided.
     pub probs: Vec<f32>,
@@ -324,8 +341,9 @@ impl HedgeWorld {
     /// # Errors
     /// `Shape` and `Parameter` naming what is wrong.
     pub fn check(&self) -> Result<()> {
-        let (p, t) = (self.paths, self.steps);
-        for (name, values, len) in [("spot", &self.spot, p * (t + 1)), ("futures", &self.futures, p * (t + 1)), ("probs", &self.probs, p * t * self.regimes)] {
+        let (p, n, t) = (self.paths, self.assets, self.steps);
+        let (prices, probs) = (p * n * (t + 1), p * t * self.regimes);
+        for (name, values, len) in [("spot", &self.spot, prices), ("futures", &self.futures, prices), ("probs", &self.probs, probs)] {
             if values.len() != len {
                 let got = format!("{} values", values.len());
                 return Err(Error::Shape { op: OP, arg: name.into(), expected: format!("{len} values"), got });
@@ -335,32 +353,37 @@ impl HedgeWorld {
                 return Err(Error::Parameter { op: OP, name: format!("{name}[{i}]"), value: values[i].to_string(), help });
             }
         }
-        if p < 2 || t == 0 || self.regimes == 0 {
-            let got = format!("{p} paths, {t} steps, {} regimes", self.regimes);
-            return Err(Error::Shape { op: OP, arg: "world".into(), expected: "two paths, a step, a regime".into(), got });
+        if p < 2 || n == 0 || t == 0 || self.regimes == 0 {
+            let got = format!("{p} paths, {n} assets, {t} steps, {} regimes", self.regimes);
+            return Err(Error::Shape { op: OP, arg: "world".into(), expected: "two paths, an asset, a step, a regime".into(), got });
         }
         Ok(())
-    }
-
-    /// What a position of `position` units owes at the end of each path: −q·(S_T − S_0).
-    pub fn claims(&self, position: f64) -> Vec<f32> {
-        self.spot.chunks_exact(self.steps + 1).map(|s| (-position * f64::from(s[self.steps] - s[0])) as f32).collect()
     }
 
     /// The paths of a range.
     pub fn part(&self, range: std::ops::Range<usize>) -> HedgeWorld {
         let rows = |x: &[f32], each: usize| x[range.start * each..range.end * each].to_vec();
-        let (t, k) = (self.steps, self.regimes);
-        HedgeWorld { paths: range.len(), spot: rows(&self.spot, t + 1), futures: rows(&self.futures, t + 1), probs: rows(&self.probs, t * k), ..*self }
+        let (prices, probs) = (self.assets * (self.steps + 1), self.steps * self.regimes);
+        HedgeWorld { paths: range.len(), spot: rows(&self.spot, prices), futures: rows(&self.futures, prices), probs: rows(&self.probs, probs), ..*self }
+    }
+
+    /// Paths of one asset's prices.
+    fn of<'a>(&self, prices: &'a [f32], asset: usize) -> impl Iterator<Item = &'a [f32]> {
+        prices.chunks_exact(self.steps + 1).skip(asset).step_by(self.assets)
+    }
+
+    /// Mean first price of an asset's instrument.
+    fn level(&self, asset: usize) -> f64 {
+        self.of(&self.futures, asset).map(|path| f64::from(path[0])).sum::<f64>() / self.paths as f64
     }
 }
 
-/// A hedger of one position by one instrument: its policy, and what it reads at each step.
+/// A hedger of positions, each by its instrument: one policy for all assets, and what it reads at each step.
 pub trait DeltaHedger {
     /// The network; its features are those of [`DeltaHedger::features`].
     fn policy(&self) -> HedgePolicy;
-    /// Adds the hedge before any training, in units of the instrument, and the features: from the probabilities [K] of a step.
-    fn features(&self, probs: &[f32], out: &mut Vec<f32>);
+    /// Adds the hedge of an asset before any training, in units of its instrument, and the features: from the probabilities [K] of a step.
+    fn features(&self, probs: &[f32], asset: usize, out: &mut Vec<f32>);
 }
 
 /// A policy over paths whose baseline mixes a hedge of each regime: Σ_k p_k·h_k, or its average over the regimes expected some steps ahead. Every hedger
@@ -369,7 +392,9 @@ pub trait DeltaHedger {
 pub struct RegimeHedge {
     /// The network.
     pub policy: HedgePolicy,
-    /// Hedge in each regime [K], with its sign: −q·β_k hedges q units of the spot.
+    /// K.
+    pub regimes: usize,
+    /// Hedge of each asset in each regime [n,K], with its sign: −q·β_k hedges q units of the spot.
     pub hedges: Vec<f64>,
     /// Transition probabilities [K,K] and steps ahead L: the baseline then averages p, p·A, …, p·A^L, which are the features.
     pub ahead: Option<(Vec<f64>, usize)>,
@@ -378,36 +403,36 @@ pub struct RegimeHedge {
 impl RegimeHedge {
     /// A dense policy, as [`RegimeDeltaHedger`] and the spot leg of [`DynamicDeltaHedger`] have.
     pub fn of(hedger: &RegimeDeltaHedger, hedges: Vec<f64>) -> RegimeHedge {
-        RegimeHedge::dense(hedger.hidden, Head::Residual, hedger.range, hedges)
+        RegimeHedge::dense(hedger.hidden, Head::Residual, hedger.range, hedger.regimes, hedges)
     }
 
     /// The spot leg of a delta hedger: there is one instrument.
     pub fn of_dynamic(hedger: &DynamicDeltaHedger, hedges: Vec<f64>) -> RegimeHedge {
-        RegimeHedge::dense(hedger.hidden, Head::Residual, hedger.range, hedges)
+        RegimeHedge::dense(hedger.hidden, Head::Residual, hedger.range, hedger.regimes, hedges)
     }
 
     /// The policy of an LSTM hedger.
     pub fn of_lstm(hedger: &LstmDeltaHedger, hedges: Vec<f64>) -> RegimeHedge {
-        let policy = HedgePolicy { features: hedges.len(), ..hedger.policy.clone() };
-        RegimeHedge { policy, hedges, ahead: None }
+        let policy = HedgePolicy { features: hedger.regimes, ..hedger.policy.clone() };
+        RegimeHedge { policy, regimes: hedger.regimes, hedges, ahead: None }
     }
 
     /// A band around the mixture, as wide as its net says.
     pub fn of_band(hedger: &TransactionCostAwareHedger, hedges: Vec<f64>) -> RegimeHedge {
-        RegimeHedge::dense(hedger.hidden, Head::Band, hedger.range, hedges)
+        RegimeHedge::dense(hedger.hidden, Head::Band, hedger.range, hedger.regimes, hedges)
     }
 
     /// The mixture over the regimes expected ahead.
     pub fn of_transitions(hedger: &TransitionAwareHedger, transition: Vec<f64>, hedges: Vec<f64>) -> RegimeHedge {
-        let mut own = RegimeHedge::dense(hedger.hidden, Head::Residual, hedger.range, hedges);
-        own.policy.features = own.hedges.len() * (hedger.lookahead + 1);
+        let mut own = RegimeHedge::dense(hedger.hidden, Head::Residual, hedger.range, hedger.regimes, hedges);
+        own.policy.features = hedger.regimes * (hedger.lookahead + 1);
         own.ahead = Some((transition, hedger.lookahead));
         own
     }
 
-    fn dense(hidden: usize, head: Head, range: f64, hedges: Vec<f64>) -> RegimeHedge {
+    fn dense(hidden: usize, head: Head, range: f64, regimes: usize, hedges: Vec<f64>) -> RegimeHedge {
         let network = Network::Mlp { widths: vec![hidden], activation: Activation::Tanh };
-        RegimeHedge { policy: HedgePolicy { prefix: "hedge".into(), network, head, features: hedges.len(), range, lookback: 0 }, hedges, ahead: None }
+        RegimeHedge { policy: HedgePolicy { prefix: "hedge".into(), network, head, features: regimes, range, lookback: 0 }, regimes, hedges, ahead: None }
     }
 }
 
@@ -416,17 +441,18 @@ impl DeltaHedger for RegimeHedge {
         self.policy.clone()
     }
 
-    fn features(&self, probs: &[f32], out: &mut Vec<f32>) {
-        let k = self.hedges.len();
+    fn features(&self, probs: &[f32], asset: usize, out: &mut Vec<f32>) {
+        let k = self.regimes;
         let none = (Vec::new(), 0);
         let (transition, steps) = self.ahead.as_ref().unwrap_or(&none);
+        let own = self.hedges.iter().skip(asset * k).take(k);
         let mut now: Vec<f64> = probs.iter().map(|&p| f64::from(p)).collect();
         let mut ahead = now.clone();
         for _ in 0..*steps {
             now = (0..k).map(|j| now.iter().enumerate().map(|(i, p)| p * transition[i * k + j]).sum()).collect();
             ahead.extend_from_slice(&now);
         }
-        let base: f64 = ahead.chunks_exact(k).flat_map(|p| p.iter().zip(&self.hedges)).map(|(p, h)| p * h).sum();
+        let base: f64 = ahead.chunks_exact(k).flat_map(|p| p.iter().zip(own.clone())).map(|(p, h)| p * h).sum();
         out.push((base / (*steps as f64 + 1.0)) as f32);
         out.extend(ahead.iter().map(|&p| p as f32));
     }
@@ -441,43 +467,45 @@ pub struct HedgeEpochs {
     pub batch: usize,
     /// Epochs without a better validation after which training stops.
     pub patience: usize,
-    /// Units held.
-    pub position: f64,
+    /// Units held of each asset, or one number for all.
+    pub positions: Vec<f64>,
 }
 
 impl Default for HedgeEpochs {
     fn default() -> HedgeEpochs {
-        HedgeEpochs { epochs: 50, batch: 256, patience: 10, position: 1.0 }
+        HedgeEpochs { epochs: 50, batch: 256, patience: 10, positions: vec![1.0] }
     }
 }
 
-/// What training gave, out of sample.
+/// What training gave, out of sample: of the sum over assets, on the validation paths.
 #[derive(Debug, Clone, PartialEq)]
 pub struct HedgeReport {
     /// Mean training risk of each epoch.
     pub train: Vec<f64>,
     /// Validation risk after each epoch: variance of P&L.
     pub valid: Vec<f64>,
-    /// Standard deviation of what the hedged position earns on the validation paths.
+    /// Standard deviation of what the hedged positions earn.
     pub hedged_sd: f64,
-    /// That of the position alone.
+    /// That of the hedger before training: its analytic baseline, Black-Scholes for one of options.
+    pub baseline_sd: f64,
+    /// That of the positions alone.
     pub unhedged_sd: f64,
-    /// That of the hedge by the least-squares ratio of the training steps.
+    /// That of the hedge by the least-squares ratios of the training steps.
     pub static_sd: f64,
-    /// That least-squares ratio.
-    pub static_ratio: f64,
+    /// Those least-squares ratios, one per asset.
+    pub static_ratio: Vec<f64>,
     /// 1 − hedged variance / unhedged variance.
     pub effectiveness: f64,
-    /// Mean cost and units traded a path.
+    /// Mean cost a path, in cash.
     pub cost: f64,
-    /// Units traded a path.
+    /// Mean units traded a path, of the instruments at the price level of the first asset's.
     pub turnover: f64,
 }
 
-/// Trains a hedger of `position` units of the spot by the instrument; `train` and `valid` are different times. The weights with the best validation
-/// variance are kept.
+/// Trains a hedger of `positions` units of the spots by their instruments; `train` and `valid` are different times. The weights with the best validation
+/// variance are kept. Prices of every asset are taken at the level of the first one's instrument, and hedges with them, so that one policy serves all.
 /// # Errors
-/// Those of [`HedgeWorld::check`] and [`HedgeTrainer::new`].
+/// Those of [`HedgeWorld::check`] and [`HedgeTrainer::new`]; `Parameter` for positions of another count, or hedges and features that do not fit.
 pub fn train_delta_hedger(
     device: &Device,
     hedger: &dyn DeltaHedger,
@@ -488,23 +516,33 @@ pub fn train_delta_hedger(
 ) -> Result<(Parameters, HedgeReport)> {
     train.check()?;
     valid.check()?;
-    if valid.steps != train.steps || valid.regimes != train.regimes {
-        let got = format!("{} steps, {} regimes", valid.steps, valid.regimes);
-        return Err(Error::Shape { op: OP, arg: "valid".into(), expected: format!("{} steps, {} regimes", train.steps, train.regimes), got });
+    let sizes = |world: &HedgeWorld| format!("{} assets, {} steps, {} regimes", world.assets, world.steps, world.regimes);
+    if sizes(valid) != sizes(train) {
+        return Err(Error::Shape { op: OP, arg: "valid".into(), expected: sizes(train), got: sizes(valid) });
     }
-    let (policy, batch) = (hedger.policy(), epochs.batch.clamp(2, train.paths));
-    let strike = f64::from(train.futures.iter().step_by(train.steps + 1).sum::<f32>()) / train.paths as f64;
-    let op = |paths: usize| HedgeRollout { strike, baseline: Baseline::Given, claim: Claim::Given, ..policy.rollout(1, paths, train.steps) };
-    if op(batch).columns() as usize != row_of(hedger, train, 0).len() || policy.head == Head::WhalleyWilmott {
+    let (policy, batch, n) = (hedger.policy(), epochs.batch.clamp(2, train.paths), train.assets);
+    let positions = positions_of(epochs, n)?;
+    let desk = Desk { hedger, positions: &positions, scale: (0..n).map(|asset| train.level(0) / train.level(asset)).collect() };
+    let op = |paths: usize| HedgeRollout {
+        strike: train.level(0),
+        baseline: Baseline::Given,
+        claim: Claim::Given,
+        ..policy.rollout(1, paths * n, train.steps)
+    };
+    let columns = desk.row(&train.probs[..train.regimes], 0).len();
+    if op(batch).columns() as usize != columns || policy.head == Head::WhalleyWilmott {
         let help = "give one hedge and the policy's features, and a head without a width of its own".into();
-        return Err(Error::Parameter { op: OP, name: "features".into(), value: row_of(hedger, train, 0).len().to_string(), help });
+        return Err(Error::Parameter { op: OP, name: "features".into(), value: columns.to_string(), help });
     }
-    let trainer = HedgeTrainer::new(device, &policy, &op(batch), &[costs], config)?;
-    let judge = HedgeTrainer::new(device, &policy, &op(valid.paths), &[costs], config)?;
-    judge.write(&valid.futures, &extra_of(hedger, valid), &valid.claims(epochs.position))?;
+    let config = HedgeTrainConfig { assets: n, ..config.clone() };
+    let trainer = HedgeTrainer::new(device, &policy, &op(batch), &[costs], &config)?;
+    let judge = HedgeTrainer::new(device, &policy, &op(valid.paths), &[costs], &config)?;
+    desk.write(&judge, valid)?;
+    let variance = |pnl: &[f64]| moments(&pnl.chunks_exact(n).map(|assets| assets.iter().sum()).collect::<Vec<f64>>()).1;
     let names: Vec<String> = trainer.parameters().tensors().iter().map(|tensor| tensor.name.clone()).collect();
     let copy = |from: &Parameters, to: &Parameters| names.iter().try_for_each(|name| to.set(name, &from.get(name)?));
-    let (mut report, mut best) = (HedgeReport::new(train, valid, epochs.position), f64::INFINITY);
+    let (mut report, mut best) = (HedgeReport::new(train, valid, &positions), f64::INFINITY);
+    report.baseline_sd = variance(&judge.score()?.pnl).sqrt();
     let best_of = Parameters::new(device, 1, &declared_of(&policy), config.seed)?;
     let mut waited = 0;
     for epoch in 0..epochs.epochs {
@@ -513,12 +551,11 @@ pub fn train_delta_hedger(
         for i in 0..rounds {
             // Another start each epoch: batches differ.
             let from = (i * batch + epoch * batch / 3) % (train.paths - batch + 1);
-            let part = train.part(from..from + batch);
-            trainer.write(&part.futures, &extra_of(hedger, &part), &part.claims(epochs.position))?;
+            desk.write(&trainer, &train.part(from..from + batch))?;
             total += trainer.step()?.first().copied().unwrap_or(f64::NAN);
         }
         copy(trainer.parameters(), judge.parameters())?;
-        let variance = moments(&judge.score()?.pnl).1;
+        let variance = variance(&judge.score()?.pnl);
         report.train.push(total / rounds as f64);
         report.valid.push(variance);
         waited = if variance < best { 0 } else { waited + 1 };
@@ -532,28 +569,58 @@ pub fn train_delta_hedger(
     }
     copy(&best_of, judge.parameters())?;
     let score = judge.score()?;
-    report.hedged_sd = moments(&score.pnl).1.sqrt();
+    report.hedged_sd = variance(&score.pnl).sqrt();
     report.effectiveness = 1.0 - (report.hedged_sd / report.unhedged_sd).powi(2);
-    (report.cost, report.turnover) = (moments(&score.cost).0, moments(&score.turnover).0);
+    (report.cost, report.turnover) = (n as f64 * moments(&score.cost).0, n as f64 * moments(&score.turnover).0);
     Ok((best_of, report))
+}
+
+/// What a trainer reads of a world.
+struct Desk<'a> {
+    hedger: &'a dyn DeltaHedger,
+    positions: &'a [f64],
+    /// Factor of each asset's prices.
+    scale: Vec<f64>,
+}
+
+impl Desk<'_> {
+    /// Baseline in units at the common price level, and features.
+    fn row(&self, probs: &[f32], asset: usize) -> Vec<f32> {
+        let mut out = Vec::new();
+        self.hedger.features(probs, asset, &mut out);
+        if let Some(base) = out.first_mut() {
+            *base = (f64::from(*base) / self.scale[asset]) as f32;
+        }
+        out
+    }
+
+    fn write(&self, to: &HedgeTrainer, world: &HedgeWorld) -> Result<()> {
+        let (n, t, k) = (world.assets, world.steps, world.regimes);
+        let (mut futures, mut extra, mut claims) = (Vec::with_capacity(world.futures.len()), Vec::new(), Vec::with_capacity(world.paths * n));
+        for (row, (spot, path)) in world.spot.chunks_exact(t + 1).zip(world.futures.chunks_exact(t + 1)).enumerate() {
+            let (asset, probs) = (row % n, &world.probs[row / n * t * k..][..t * k]);
+            futures.extend(path.iter().map(|&f| (f64::from(f) * self.scale[asset]) as f32));
+            probs.chunks_exact(k).for_each(|probs| extra.extend(self.row(probs, asset)));
+            // What the position owes at the end.
+            claims.push((-self.positions[asset] * f64::from(spot[t] - spot[0])) as f32);
+        }
+        to.write(&futures, &extra, &claims)
+    }
+}
+
+fn positions_of(epochs: &HedgeEpochs, assets: usize) -> Result<Vec<f64>> {
+    let given = &epochs.positions;
+    if (given.len() != 1 && given.len() != assets) || given.iter().any(|q| !q.is_finite()) {
+        let help = format!("give one finite number, or {assets}");
+        return Err(Error::Parameter { op: OP, name: "positions".into(), value: format!("{given:?}"), help });
+    }
+    Ok((0..assets).map(|asset| given[asset % given.len()]).collect())
 }
 
 fn declared_of(policy: &HedgePolicy) -> Declared {
     let mut declared = Declared::new();
     policy.declare(&mut declared);
     declared
-}
-
-fn row_of(hedger: &dyn DeltaHedger, world: &HedgeWorld, row: usize) -> Vec<f32> {
-    let mut out = Vec::new();
-    hedger.features(&world.probs[row * world.regimes..(row + 1) * world.regimes], &mut out);
-    out
-}
-
-fn extra_of(hedger: &dyn DeltaHedger, world: &HedgeWorld) -> Vec<f32> {
-    let mut out = Vec::new();
-    world.probs.chunks_exact(world.regimes).for_each(|probs| hedger.features(probs, &mut out));
-    out
 }
 
 /// Mean and variance, divisor n − 1.
@@ -563,28 +630,35 @@ fn moments(x: &[f64]) -> (f64, f64) {
     (mean, x.iter().map(|x| (x - mean) * (x - mean)).sum::<f64>() / (n - 1.0).max(1.0))
 }
 
+/// Least-squares ratio of an asset's price changes to those of its instrument.
+fn least_squares(world: &HedgeWorld, asset: usize) -> f64 {
+    let changes = |prices: &[f32]| -> Vec<f64> { world.of(prices, asset).flat_map(|path| path.windows(2).map(|w| f64::from(w[1]) - f64::from(w[0]))).collect() };
+    let (ds, df) = (changes(&world.spot), changes(&world.futures));
+    let ((mean_s, _), (mean_f, variance)) = (moments(&ds), moments(&df));
+    let covariance = ds.iter().zip(&df).map(|(s, f)| (s - mean_s) * (f - mean_f)).sum::<f64>() / (ds.len() as f64 - 1.0).max(1.0);
+    if variance > 0.0 { covariance / variance } else { 0.0 }
+}
+
 impl HedgeReport {
     /// What can be said before training.
-    fn new(train: &HedgeWorld, valid: &HedgeWorld, position: f64) -> HedgeReport {
-        let changes = |prices: &[f32], steps: usize| -> Vec<f64> {
-            prices.chunks_exact(steps + 1).flat_map(|path| path.windows(2).map(|w| f64::from(w[1]) - f64::from(w[0]))).collect()
-        };
-        let (ds, df) = (changes(&train.spot, train.steps), changes(&train.futures, train.steps));
-        let ((mean_s, _), (mean_f, variance)) = (moments(&ds), moments(&df));
-        let covariance = ds.iter().zip(&df).map(|(s, f)| (s - mean_s) * (f - mean_f)).sum::<f64>() / (ds.len() as f64 - 1.0).max(1.0);
-        let ratio = if variance > 0.0 { covariance / variance } else { 0.0 };
-        let last =
-            |prices: &[f32]| -> Vec<f64> { prices.chunks_exact(valid.steps + 1).map(|path| f64::from(path[valid.steps]) - f64::from(path[0])).collect() };
-        let (spot, futures) = (last(&valid.spot), last(&valid.futures));
-        let alone: Vec<f64> = spot.iter().map(|s| position * s).collect();
-        let fixed: Vec<f64> = spot.iter().zip(&futures).map(|(s, f)| position * (s - ratio * f)).collect();
+    fn new(train: &HedgeWorld, valid: &HedgeWorld, positions: &[f64]) -> HedgeReport {
+        let ratios: Vec<f64> = (0..train.assets).map(|asset| least_squares(train, asset)).collect();
+        let (mut alone, mut fixed) = (vec![0.0; valid.paths], vec![0.0; valid.paths]);
+        for (asset, (position, ratio)) in positions.iter().zip(&ratios).enumerate() {
+            let last = |path: &[f32]| f64::from(path[valid.steps]) - f64::from(path[0]);
+            for (i, (spot, futures)) in valid.of(&valid.spot, asset).zip(valid.of(&valid.futures, asset)).enumerate() {
+                alone[i] += position * last(spot);
+                fixed[i] += position * (last(spot) - ratio * last(futures));
+            }
+        }
         HedgeReport {
             train: Vec::new(),
             valid: Vec::new(),
             hedged_sd: f64::NAN,
+            baseline_sd: f64::NAN,
             unhedged_sd: moments(&alone).1.sqrt(),
             static_sd: moments(&fixed).1.sqrt(),
-            static_ratio: ratio,
+            static_ratio: ratios,
             effectiveness: f64::NAN,
             cost: 0.0,
             turnover: 0.0,

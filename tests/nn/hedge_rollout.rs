@@ -28,6 +28,11 @@ struct Out {
     grad: Vec<f64>,
 }
 
+/// Steps of a path of a ragged rollout: all numbers from 1 to T occur.
+fn length(op: &HedgeRollout, path: usize) -> usize {
+    1 + (path * 7 + 2) % op.steps as usize
+}
+
 fn case(seed: u64, op: HedgeRollout) -> Case {
     let (m, p, t) = (op.models, op.paths, op.steps);
     let scale = 0.8 / (op.inputs() as f32).sqrt();
@@ -46,9 +51,16 @@ fn case(seed: u64, op: HedgeRollout) -> Case {
     if op.baseline == Baseline::Given && op.head == Head::WhalleyWilmott {
         extra.chunks_exact_mut(op.columns() as usize).for_each(|x| x[1] = 0.05 + 0.1 * x[1].abs());
     }
+    let mut spot: Vec<f32> = spot.collect();
+    for path in (0..p as usize).filter(|_| op.ragged) {
+        let (length, columns) = (length(&op, path), op.columns() as usize);
+        spot[path * (t as usize + 1)..][..t as usize + 1][length + 1..].fill(0.0);
+        // Nobody reads what lies behind the end.
+        extra[path * t as usize * columns..][..t as usize * columns][length * columns..].fill(f32::NAN);
+    }
     let claim = if op.claim == Claim::Given { values(seed + 3, p) } else { Vec::new() };
     let (grad_pnl, grad_costs) = (values(seed + 4, m * p), values(seed + 5, 2 * m * p));
-    Case { weights, risk, spot: spot.collect(), extra, claim, grad_pnl, grad_costs, op }
+    Case { weights, risk, spot, extra, claim, grad_pnl, grad_costs, op }
 }
 
 fn zeros(device: &Device, len: u64) -> View {
@@ -134,7 +146,64 @@ fn cases() -> Vec<(String, Case)> {
             all.push((format!("{:?} {head:?} {baseline:?} M {m} P {p} T {t} F {features}", op.network), case(10 * i as u64, op)));
         }
     }
+    let ragged = [
+        (mlp(&[5, 3], Tanh), WhalleyWilmott, [2, 67, 5, 1], Baseline::Call),
+        (mlp(&[9], Silu), Band, [1, 3, 1, 2], Baseline::Given),
+        (lstm(2, 5), Residual, [2, 7, 37, 2], Baseline::Given),
+        (lstm(1, 13), WhalleyWilmott, [1, 129, 33, 1], Baseline::Given),
+        (lstm(1, 3), Band, [1, 257, 65, 0], Baseline::Put),
+    ];
+    for (i, (network, head, [m, p, t, features], baseline)) in ragged.into_iter().enumerate() {
+        for unwind in [false, true] {
+            let claim = if i % 2 == 0 { Claim::Call } else { Claim::Given };
+            let usual = HedgeRollout { head, features: features as usize, baseline, claim, unwind, ..HedgeRollout::new(network.clone(), m, p, t) };
+            let op = HedgeRollout { strike: 2.0, maturity: 0.5, volatility: 0.3, rate: 0.04, premium: 0.2, range: 0.5, ragged: true, ..usual };
+            all.push((format!("ragged {:?} {head:?} {baseline:?} M {m} P {p} T {t} F {features}", op.network), case(300 + 10 * i as u64, op)));
+        }
+    }
     all
+}
+
+/// A path that ends after L steps earns what it earns where all paths have L steps, and what it holds then it holds for good.
+#[test]
+fn a_ragged_path_is_a_short_one() {
+    for device in devices().into_iter().chain([reference()]) {
+        for network in [mlp(&[5, 3], Activation::Tanh), lstm(2, 5)] {
+            let (m, p, t) = (2u64, 67u64, 9u64);
+            let op = HedgeRollout { ragged: true, rate: 0.03, maturity: 0.4, premium: 0.1, unwind: true, ..HedgeRollout::new(network, m, p, t) };
+            let whole = case(21, op);
+            let out = run(&device, &whole, &whole.weights, false);
+            let held = holdings(&device, &whole);
+            for path in [0, 1, 2, 30, 66] {
+                let steps = length(&whole.op, path);
+                let maturity = 0.4 * steps as f64 / t as f64;
+                let mut one = case(21, HedgeRollout { paths: 1, steps: steps as u64, maturity, ragged: false, ..whole.op.clone() });
+                one.risk.clone_from(&whole.risk);
+                one.spot = whole.spot[path * (t as usize + 1)..][..=steps].to_vec();
+                let alone = run(&device, &one, &whole.weights, false);
+                for model in 0..2 {
+                    let name = format!("{} {:?} path {path} model {model}", device.info(), whole.op.network);
+                    close(&name, &out.pnl[model * 67 + path..][..1], &alone.pnl[model..=model], 0.0, 1e-6);
+                    close(&name, &out.costs[2 * (model * 67 + path)..][..2], &alone.costs[2 * model..][..2], 0.0, 1e-6);
+                    let held = &held[(model * 67 + path) * t as usize..][..t as usize];
+                    assert!(held[steps - 1..].iter().all(|h| *h == held[steps - 1]), "{name}: {held:?}");
+                }
+            }
+        }
+    }
+}
+
+fn holdings(device: &Device, case: &Case) -> Vec<f64> {
+    let op = &case.op;
+    let weights = zeros(device, case.weights.len() as u64);
+    device.write_f64(&weights, &case.weights).unwrap();
+    let (risk, spot) = (upload(device, &case.risk), upload(device, &case.spot));
+    let args = HedgeRolloutArgs { weights: &weights, risk: &risk, spot: Spot::Given(&spot), extra: None, claim: None };
+    let (holdings, scratch) = (zeros(device, op.models * op.paths * op.steps), zeros(device, op.scratch_holdings(device).unwrap()));
+    let mut pass = device.pass("test");
+    hedge_rollout_holdings(&mut pass, op, &args, &holdings, &scratch).unwrap();
+    let read = pass.read(&holdings).unwrap();
+    pass.submit().unwrap().f64(read).unwrap()
 }
 
 #[test]
@@ -231,16 +300,7 @@ fn holdings_of_untrained_policies_are_black_scholes_deltas() {
             let op = HedgeRollout { strike: 100.0, maturity: 0.25, ..HedgeRollout::new(network, 2, 131, steps) };
             let mut case = case(7, op);
             case.weights = untrained(&case.op, 3);
-            let op = &case.op;
-            let weights = zeros(&device, case.weights.len() as u64);
-            device.write_f64(&weights, &case.weights).unwrap();
-            let (risk, spot) = (upload(&device, &case.risk), upload(&device, &case.spot));
-            let args = HedgeRolloutArgs { weights: &weights, risk: &risk, spot: Spot::Given(&spot), extra: None, claim: None };
-            let (holdings, scratch) = (zeros(&device, 2 * 131 * steps), zeros(&device, op.scratch_holdings(&device).unwrap()));
-            let mut pass = device.pass("test");
-            hedge_rollout_holdings(&mut pass, op, &args, &holdings, &scratch).unwrap();
-            let read = pass.read(&holdings).unwrap();
-            let got = pass.submit().unwrap().f64(read).unwrap();
+            let got = holdings(&device, &case);
             let t = steps as usize;
             let want: Vec<f64> = (0..2 * 131 * t)
                 .map(|i| {
@@ -251,7 +311,7 @@ fn holdings_of_untrained_policies_are_black_scholes_deltas() {
                     d1.normal_cdf()
                 })
                 .collect();
-            close(&format!("{} {:?}", device.info(), op.network), &got, &want, 0.0, 1e-6);
+            close(&format!("{} {:?}", device.info(), case.op.network), &got, &want, 0.0, 1e-6);
         }
     }
 }
