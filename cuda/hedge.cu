@@ -4,6 +4,7 @@
 //   hedge_delta, hedge_single, hedge_band, hedge_gamma  paths of the generator (cuda/paths.cuh)      reads setups, reals, table, market,
 //                market_words      writes results
 //   hedge_futures  with futures      also writes history [2·window,P], the last changes of spot and futures
+//   spill: up to 60 bytes a thread at the start of a path, where ptxas stops at 64 to 128 registers for the sake of occupancy
 
 struct HedgeParams {
     uint32_t paths;

@@ -6,6 +6,8 @@
 //   recurrent_gradients             grid tiles of grad_x, then of the weights' gradients of each slice
 //   recurrent_reduce                grid ⌈M·(weights + 2H) / WG⌉ thread = value
 //   shared memory 16 KiB: h, or δ, of four sequences; two tiles of a product
+//   spill: on tensor cores only: up to 290 bytes a thread from 129 units on, whose sums and states are 96 registers before any weight, and up to
+//   60 from 65 units on (with more tiles of weights in registers than four the spills grow as fast as the loads shrink)
 
 struct RecurrentParams {
     uint32_t models;

@@ -367,7 +367,7 @@ struct Fragments {
 }
 
 const MMA: Fragments = Fragments { octets: 1, depth: 5, words: 6144 };
-const MMA_WIDE: Fragments = Fragments { octets: 2, depth: 7, words: 6144 };
+const MMA_WIDE: Fragments = Fragments { octets: 2, depth: 4, words: 6144 };
 const MMA_LARGE: Fragments = Fragments { octets: 4, depth: 1, words: 12288 };
 
 impl Fragments {

@@ -1,6 +1,7 @@
 """Compiles CUDA units with every NVRTC of this environment and prints what ptxas makes of them. Called by nvrtc.sh.
 
-usage: nvrtc.py UNITS ARCH...      one <kernel>.cu per kernel in UNITS; an architecture such as 90, or 13:90 for that NVRTC alone
+usage: nvrtc.py UNITS ARCH...      one <kernel>.cu per kernel in UNITS; an architecture such as 90, or 13:90 for that NVRTC alone; of several
+                                   joined by commas each unit has one, in turns
 """
 
 import ctypes
@@ -102,24 +103,27 @@ def compile_unit(nvrtc, assembler, name, source, arch):
 def main():
     if len(sys.argv) < 3:
         sys.exit(__doc__)
-    units, archs = Path(sys.argv[1]), [arch.rpartition(":") for arch in sys.argv[2:]]
+    units, turns = Path(sys.argv[1]), [[arch.rpartition(":") for arch in turn.split(",")] for turn in sys.argv[2:]]
     sources = {path.stem: path.read_text(encoding="utf-8") for path in sorted(units.glob("*.cu"))}
     if not sources:
         sys.exit(f"{units} holds no units")
+    place = {source: i for i, source in enumerate(dict.fromkeys(sources.values()))}
     root = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
     failures, rows, jobs = [], [], []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for library, assembler in TOOLCHAINS:
             nvrtc = Nvrtc(root / library)
-            for arch in [int(arch) for only, _, arch in archs if only in ("", nvrtc.version.split(".")[0])]:
-                if arch not in nvrtc.archs:
-                    continue
-                # Kernels of one file and the same constants share a unit: it is compiled once.
-                compiled = {}
-                for kernel, source in sources.items():
-                    if source not in compiled:
-                        compiled[source] = pool.submit(compile_unit, nvrtc, root / assembler, kernel, source, arch)
-                    jobs.append((kernel, arch, nvrtc.version, compiled[source]))
+            # Kernels of one file and the same constants share a unit: it is compiled once.
+            compiled = {}
+            for kernel, source in sources.items():
+                for turn in turns:
+                    only, _, arch = turn[place[source] % len(turn)]
+                    arch = int(arch)
+                    if arch not in nvrtc.archs or only not in ("", nvrtc.version.split(".")[0]):
+                        continue
+                    if (source, arch) not in compiled:
+                        compiled[source, arch] = pool.submit(compile_unit, nvrtc, root / assembler, kernel, source, arch)
+                    jobs.append((kernel, arch, nvrtc.version, compiled[source, arch]))
         shown = set()
         for kernel, arch, version, job in jobs:
             where = f"{kernel}, sm_{arch}, NVRTC {version}"

@@ -6,6 +6,7 @@
 #   scripts/nvrtc.sh               the units of ${FORBACK:-target/release/forback}
 #   UNITS=dir scripts/nvrtc.sh     the units in a directory, one <kernel>.cu each
 #   ARCHS="80 13:90" scripts/nvrtc.sh  other architectures, the second with NVRTC 13 alone
+#   ARCHS=12:75,13:90 scripts/nvrtc.sh  each unit for one of them, in turns: half the time
 #   SKIP='hmm_*' scripts/nvrtc.sh  without these units, which are named
 set -euo pipefail
 cd "$(dirname "$0")/.."

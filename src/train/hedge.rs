@@ -523,12 +523,8 @@ pub fn train_delta_hedger(
     let (policy, batch, n) = (hedger.policy(), epochs.batch.clamp(2, train.paths), train.assets);
     let positions = positions_of(epochs, n)?;
     let desk = Desk { hedger, positions: &positions, scale: (0..n).map(|asset| train.level(0) / train.level(asset)).collect() };
-    let op = |paths: usize| HedgeRollout {
-        strike: train.level(0),
-        baseline: Baseline::Given,
-        claim: Claim::Given,
-        ..policy.rollout(1, paths * n, train.steps)
-    };
+    let op =
+        |paths: usize| HedgeRollout { strike: train.level(0), baseline: Baseline::Given, claim: Claim::Given, ..policy.rollout(1, paths * n, train.steps) };
     let columns = desk.row(&train.probs[..train.regimes], 0).len();
     if op(batch).columns() as usize != columns || policy.head == Head::WhalleyWilmott {
         let help = "give one hedge and the policy's features, and a head without a width of its own".into();
@@ -632,7 +628,8 @@ fn moments(x: &[f64]) -> (f64, f64) {
 
 /// Least-squares ratio of an asset's price changes to those of its instrument.
 fn least_squares(world: &HedgeWorld, asset: usize) -> f64 {
-    let changes = |prices: &[f32]| -> Vec<f64> { world.of(prices, asset).flat_map(|path| path.windows(2).map(|w| f64::from(w[1]) - f64::from(w[0]))).collect() };
+    let changes =
+        |prices: &[f32]| -> Vec<f64> { world.of(prices, asset).flat_map(|path| path.windows(2).map(|w| f64::from(w[1]) - f64::from(w[0]))).collect() };
     let (ds, df) = (changes(&world.spot), changes(&world.futures));
     let ((mean_s, _), (mean_f, variance)) = (moments(&ds), moments(&df));
     let covariance = ds.iter().zip(&df).map(|(s, f)| (s - mean_s) * (f - mean_f)).sum::<f64>() / (ds.len() as f64 - 1.0).max(1.0);

@@ -247,7 +247,8 @@ fn hedge_losses_of_sequences_and_assets_are_those_of_each_alone() {
     let mut rng = Rng::new(11);
     let mut draw = |len: usize, mean: f64| -> Vec<f64> { (0..len).map(|_| f64::from((mean + 0.3 * rng.normal()) as f32)).collect() };
     let all = [draw(2 * b * t * n, 0.0), draw(b * t * n, 0.0), draw(b * t * n, 0.0), draw(b * t * n, 5.0)];
-    let risks = [HedgeRisk::Variance, HedgeRisk::MeanVariance { risk_aversion: 2.0 }, HedgeRisk::Cvar { alpha: 0.4 }, HedgeRisk::Entropic { risk_aversion: 1.5 }];
+    let risks =
+        [HedgeRisk::Variance, HedgeRisk::MeanVariance { risk_aversion: 2.0 }, HedgeRisk::Cvar { alpha: 0.4 }, HedgeRisk::Entropic { risk_aversion: 1.5 }];
     for device in open_all(&["reference", "cpu", "wgpu", "cuda-host"]) {
         for (risk, by_asset) in risks.into_iter().flat_map(|risk| [(risk, false), (risk, true)]) {
             let options = HedgeLoss { risk, by_asset, cost: 0.01, cost_weight: 0.7, mean_weight: 0.2, exit: true, ..HedgeLoss::default() };
