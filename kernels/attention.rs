@@ -574,7 +574,7 @@ pub static ATTENTION_ROWS: Kernel = Kernel {
     groups: |words| (u64::from(params(words).batch) * u64::from(params(words).heads) * u64::from(params(words).queries)).div_ceil(u64::from(WG)),
     wgsl: wgsl!("attention"),
     cuda: cuda!("attention"),
-    cpu: Some(Cpu { f32: attention_rows_cpu::<f32>, f64: attention_rows_cpu::<f64> }),
+    cpu: Some(Cpu { f32: |launch| attention_rows_cpu(launch, lanes::dot), f64: |launch| attention_rows_cpu(launch, dot::<f64>) }),
     cost: Cost {
         unit: "row",
         units: |words| u64::from(params(words).batch) * u64::from(params(words).heads) * u64::from(params(words).queries),
@@ -918,7 +918,7 @@ pub(crate) fn attention_forward_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Re
     Ok(())
 }
 
-fn attention_rows_cpu<R: Real>(mut launch: CpuLaunch<'_, R>) -> Result<()> {
+fn attention_rows_cpu<R: Real>(mut launch: CpuLaunch<'_, R>, dot: fn(&[R], &[R]) -> R) -> Result<()> {
     let s = Shape::of(launch.params()?);
     let (words, step, out, grad_out, lse) = (launch.word()?, launch.word()?[0], launch.real()?, launch.real()?, launch.real()?);
     let rows = launch.real_mut()?;

@@ -13,7 +13,7 @@
 //! Bits       a row's bits depend on its own block alone, so on neither batch nor threads.
 
 use crate::Result;
-use crate::attention::{Inputs, NO_KEY, Shape, Strides, flag};
+use crate::attention::{Inputs, MAX_WIDTH, NO_KEY, Shape, Strides, flag};
 use crate::kernel::CpuLaunch;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
@@ -31,6 +31,8 @@ const QUAD: usize = 4;
 const FEW: usize = 8;
 /// Rows of such a run: a multiple of every block.
 const RUN: usize = 256;
+/// A row of zeros.
+static NOTHING: [f32; MAX_WIDTH as usize] = [0.0; MAX_WIDTH as usize];
 /// Scores below stand for pairs that are not allowed.
 const BARRED: f32 = -9e29;
 /// Reals that a thread keeps from one call to the next.
@@ -219,12 +221,18 @@ impl<'a> Work<'a> {
         let count = if self.pass == Pass::Forward { 1 } else { 2 };
         for (x, (to, from)) in m.own.iter_mut().zip(&self.own).take(count).enumerate() {
             let factor = if x == 0 && self.pass != Pass::Keys { self.s.p.scale } else { 1.0 };
-            for i in 0..block {
-                if i < n {
-                    let row = from.row(b, h, first + i, width);
-                    to.iter_mut().skip(i).step_by(block).zip(row).for_each(|(to, &x)| *to = factor * x);
-                } else {
-                    to.iter_mut().skip(i).step_by(block).for_each(|to| *to = 0.0);
+            let row = |i: usize| if i < n { from.row(b, h, first + i, width) } else { &NOTHING[..width] };
+            for i in (0..block).step_by(QUAD) {
+                let rows = [row(i), row(i + 1), row(i + 2), row(i + 3)];
+                let (quads, rest) = to[..width * block].split_at_mut(width / QUAD * QUAD * block);
+                for (d, to) in quads.chunks_exact_mut(QUAD * block).enumerate() {
+                    let four = rows.map(|row| quad_of(row, QUAD * d));
+                    for (e, to) in to.chunks_exact_mut(block).enumerate() {
+                        to[i..i + QUAD].copy_from_slice(&four.map(|row| factor * row[e]));
+                    }
+                }
+                for (to, d) in rest.chunks_exact_mut(block).zip(width / QUAD * QUAD..) {
+                    to[i..i + QUAD].copy_from_slice(&rows.map(|row| factor * row[d]));
                 }
             }
         }
@@ -284,21 +292,33 @@ impl<'a> Work<'a> {
     /// Results of a block, by row.
     fn finish(&self, n: usize, state: &State, m: &mut Memory<'_>) {
         let (block, width) = (2 * self.lanes, self.s.width);
-        for (i, out) in m.result.chunks_exact_mut(self.results()).take(n).enumerate() {
-            let first = m.sum[0].iter().skip(i).step_by(block).take(width);
-            match self.pass {
-                Pass::Forward => {
-                    let found = state.total[i] != 0.0;
-                    let factor = if found { 1.0 / state.total[i] } else { 0.0 };
-                    out.iter_mut().zip(first).for_each(|(out, &x)| *out = factor * x);
-                    out[width] = if found { state.most[i] + state.total[i].ln() } else { NO_KEY as f32 };
+        let results = self.results();
+        let scale = |i: usize| match self.pass {
+            Pass::Forward if state.total[i] != 0.0 => 1.0 / state.total[i],
+            Pass::Forward => 0.0,
+            Pass::Queries | Pass::Both => self.s.p.scale,
+            // The scalars were scale·q.
+            Pass::Keys => 1.0,
+        };
+        for (x, sum) in m.sum.iter().enumerate().take(if self.pass == Pass::Keys { 2 } else { 1 }) {
+            for i in (0..n.next_multiple_of(QUAD)).step_by(QUAD) {
+                let factors = [scale(i), scale(i + 1), scale(i + 2), scale(i + 3)];
+                for d in (0..width / QUAD * QUAD).step_by(QUAD) {
+                    let four = [0, 1, 2, 3].map(|e| quad_of(sum, (d + e) * block + i));
+                    for (r, factor) in factors.into_iter().enumerate() {
+                        m.result[(i + r) * results + x * width + d..][..QUAD].copy_from_slice(&four.map(|column| factor * column[r]));
+                    }
                 }
-                Pass::Queries | Pass::Both => out.iter_mut().zip(first).for_each(|(out, &x)| *out = self.s.p.scale * x),
-                // The scalars were scale·q.
-                Pass::Keys => {
-                    let second = m.sum[1].iter().skip(i).step_by(block).take(width);
-                    out.iter_mut().zip(first.chain(second)).for_each(|(out, &x)| *out = x);
+                for d in width / QUAD * QUAD..width {
+                    for (r, factor) in factors.into_iter().enumerate() {
+                        m.result[(i + r) * results + x * width + d] = factor * sum[d * block + i + r];
+                    }
                 }
+            }
+        }
+        if self.pass == Pass::Forward {
+            for (i, out) in m.result.chunks_exact_mut(results).take(n).enumerate() {
+                out[width] = if state.total[i] != 0.0 { state.most[i] + state.total[i].ln() } else { NO_KEY as f32 };
             }
         }
     }
@@ -447,6 +467,13 @@ impl WithSimd for Tile<'_, '_, '_> {
     }
 }
 
+/// Four values from `at` on.
+#[inline(always)]
+fn quad_of(x: &[f32], at: usize) -> [f32; QUAD] {
+    let x = &x[at..at + QUAD];
+    [x[0], x[1], x[2], x[3]]
+}
+
 #[inline(always)]
 fn lanes_of<S: Simd>(simd: S, x: &[f32; ROWS]) -> [S::f32s; 2] {
     let x = S::as_simd_f32s(x).0;
@@ -580,6 +607,23 @@ fn exp<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     let y = simd.transmute_f32s_u32s(simd.add_u32s(power, simd.transmute_u32s_f32s(p)));
     // A NaN stays one.
     simd.select_f32s(simd.less_than_f32s(x, simd.splat_f32s(-87.0)), simd.splat_f32s(0.0), y)
+}
+
+/// Σ a·b in eight sums, which the compiler makes vectors.
+pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    const N: usize = 8;
+    let mut sums = [0f32; N];
+    let (mut left, mut right) = (a.chunks_exact(N), b.chunks_exact(N));
+    for (a, b) in (&mut left).zip(&mut right) {
+        for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
+            *sum += a * b;
+        }
+    }
+    for ((sum, a), b) in sums.iter_mut().zip(left.remainder()).zip(right.remainder()) {
+        *sum += a * b;
+    }
+    let [a, b, c, d, e, f, g, h] = sums;
+    ((a + e) + (c + g)) + ((b + f) + (d + h))
 }
 
 // ---- kernels --------------------------------------------------------------------------------------------------------------------
