@@ -15,7 +15,8 @@
 //!            edge of its band follows the edge, inside it the previous holding. With a lookback L gradients do not pass through the state of
 //!            an LSTM from one window of L steps into the one before; through the previous holding they do.
 //!
-//! Shapes   weights [M,W]; risk [M,4] cost c as a share of value, half-spread in price, cost of a trade, risk aversion; spot [P,T+1];
+//! Shapes   weights [M,W]; risk [M,4] cost c as a share of value, half-spread in price, cost of a trade, risk aversion; spot [P,T+1], of a
+//!          ragged path zeros behind its last price;
 //!          extra [P,T,E] baseline and width where they are given, then features; claim [P] where it is given; pnl [M,P]; costs
 //!          [M,P,2] cost and turnover (units). W: each layer's weight [O,I] and bias [O] (LSTM: w_ih [4H,I], w_hh [4H,H], bias [4H]), then
 //!          the head's, layouts of PyTorch.
