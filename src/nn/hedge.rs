@@ -264,12 +264,16 @@ impl TransactionCostAwareHedger {
 
     /// Half-width of the band [M,B,n] from probs [.,B,K], spot and gamma [.,B,n].
     /// # Errors
-    /// `Shape` naming the argument.
+    /// `Shape` naming the argument; `Parameter` for a fixed cost below 0.
     pub fn width(&self, tape: &mut Tape, parameters: &Parameters, probs: Var, spot: Var, gamma: Var) -> Result<Var> {
         const OP: &str = "transaction_cost_aware_hedger";
         let [_, b, _] = axes(tape, OP, "probs", probs, "[1 or M,B,K]")?;
         expect(tape, OP, "spot", spot, &[b, self.assets])?;
         expect(tape, OP, "gamma", gamma, &[b, self.assets])?;
+        if !(self.fixed_cost.is_finite() && self.fixed_cost >= 0.0) {
+            let help = "give a finite cost of at least 0".into();
+            return Err(Error::Parameter { op: OP, name: "fixed_cost".into(), value: self.fixed_cost.to_string(), help });
+        }
         let factor = residual(tape, parameters, &under(&self.prefix, "width"), &[probs], self.range)?;
         let factor = tape.unary(Unary::Exp, factor)?;
         let square = tape.unary(Unary::Square, gamma)?;
@@ -442,7 +446,7 @@ impl Default for HedgeLoss {
 /// change from t to t+1; spot_pnl [.,B,T,n] is q·dS of the same step; prices [.,B,T,n] are F[t]. The cost of a sequence is c·Σ_t |h[t] − h[t−1]|·F[t], and
 /// c·|h|·F one step on where the last holding is sold; it is differentiable.
 /// # Errors
-/// `Shape` naming the argument, also for fewer than two steps; `Parameter` for a risk outside its range, and for the quadratic CVaR of sequences that
+/// `Shape` naming the argument, also for fewer than two steps; `Parameter` for a cost, weight or risk outside its range, and for the quadratic CVaR of sequences that
 /// differ in length.
 pub fn delta_hedge_loss(tape: &mut Tape, h: Var, [spot_pnl, futures, prices]: [Var; 3], options: HedgeLoss) -> Result<Var> {
     const OP: &str = "delta_hedge_loss";
@@ -453,6 +457,14 @@ pub fn delta_hedge_loss(tape: &mut Tape, h: Var, [spot_pnl, futures, prices]: [V
     if t < 2 || b == 0 || n == 0 {
         let expected = "at least two steps of a sequence of an asset".into();
         return Err(Error::Shape { op: OP, arg: "h".into(), expected, got: format!("{:?}", tape.shape(h)) });
+    }
+    for (name, value, least) in
+        [("cost", options.cost, 0.0), ("cost_weight", options.cost_weight, 0.0), ("mean_weight", options.mean_weight, f64::NEG_INFINITY)]
+    {
+        if !(value.is_finite() && value >= least) {
+            let help = "give finite numbers, costs and their weight at least 0".into();
+            return Err(Error::Parameter { op: OP, name: name.into(), value: value.to_string(), help });
+        }
     }
     let steps = options.lengths.map(|lengths| Steps::new(tape, lengths, b, t)).transpose()?;
     let earned = tape.mul(h, futures)?;

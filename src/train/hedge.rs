@@ -383,7 +383,9 @@ pub trait DeltaHedger {
     /// The network; its features are those of [`DeltaHedger::features`].
     fn policy(&self) -> HedgePolicy;
     /// Adds the hedge of an asset before any training, in units of its instrument, and the features: from the probabilities [K] of a step.
-    fn features(&self, probs: &[f32], asset: usize, out: &mut Vec<f32>);
+    /// # Errors
+    /// `Shape` for probabilities or an asset that the hedger does not know.
+    fn features(&self, probs: &[f32], asset: usize, out: &mut Vec<f32>) -> Result<()>;
 }
 
 /// A policy over paths whose baseline mixes a hedge of each regime: Σ_k p_k·h_k, or its average over the regimes expected some steps ahead. Every hedger
@@ -441,11 +443,17 @@ impl DeltaHedger for RegimeHedge {
         self.policy.clone()
     }
 
-    fn features(&self, probs: &[f32], asset: usize, out: &mut Vec<f32>) {
+    fn features(&self, probs: &[f32], asset: usize, out: &mut Vec<f32>) -> Result<()> {
         let k = self.regimes;
-        let none = (Vec::new(), 0);
+        let none = (vec![0.0; k * k], 0);
         let (transition, steps) = self.ahead.as_ref().unwrap_or(&none);
         let own = self.hedges.iter().skip(asset * k).take(k);
+        for (arg, len, got) in [("probs", k, probs.len()), ("transition", k * k, transition.len()), ("hedges", (asset + 1) * k, asset * k + own.len())] {
+            if got != len || k == 0 {
+                let expected = format!("{len} values for {k} regimes and {} assets or more", asset + 1);
+                return Err(Error::Shape { op: OP, arg: arg.into(), expected, got: format!("{got} values") });
+            }
+        }
         let mut now: Vec<f64> = probs.iter().map(|&p| f64::from(p)).collect();
         let mut ahead = now.clone();
         for _ in 0..*steps {
@@ -455,6 +463,7 @@ impl DeltaHedger for RegimeHedge {
         let base: f64 = ahead.chunks_exact(k).flat_map(|p| p.iter().zip(own.clone())).map(|(p, h)| p * h).sum();
         out.push((base / (*steps as f64 + 1.0)) as f32);
         out.extend(ahead.iter().map(|&p| p as f32));
+        Ok(())
     }
 }
 
@@ -525,7 +534,7 @@ pub fn train_delta_hedger(
     let desk = Desk { hedger, positions: &positions, scale: (0..n).map(|asset| train.level(0) / train.level(asset)).collect() };
     let op =
         |paths: usize| HedgeRollout { strike: train.level(0), baseline: Baseline::Given, claim: Claim::Given, ..policy.rollout(1, paths * n, train.steps) };
-    let columns = desk.row(&train.probs[..train.regimes], 0).len();
+    let columns = desk.row(&train.probs[..train.regimes], 0)?.len();
     if op(batch).columns() as usize != columns || policy.head == Head::WhalleyWilmott {
         let help = "give one hedge and the policy's features, and a head without a width of its own".into();
         return Err(Error::Parameter { op: OP, name: "features".into(), value: columns.to_string(), help });
@@ -581,13 +590,13 @@ struct Desk<'a> {
 
 impl Desk<'_> {
     /// Baseline in units at the common price level, and features.
-    fn row(&self, probs: &[f32], asset: usize) -> Vec<f32> {
+    fn row(&self, probs: &[f32], asset: usize) -> Result<Vec<f32>> {
         let mut out = Vec::new();
-        self.hedger.features(probs, asset, &mut out);
+        self.hedger.features(probs, asset, &mut out)?;
         if let Some(base) = out.first_mut() {
             *base = (f64::from(*base) / self.scale[asset]) as f32;
         }
-        out
+        Ok(out)
     }
 
     fn write(&self, to: &HedgeTrainer, world: &HedgeWorld) -> Result<()> {
@@ -596,7 +605,9 @@ impl Desk<'_> {
         for (row, (spot, path)) in world.spot.chunks_exact(t + 1).zip(world.futures.chunks_exact(t + 1)).enumerate() {
             let (asset, probs) = (row % n, &world.probs[row / n * t * k..][..t * k]);
             futures.extend(path.iter().map(|&f| (f64::from(f) * self.scale[asset]) as f32));
-            probs.chunks_exact(k).for_each(|probs| extra.extend(self.row(probs, asset)));
+            for probs in probs.chunks_exact(k) {
+                extra.extend(self.row(probs, asset)?);
+            }
             // What the position owes at the end.
             claims.push((-self.positions[asset] * f64::from(spot[t] - spot[0])) as f32);
         }

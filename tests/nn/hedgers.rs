@@ -270,6 +270,14 @@ fn hedge_losses_of_sequences_and_assets_are_those_of_each_alone() {
         }
     }
     let device = open("reference").unwrap();
+    let mut tape = Tape::new(&device);
+    let [h, rest @ ..] = all.each_ref().map(|x| input(&mut tape, &x[..b * t * n], &[1, b, t, n]).unwrap());
+    for (options, name) in
+        [(HedgeLoss { cost: -0.1, ..HedgeLoss::default() }, "cost"), (HedgeLoss { mean_weight: f64::NAN, ..HedgeLoss::default() }, "mean_weight")]
+    {
+        let refused = delta_hedge_loss(&mut tape, h, rest, options).unwrap_err().to_string();
+        assert!(refused.contains(name), "{refused}");
+    }
     let of = |x: &[Vec<f64>; 4], n: usize, options: HedgeLoss| hedge_loss(&device, [b, t, n], x, None, options).0;
     let asset = |i: usize| all.each_ref().map(|x| x.iter().skip(i).step_by(n).copied().collect::<Vec<f64>>());
     let apart = of(&all, n, HedgeLoss { by_asset: true, ..HedgeLoss::default() });
@@ -475,6 +483,13 @@ fn portfolios_of_assets_are_hedged_by_one_policy() {
     assert!((exact.baseline_sd / (0.2 * 20f64.sqrt()) - 1.0).abs() < 0.1, "{}", exact.baseline_sd);
     assert!(exact.hedged_sd == exact.baseline_sd && exact.train.is_empty());
     assert!(exact.static_ratio.len() == 2 && exact.static_ratio[0] > exact.static_ratio[1]);
+    let three = RegimeHedge::of(&RegimeDeltaHedger::new("h", 2, 2), vec![-0.5, -1.5, -0.02]);
+    let ahead = RegimeHedge { ahead: Some((vec![1.0], 0)), hedges: vec![0.0; 4], ..three.clone() };
+    for (hedger, arg) in [(three, "hedges"), (ahead, "transition")] {
+        let (config, epochs) = (HedgeTrainConfig::default(), HedgeEpochs::default());
+        let refused = train_delta_hedger(&device, &hedger, [&train, &valid], HedgeCosts::proportional(0.0), &config, &epochs).err().unwrap().to_string();
+        assert!(refused.contains(arg), "{refused}");
+    }
     let learned = run(vec![0.0; 4], 25);
     assert!((learned.baseline_sd / learned.unhedged_sd - 1.0).abs() < 1e-6, "an untrained hedge of nothing");
     assert!(learned.hedged_sd < 0.7 * learned.static_sd, "{} against {}", learned.hedged_sd, learned.static_sd);
